@@ -1,0 +1,514 @@
+"""Everything that can go wrong, as one tree branched by who can fix it.
+
+    SekhaError
+    ├── ConfigError                 edit sekha.yaml (or the block that holds it)
+    │   ├── ConfigMissing           no file where one was named
+    │   └── SpaceMismatch           one index asked to hold two models' vectors
+    ├── RequestRefused              change the request
+    │   ├── InvalidRequest          a field is missing, malformed or contradictory
+    │   ├── UnknownModel            no model, provider or task of that name
+    │   ├── NoCandidate             models of that name exist, none may serve this request
+    │   ├── CostRefused             it would cost more than the caller or the file allows
+    │   ├── BudgetExceeded          a budget has too little left
+    │   └── DocumentRefused         a document is empty, binary, too large or not UTF-8
+    ├── ProviderError               wait, or route around the provider
+    │   ├── ProviderUnavailable     5xx, connection lost or refused
+    │   │   ├── ProviderTimeout     no answer, or no next chunk, in time
+    │   │   └── StreamBroken        a stream ended before its end was said
+    │   ├── RateLimited             429, with `retry_after_seconds` when the provider said
+    │   ├── ProviderAuthFailed      the provider refuses our key
+    │   ├── ModelNotFound           the provider does not have the model
+    │   ├── BadReply                the answer is not what the protocol promises
+    │   ├── DimensionMismatch       vectors of another length than declared
+    │   └── ProviderRejected        the provider calls the request wrong: the caller's to fix
+    │       ├── ContentRefused      its content policy said no
+    │       └── ContextExceeded     longer than the model's context window
+    ├── StoreError                  look at the store
+    │   ├── CollectionMissing       no collection or alias of that name
+    │   ├── CollectionConflict      it exists with another dimension or metric
+    │   ├── VectorRefused           wrong length, NaN, infinite or zero
+    │   ├── AliasMoved              an alias no longer points where the caller expected
+    │   └── StoreUnavailable        busy, unreachable or full
+    ├── LedgerError                 look at the ledger
+    │   └── LedgerUnavailable       busy or unreachable
+    ├── RecordError                 look at Prefect
+    │   └── PrefectUnavailable      no server answers where one was expected
+    └── IngestIncomplete            run it again: what was stored is stored
+
+Two attributes decide what happens next, and nobody parses messages:
+
+`retryable`   the same call may succeed a little later
+`falls_back`  another provider may succeed where this one failed
+
+Every error survives pickling, since Prefect moves them between processes.
+No message holds a secret or a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from sekha.ingest import IngestReport
+
+__all__ = [
+    "AliasMoved",
+    "BadReply",
+    "BudgetExceeded",
+    "CollectionConflict",
+    "CollectionMissing",
+    "ConfigError",
+    "ConfigMissing",
+    "ContentRefused",
+    "ContextExceeded",
+    "CostRefused",
+    "DimensionMismatch",
+    "DocumentRefused",
+    "IngestIncomplete",
+    "InvalidRequest",
+    "LedgerError",
+    "LedgerUnavailable",
+    "ModelNotFound",
+    "NoCandidate",
+    "PrefectUnavailable",
+    "Problem",
+    "ProviderAuthFailed",
+    "ProviderError",
+    "ProviderRejected",
+    "ProviderTimeout",
+    "ProviderUnavailable",
+    "RateLimited",
+    "RecordError",
+    "RequestRefused",
+    "SekhaError",
+    "SpaceMismatch",
+    "StoreError",
+    "StoreUnavailable",
+    "StreamBroken",
+    "UnknownModel",
+    "VectorRefused",
+    "did_you_mean",
+    "dollars",
+]
+
+
+def _restore(cls: type[SekhaError], args: tuple[object, ...], state: dict[str, Any]) -> SekhaError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class SekhaError(Exception):
+    """The root. `code` names the kind of error to programs and never changes."""
+
+    code: ClassVar[str] = "error"
+    retryable: bool = False
+    falls_back: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__.copy())
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """Say the nearest known name: " Did you mean 'gpt-5-mini'?", or nothing."""
+    near = get_close_matches(str(name), known, n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def dollars(amount: Decimal) -> str:
+    """Write an amount as people read it: `$0.31`, `$0.000042`, `$12.50`."""
+    if amount == 0:
+        return "$0"
+    places = max(2, 1 - amount.adjusted())
+    return f"${amount:.{min(places, 12)}f}"
+
+
+# --- edit the configuration ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in a configuration: where, what, and the fix."""
+
+    path: str
+    """The key path, `providers[0].models[2].dimension`; empty for the whole file."""
+    message: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line else ""
+        return f"{where}{self.path}: {self.message}" if self.path else f"{where}{self.message}"
+
+
+class ConfigError(SekhaError):
+    """The configuration is wrong; `problems` holds every one that was found."""
+
+    code = "config_invalid"
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = f"{source}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
+
+
+class ConfigMissing(ConfigError):
+    code = "config_missing"
+
+
+class SpaceMismatch(ConfigError):
+    """A collection's index holds another model's vectors, and two models never share one."""
+
+    code = "space_mismatch"
+
+    def __init__(self, collection: str, *, stored: str, wanted: str) -> None:
+        super().__init__(
+            f"Collection {collection!r}",
+            [
+                Problem(
+                    "",
+                    f"it holds vectors of {stored!r} and the configuration now says {wanted!r}. Two "
+                    f"models' vectors cannot be compared: go back to {stored!r} under `collections:`, "
+                    "or give the new model a collection of its own name.",
+                )
+            ],
+        )
+        self.collection = collection
+        self.stored = stored
+        self.wanted = wanted
+
+
+# --- change the request --------------------------------------------------------------------
+
+
+class RequestRefused(SekhaError):
+    """The caller asked for something we will not do; asking again changes nothing."""
+
+    code = "request_refused"
+
+
+class InvalidRequest(RequestRefused):
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        self.field = field
+        super().__init__(message)
+
+
+class UnknownModel(RequestRefused):
+    code = "model_not_found"
+
+    def __init__(
+        self, name: str, known: Sequence[str], *, kind: Literal["model", "task", "collection"] = "model"
+    ) -> None:
+        self.name = name
+        where = {
+            "model": "Models are listed under `providers:` in sekha.yaml, and by `sekha models`.",
+            "task": f"Tasks are {', '.join(known)}.",
+            "collection": "Collections are listed under `collections:` in sekha.yaml.",
+        }[kind]
+        super().__init__(f"No {kind} {name!r}.{did_you_mean(name, known)} {where}")
+
+
+class NoCandidate(RequestRefused):
+    """Every model that could have served was dropped; `reasons` says by which rule."""
+
+    code = "no_candidate"
+
+    def __init__(self, wanted: str, reasons: Sequence[tuple[str, str]], *, retryable: bool = False) -> None:
+        self.wanted = wanted
+        self.reasons = tuple(reasons)
+        self.retryable = retryable
+        if self.reasons:
+            listed = "; ".join(f"{model}: {why}" for model, why in self.reasons[:5])
+            more = f"; and {len(self.reasons) - 5} more" if len(self.reasons) > 5 else ""
+            message = f"No model can serve {wanted}. {listed}{more}. `sekha route` explains every choice."
+        else:
+            message = f"No model can serve {wanted}. Give one that task under `providers:` in sekha.yaml."
+        super().__init__(message)
+
+
+class CostRefused(RequestRefused):
+    code = "cost_refused"
+
+    def __init__(self, *, limit: Decimal, limit_name: str, cheapest: str, cost: Decimal) -> None:
+        self.limit = limit
+        self.limit_name = limit_name
+        self.cheapest = cheapest
+        self.cost = cost
+        super().__init__(
+            f"The cheapest model, {cheapest!r}, is estimated at {dollars(cost)}, above `{limit_name}` of "
+            f"{dollars(limit)}. Shorten the input, lower `max_tokens`, or raise `{limit_name}`."
+        )
+
+
+class BudgetExceeded(RequestRefused):
+    code = "budget_exceeded"
+
+    def __init__(
+        self, budget: str, *, limit: Decimal, remaining: Decimal, needed: Decimal, period: str, resets: str | None
+    ) -> None:
+        self.budget = budget
+        self.limit = limit
+        self.remaining = remaining
+        self.needed = needed
+        self.period = period
+        self.resets = resets
+        wait = f", or wait until {resets}" if resets else ""
+        left = f"{dollars(remaining)} of {dollars(limit)} left"
+        super().__init__(
+            f"Budget {budget!r} has {left} ({period}) and this may cost {dollars(needed)}. "
+            f"Ask for less, raise `limit` of {budget!r} under `budgets:` in sekha.yaml{wait}."
+        )
+
+
+class DocumentRefused(RequestRefused):
+    """Documents that cannot be read; all of them are listed, and nothing was stored."""
+
+    code = "document_refused"
+
+    def __init__(self, refused: Sequence[tuple[str, str]]) -> None:
+        self.refused = tuple(refused)
+        count = len(self.refused)
+        head = f"{count} document{'s' if count != 1 else ''} cannot be ingested, and nothing was stored:"
+        lines = [f"  {source}: {why}" for source, why in self.refused[:20]]
+        if count > 20:
+            lines.append(f"  and {count - 20} more")
+        super().__init__("\n".join([head, *lines]))
+
+
+# --- wait, or route around the provider ----------------------------------------------------
+
+
+class ProviderError(SekhaError):
+    """A provider failed; `provider_id` and `model_id` say which."""
+
+    code = "provider_error"
+    falls_back = True
+    _says: ClassVar[str] = "failed"
+    _next: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        provider_id: str,
+        model_id: str | None = None,
+        status: int | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        self.detail = detail
+        self.provider_id = provider_id
+        self.model_id = model_id
+        self.status = status
+        self.retry_after_seconds = retry_after_seconds
+        who = f"Provider {provider_id!r}" + (f", model {model_id!r}," if model_id else "")
+        facts = [f"HTTP {status}"] if status else []
+        if detail:
+            facts.append(detail)
+        if retry_after_seconds is not None:
+            facts.append(f"retry after {retry_after_seconds:g} s")
+        said = f": {'; '.join(facts)}" if facts else ""
+        end = "" if said.endswith((".", "!", "?")) else "."
+        super().__init__(f"{who} {self._says}{said}{end}{' ' if self._next else ''}{self._next}")
+
+
+class ProviderUnavailable(ProviderError):
+    code = "provider_unavailable"
+    retryable = True
+    _says = "is unavailable"
+
+
+class ProviderTimeout(ProviderUnavailable):
+    code = "provider_timeout"
+    _says = "did not answer in time"
+    _next = "Raise its `timeout_secs` if it is merely slow."
+
+
+class StreamBroken(ProviderUnavailable):
+    """The stream ended early. What had arrived is incomplete, and another try repeats it."""
+
+    code = "stream_broken"
+    retryable = False
+    falls_back = False
+    _says = "broke off its stream"
+
+
+class RateLimited(ProviderError):
+    code = "rate_limited"
+    retryable = True
+    _says = "is rate limiting us"
+
+
+class ProviderAuthFailed(ProviderError):
+    code = "provider_auth_failed"
+    _says = "refuses our key"
+    _next = "Check its `api_key` in sekha.yaml and the variable that it names."
+
+
+class ModelNotFound(ProviderError):
+    code = "provider_model_not_found"
+    _says = "does not have that model"
+    _next = "Check `model_id`, or pull the model."
+
+
+class BadReply(ProviderError):
+    code = "provider_bad_reply"
+    retryable = True
+    _says = "gave an answer that breaks its protocol"
+
+
+class DimensionMismatch(ProviderError):
+    code = "dimension_mismatch"
+    falls_back = False
+    _says = "returned vectors of another length"
+
+    def __init__(self, *, declared: int, returned: int, provider_id: str, model_id: str) -> None:
+        super().__init__(
+            f"{returned} numbers, and sekha.yaml declares `dimension: {declared}`. Write `dimension: "
+            f"{returned}` for this model, or name the model that has {declared}",
+            provider_id=provider_id,
+            model_id=model_id,
+        )
+        self.declared = declared
+        self.returned = returned
+
+
+class ProviderRejected(ProviderError):
+    """The provider calls the request itself wrong, so no other provider is asked."""
+
+    code = "provider_rejected"
+    falls_back = False
+    _says = "rejects the request"
+
+
+class ContentRefused(ProviderRejected):
+    code = "content_refused"
+    _says = "refuses the content"
+
+
+class ContextExceeded(ProviderRejected):
+    code = "context_exceeded"
+    _says = "cannot take a request this long"
+    _next = "Shorten it, or route to a model with a larger `context_window`."
+
+
+# --- look at the store or the ledger -------------------------------------------------------
+
+
+class StoreError(SekhaError):
+    code = "store_error"
+
+
+class CollectionMissing(StoreError):
+    code = "collection_missing"
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name = name
+        listed = f"Collections here: {', '.join(known)}." if known else "The store is empty: ingest something first."
+        super().__init__(f"No collection or alias {name!r}.{did_you_mean(name, known)} {listed}")
+
+
+class CollectionConflict(StoreError):
+    """A collection exists with other properties than the ones asked for."""
+
+    code = "collection_conflict"
+
+    def __init__(self, name: str, *, field: str, exists: object, wanted: object) -> None:
+        self.name = name
+        self.field = field
+        self.exists = exists
+        self.wanted = wanted
+        super().__init__(
+            f"Collection {name!r} exists with {field} {exists!r}, and {wanted!r} was asked for. "
+            "Choose another name, or drop the collection first."
+        )
+
+
+class VectorRefused(StoreError):
+    code = "vector_refused"
+
+    def __init__(self, collection: str, uuid: str | None, why: str) -> None:
+        self.collection = collection
+        self.uuid = uuid
+        self.why = why
+        which = f"The vector of {uuid!r}" if uuid else "The query vector"
+        super().__init__(f"{which} does not fit collection {collection!r}: {why}.")
+
+
+class AliasMoved(StoreError):
+    code = "alias_moved"
+
+    def __init__(self, alias: str, *, expected: str | None, found: str | None) -> None:
+        self.alias = alias
+        self.expected = expected
+        self.found = found
+        super().__init__(
+            f"Alias {alias!r} points to {found!r}, not to {expected!r} as expected: somebody moved it. "
+            "Look at it before you move it again."
+        )
+
+
+class StoreUnavailable(StoreError):
+    code = "store_unavailable"
+    retryable = True
+
+    def __init__(self, store: str, detail: str) -> None:
+        self.store = store
+        self.detail = detail
+        super().__init__(f"Store {store!r} is unavailable: {detail}.")
+
+
+class LedgerError(SekhaError):
+    code = "ledger_error"
+
+
+class LedgerUnavailable(LedgerError):
+    code = "ledger_unavailable"
+    retryable = True
+
+    def __init__(self, ledger: str, detail: str) -> None:
+        self.ledger = ledger
+        self.detail = detail
+        super().__init__(f"Ledger {ledger!r} is unavailable: {detail}. No money is spent without it.")
+
+
+class RecordError(SekhaError):
+    code = "record_error"
+
+
+class PrefectUnavailable(RecordError):
+    code = "prefect_unavailable"
+    retryable = True
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail
+        super().__init__(detail)
+
+
+# --- run it again --------------------------------------------------------------------------
+
+
+class IngestIncomplete(SekhaError):
+    """Part of an ingest failed; `report` says what is stored and what is left."""
+
+    code = "ingest_incomplete"
+    retryable = True
+
+    def __init__(self, report: IngestReport) -> None:
+        self.report = report
+        first = report.failures[0]
+        super().__init__(
+            f"{report.embedded} chunks are stored and {report.missing} are not. First failure, "
+            f"{first.source!r}: {first.error} Run the same ingest again: it does only what is missing."
+        )

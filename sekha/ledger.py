@@ -1,0 +1,130 @@
+"""Money on record: budgets, what is held for calls under way, and what was spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Literal, Protocol, TypeAlias
+
+from sekha.pricing import Usage
+
+__all__ = ["Budget", "Hold", "Ledger", "Period", "Scope", "Spend", "Spent", "remaining"]
+
+Period: TypeAlias = Literal["hour", "day", "month", "total"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What a call is charged to. A budget matches on the fields that it names."""
+
+    provider: str | None = None
+    model: str | None = None
+    task: str | None = None
+    key: str | None = None
+    tags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """At most `limit` dollars in each `period` (UTC), for the calls that `match`."""
+
+    name: str
+    limit: Decimal
+    period: Period = "month"
+    match: Mapping[str, str] = field(default_factory=dict)
+    """Of `key`, `provider`, `model`, `task`, `tag`; empty matches every call."""
+
+    def covers(self, scope: Scope) -> bool:
+        """Whether a call in this scope counts against the budget."""
+        for name, wanted in self.match.items():
+            if name == "tag":
+                if wanted not in scope.tags:
+                    return False
+            elif getattr(scope, name) != wanted:
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Money set aside for a call under way. Gone when settled or released, or at `expires_at`."""
+
+    id: str
+    amounts: Mapping[str, Decimal]
+    """Budget name → dollars held against it."""
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spend:
+    """What one call really cost."""
+
+    scope: Scope
+    cost: Decimal
+    estimated: Decimal
+    usage: Usage
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """One line of a report."""
+
+    group: str
+    calls: int
+    cost: Decimal
+    estimated: Decimal
+    input_tokens: int
+    output_tokens: int
+
+
+class Ledger(Protocol):
+    """Every process that spends shares one. Each method is one transaction."""
+
+    async def reserve(
+        self,
+        budgets: Sequence[Budget],
+        amounts: Mapping[str, Decimal],
+        *,
+        at: datetime,
+        ttl_seconds: float,
+    ) -> Hold:
+        """Hold `amounts[budget.name]` against each budget, or against none.
+
+        Raises `BudgetExceeded` for the first budget whose spent and held money leave too little.
+        Concurrent callers, in any number of processes, never hold more than the limit together.
+        """
+        ...
+
+    async def charge(self, hold: Hold, spend: Spend) -> None:
+        """Record what a call cost, and reduce the hold by it. The hold goes on.
+
+        Spending is recorded even when it exceeds the hold, and when the hold has expired.
+        """
+        ...
+
+    async def release(self, hold: Hold) -> None:
+        """Free what is left in the hold; doing it twice changes nothing."""
+        ...
+
+    async def spent(self, budget: Budget, *, at: datetime) -> tuple[Decimal, Decimal]:
+        """Dollars spent and dollars held against the budget in the period that holds `at`."""
+        ...
+
+    async def usual_output_tokens(self, provider: str, model: str) -> int | None:
+        """The 95th percentile of the model's last 200 replies in tokens; None before ten of them."""
+        ...
+
+    async def report(
+        self, by: Literal["provider", "model", "task", "key", "tag", "day"], *, since: datetime | None = None
+    ) -> list[Spent]:
+        """Calls and money by group, the dearest first."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+def remaining(budget: Budget, spent: Decimal, held: Decimal) -> Decimal:
+    return max(budget.limit - spent - held, Decimal(0))

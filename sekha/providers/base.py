@@ -1,0 +1,93 @@
+"""What every provider can do, and the values that cross that line.
+
+A provider makes one attempt and says truthfully how it ended: a value, or one `ProviderError`.
+Retries, fallback, budgets and circuits are decided above it. `tests/contracts/test_provider.py`
+holds every provider to this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sekha.pricing import Usage
+from sekha.registry import Model
+from sekha.vectors.base import Vector
+
+__all__ = ["ChatCall", "Chunk", "Completion", "Embeddings", "Provider"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatCall:
+    """One attempt at one model. Nothing in it is shown when it is printed."""
+
+    model: Model
+    messages: Sequence[Mapping[str, Any]] = field(repr=False)
+    """In OpenAI's shape; content is text or parts (`text`, `image_url`)."""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """OpenAI's other fields as they came: `max_tokens`, `temperature`, `tools`, `response_format` …"""
+    timeout_seconds: float = 60.0
+    """For the whole answer; for a stream, until its first chunk and between any two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer: `body` is OpenAI's `chat.completion` object."""
+
+    body: Mapping[str, Any] = field(repr=False)
+    usage: Usage | None
+    """None when the provider reported none."""
+
+    @property
+    def text(self) -> str:
+        return str(self.body["choices"][0]["message"].get("content") or "")
+
+    @property
+    def finish_reason(self) -> str:
+        return str(self.body["choices"][0].get("finish_reason") or "stop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One piece of a streamed answer: `body` is OpenAI's `chat.completion.chunk` object."""
+
+    body: Mapping[str, Any] = field(repr=False)
+    usage: Usage | None = None
+    """Set on the piece that carries it, usually the last."""
+
+    @property
+    def text(self) -> str:
+        choices = self.body.get("choices") or ()
+        return str(choices[0].get("delta", {}).get("content") or "") if choices else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    vectors: Vector = field(repr=False)
+    """Shape `(len(texts), dimension)`, float32, in the order of the texts."""
+    usage: Usage | None
+
+
+class Provider(Protocol):
+    """One configured provider. Safe to use from many tasks at once."""
+
+    async def complete(self, call: ChatCall) -> Completion: ...
+
+    def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
+        """Yield the pieces as they come, and end only when the provider said that it ended.
+
+        A stream that is cut or stalls raises `StreamBroken` or `ProviderTimeout`; closing the
+        iterator closes the connection.
+        """
+        ...
+
+    async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
+        """Embed the texts in one call.
+
+        Raises `DimensionMismatch` when the vectors are not as long as `model.dimension`, and
+        `BadReply` when there are not as many as texts.
+        """
+        ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,179 @@
+"""Names → providers, models and spaces: what the configuration declares, resolved and frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias, get_args
+
+from pydantic import SecretStr
+
+from sekha.errors import UnknownModel
+from sekha.pricing import Price
+
+__all__ = [
+    "TASKS",
+    "Limits",
+    "Model",
+    "ProviderKind",
+    "ProviderSpec",
+    "Registry",
+    "Space",
+    "Task",
+    "VisionLimits",
+]
+
+Task: TypeAlias = Literal["embedding", "chat_small", "chat_large", "chat_smart", "vision", "audio", "image_generation"]
+TASKS: tuple[Task, ...] = get_args(Task)
+ProviderKind: TypeAlias = Literal["builtin", "ollama", "openai", "anthropic", "openrouter", "litellm"]
+
+CHAT_TASKS: tuple[Task, ...] = ("chat_small", "chat_large", "chat_smart", "vision")
+
+
+@dataclass(frozen=True, slots=True)
+class VisionLimits:
+    max_images: int = 10
+    max_image_size_mb: float = 20
+    supported_formats: tuple[str, ...] = ("jpg", "jpeg", "png", "gif", "webp")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One model at one provider. `price` is None when nobody knows it."""
+
+    id: str
+    provider_id: str
+    tasks: tuple[Task, ...]
+    context_window: int | None = None
+    max_output_tokens: int | None = None
+    dimension: int | None = None
+    vision: bool = False
+    audio: bool = False
+    function_calling: bool = False
+    vision_limits: VisionLimits = VisionLimits()
+    weight: int = 1
+    price: Price | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that no other model has: `openai/gpt-5-mini`."""
+        return f"{self.provider_id}/{self.id}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderSpec:
+    """One provider as declared. The key never shows when this is printed."""
+
+    id: str
+    kind: ProviderKind
+    base_url: str | None = None
+    api_key: SecretStr | None = None
+    priority: int = 50
+    """1 to 100, and the lower goes first."""
+    timeout_seconds: float = 120.0
+    limits: Limits = Limits()
+    models: tuple[Model, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where vectors can be compared: one collection's vectors of one model."""
+
+    collection: str
+    """What users name: `documents`."""
+    model: Model
+
+    @property
+    def dimension(self) -> int:
+        assert self.model.dimension is not None, "only embedding models make a space"
+        return self.model.dimension
+
+    @property
+    def name(self) -> str:
+        """The store's name for it: `Documents_768`."""
+        return f"{self.collection[:1].upper()}{self.collection[1:]}_{self.dimension}"
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be equal for two vectors to be comparable."""
+        return f"{self.model.id}:{self.dimension}"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Every provider and model that may be used. Models come in the providers' order of priority."""
+
+    providers: Mapping[str, ProviderSpec]
+    default_models: Mapping[str, str] = field(default_factory=dict)
+    """`embedding`, `chat_fast`, `chat_smart`, `chat_vision` → the model that goes first."""
+    collections: Mapping[str, str] = field(default_factory=dict)
+    """Collection → the model under which it is read and written."""
+
+    @cached_property
+    def models(self) -> tuple[Model, ...]:
+        by_priority = sorted(self.providers.values(), key=lambda provider: provider.priority)
+        return tuple(model for provider in by_priority for model in provider.models)
+
+    def provider_of(self, model: Model) -> ProviderSpec:
+        return self.providers[model.provider_id]
+
+    def for_task(self, task: Task) -> tuple[Model, ...]:
+        return tuple(model for model in self.models if task in model.tasks)
+
+    def named(self, name: str) -> tuple[Model, ...]:
+        """The models a caller means by `gpt-5-mini` (at any provider) or `openai/gpt-5-mini`.
+
+        Raises `UnknownModel` with the nearest name.
+        """
+        found = tuple(model for model in self.models if name in (model.name, model.id))
+        if not found:
+            raise UnknownModel(name, self._names())
+        return found
+
+    def space(self, collection: str) -> Space:
+        """The space under which a collection is read and written.
+
+        A collection the file does not name lives under the default embedding model.
+        """
+        if (name := self.collections.get(collection)) is not None:
+            candidates: Sequence[Model] = self.named(name)
+        else:
+            candidates = self.default_for("embedding")
+        for model in candidates:
+            if model.dimension is not None:
+                return Space(collection, model)
+        raise UnknownModel(name or "embedding", [model.id for model in self.for_task("embedding")])
+
+    def default_for(self, role: str) -> tuple[Model, ...]:
+        """The model that goes first for a role of `default_models`, else all of its task."""
+        if name := self.default_models.get(role):
+            return self.named(name)
+        match role:
+            case "embedding":
+                return self.for_task("embedding")
+            case "chat_vision":
+                return tuple(model for model in self.chat_models() if model.vision)
+            case _:
+                return self.chat_models()
+
+    def chat_models(self) -> tuple[Model, ...]:
+        return tuple(model for model in self.models if any(task in model.tasks for task in CHAT_TASKS))
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for model in self.models for name in (model.id, model.name)))
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self.models)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal registries; says whether an open one is still the declared one."""
+        return hashlib.sha256(repr(sorted(self.providers.items())).encode()).hexdigest()
