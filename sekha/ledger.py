@@ -52,6 +52,8 @@ class Hold:
     """Money set aside for a call under way. Gone when settled or released, or at `expires_at`."""
 
     id: str
+    budgets: tuple[Budget, ...]
+    """The budgets that any call under this hold may count against."""
     amounts: Mapping[str, Decimal]
     """Budget name → dollars held against it."""
     expires_at: datetime
@@ -93,6 +95,7 @@ class Ledger(Protocol):
     ) -> Hold:
         """Hold `amounts[budget.name]` against each budget, or against none.
 
+        Budgets without an amount are carried along and hold nothing; no budgets at all is legal.
         Raises `BudgetExceeded` for the first budget whose spent and held money leave too little.
         Concurrent callers, in any number of processes, never hold more than the limit together.
         """
@@ -103,6 +106,10 @@ class Ledger(Protocol):
 
         Spending is recorded even when it exceeds the hold, and when the hold has expired.
         """
+        ...
+
+    async def settle(self, hold: Hold, spend: Spend) -> None:
+        """Record what the only call under a hold cost, and free the rest of it."""
         ...
 
     async def release(self, hold: Hold) -> None:

@@ -93,7 +93,8 @@ class Space:
 
     @property
     def dimension(self) -> int:
-        assert self.model.dimension is not None, "only embedding models make a space"
+        if self.model.dimension is None:
+            raise ValueError(f"{self.model.name!r} is no embedding model, so it makes no space")
         return self.model.dimension
 
     @property
