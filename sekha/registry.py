@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from pydantic import SecretStr
 
 from sekha.errors import UnknownModel
-from sekha.pricing import Price
+from sekha.pricing import FREE, Price, price_of
+
+if TYPE_CHECKING:
+    from sekha.config import Config, ModelSection, ProviderSection
+    from sekha.price_map import PriceMap
 
 __all__ = [
     "TASKS",
@@ -30,6 +33,8 @@ TASKS: tuple[Task, ...] = get_args(Task)
 ProviderKind: TypeAlias = Literal["builtin", "ollama", "openai", "anthropic", "openrouter", "litellm"]
 
 CHAT_TASKS: tuple[Task, ...] = ("chat_small", "chat_large", "chat_smart", "vision")
+LOCAL: frozenset[ProviderKind] = frozenset({"builtin", "ollama"})
+"""Providers that run on our own machines: nobody charges for a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,16 @@ class Registry:
     collections: Mapping[str, str] = field(default_factory=dict)
     """Collection → the model under which it is read and written."""
 
+    @classmethod
+    def from_config(cls, config: Config, prices: PriceMap) -> Registry:
+        """Resolve the file: prices and limits it leaves out come from the price map."""
+        free = config.unknown_price == "free"
+        return cls(
+            providers={section.id: _provider(section, prices, unknown_is_free=free) for section in config.providers},
+            default_models={role: name for role, name in config.default_models if name is not None},
+            collections={name: section.model for name, section in config.collections.items()},
+        )
+
     @cached_property
     def models(self) -> tuple[Model, ...]:
         by_priority = sorted(self.providers.values(), key=lambda provider: provider.priority)
@@ -174,7 +189,58 @@ class Registry:
     def __iter__(self) -> Iterator[Model]:
         return iter(self.models)
 
-    @cached_property
-    def digest(self) -> str:
-        """Equal for equal registries; says whether an open one is still the declared one."""
-        return hashlib.sha256(repr(sorted(self.providers.items())).encode()).hexdigest()
+
+def _provider(section: ProviderSection, prices: PriceMap, *, unknown_is_free: bool) -> ProviderSpec:
+    listed: dict[str, list[ModelSection]] = {}
+    for model in section.models:
+        listed.setdefault(model.model_id, []).append(model)
+    return ProviderSpec(
+        id=section.id,
+        kind=section.provider_type,
+        base_url=section.base_url,
+        api_key=section.api_key,
+        priority=section.priority,
+        timeout_seconds=section.timeout_secs,
+        limits=Limits(section.limits.requests_per_minute, section.limits.tokens_per_minute),
+        models=tuple(_model(same, section, prices, unknown_is_free=unknown_is_free) for same in listed.values()),
+    )
+
+
+def _model(same: Sequence[ModelSection], section: ProviderSection, prices: PriceMap, *, unknown_is_free: bool) -> Model:
+    """One model out of its entries, one for each task it is listed under."""
+    first = same[0]
+    known = prices.limits(section.provider_type, first.model_id)
+    tasks = tuple(dict.fromkeys(entry.task for entry in same))
+    written = next((entry.price for entry in same if entry.price is not None), None)
+    configured = written and Price(
+        input=written.input_per_million,
+        output=written.output_per_million,
+        cached_input=written.cached_input_per_million,
+        per_image=written.per_image,
+    )
+    local = FREE if section.provider_type in LOCAL else None
+    sees = next((entry.vision_capabilities for entry in same if entry.vision_capabilities), None)
+    return Model(
+        id=first.model_id,
+        provider_id=section.id,
+        tasks=tasks,
+        context_window=_first(entry.context_window for entry in same) or known.context_window,
+        max_output_tokens=_first(entry.max_output_tokens for entry in same) or known.max_output_tokens,
+        dimension=_first(entry.dimension for entry in same),
+        vision="vision" in tasks or any(entry.supports_vision for entry in same),
+        audio="audio" in tasks or any(entry.supports_audio for entry in same),
+        function_calling=any(entry.supports_function_calling for entry in same),
+        vision_limits=VisionLimits(sees.max_images, sees.max_image_size_mb, sees.supported_formats)
+        if sees
+        else VisionLimits(),
+        weight=max(entry.weight for entry in same),
+        price=price_of(
+            configured,
+            local or prices.price(section.provider_type, first.model_id),
+            unknown_is_free=unknown_is_free,
+        ),
+    )
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,219 @@
+"""What `sekha.yaml` may say: one pydantic model for each section, each field with its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema
+
+from sekha.registry import ProviderKind, Task
+
+__all__ = ["ALSO_ACCEPTED", "Config", "json_schema"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class VisionCapabilities(Section):
+    max_images: int = Field(10, ge=1, description="Images that one request may carry.")
+    max_image_size_mb: float = Field(20, gt=0, description="Size of one image, in megabytes.")
+    supported_formats: tuple[str, ...] = Field(
+        ("jpg", "jpeg", "png", "gif", "webp"), description="Image formats that the model reads."
+    )
+
+
+class PriceSection(Section):
+    input_per_million: Decimal = Field(ge=0, description="US dollars for a million input tokens.")
+    output_per_million: Decimal = Field(Decimal(0), ge=0, description="US dollars for a million output tokens.")
+    cached_input_per_million: Decimal | None = Field(
+        None, ge=0, description="US dollars for a million input tokens that the provider had cached."
+    )
+    per_image: Decimal | None = Field(None, ge=0, description="US dollars for an input image, where priced apart.")
+
+
+def _price(value: object) -> object:
+    if value == "free":
+        return {"input_per_million": 0}
+    if isinstance(value, str):
+        raise ValueError("must be `free`, or a mapping with `input_per_million` and `output_per_million`")  # noqa: TRY004 - pydantic reports ValueError only
+    return value
+
+
+class ModelSection(Section):
+    model_id: str = Field(min_length=1, description="The model's name at its provider.")
+    task: Task = Field(description="What the model is used for. One model may be listed under several tasks.")
+    context_window: int | None = Field(
+        None, ge=1, description="Tokens of input and reply together. Left out: LiteLLM's map."
+    )
+    max_output_tokens: int | None = Field(
+        None, ge=1, description="Tokens of the longest reply. Left out: LiteLLM's map."
+    )
+    dimension: int | None = Field(
+        None, ge=1, le=65_536, description="Numbers in a vector. Required for embedding models."
+    )
+    supports_vision: bool = Field(False, description="Whether the model takes images.")
+    supports_audio: bool = Field(False, description="Whether the model takes audio.")
+    supports_function_calling: bool = Field(False, description="Whether the model calls tools.")
+    vision_capabilities: VisionCapabilities | None = Field(None, description="Limits on the images it takes.")
+    weight: int = Field(1, ge=1, description="Share of the traffic among equal candidates.")
+    price: Annotated[
+        PriceSection | None,
+        BeforeValidator(_price),
+        WithJsonSchema({"anyOf": [{"const": "free"}, {"$ref": "#/$defs/PriceSection"}, {"type": "null"}]}),
+    ] = Field(None, description="What tokens cost here, or `free`. Left out: LiteLLM's map.")
+
+
+class LimitsSection(Section):
+    requests_per_minute: int | None = Field(None, ge=1, description="Requests a minute that the provider allows.")
+    tokens_per_minute: int | None = Field(None, ge=1, description="Tokens a minute that the provider allows.")
+
+
+class ProviderSection(Section):
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Your name for the provider; unique.")
+    provider_type: ProviderKind = Field(description="Which protocol it speaks. Also accepted: `type`.")
+    base_url: str | None = Field(
+        None, pattern=r"^https?://", description="Where it listens. Left out: its own address."
+    )
+    api_key: SecretStr | None = Field(
+        None, description="`${NAME}` of an environment variable, or `${block:NAME}` of a Prefect Secret block."
+    )
+    priority: int = Field(50, ge=1, le=100, description="1 to 100; lower goes first.")
+    timeout_secs: float = Field(120, gt=0, description="Seconds for one whole answer.")
+    limits: LimitsSection = Field(LimitsSection(), description="The provider's rate limits.")
+    models: tuple[ModelSection, ...] = Field((), description="The models it offers.")
+
+
+class DefaultModels(Section):
+    embedding: str | None = Field(None, description="Embeds what names no other model.")
+    chat_fast: str | None = Field(None, description="Answers where speed counts.")
+    chat_smart: str | None = Field(None, description="Answers where quality counts.")
+    chat_vision: str | None = Field(None, description="Answers where there are images.")
+
+
+class CircuitBreaker(Section):
+    failure_threshold: int = Field(3, ge=1, description="Failures in a row that open the circuit.")
+    timeout_secs: float = Field(60, gt=0, description="Seconds until an open circuit lets one probe through.")
+    success_threshold: int = Field(2, ge=1, description="Probes in a row that close it again.")
+
+
+class Routing(Section):
+    auto_fallback: bool = Field(True, description="Whether another provider is asked when one fails.")
+    require_vision_for_images: bool = Field(True, description="Whether images demand a model that sees.")
+    cost_aware: bool = Field(True, description="Whether the cheaper goes first among equal priorities.")
+    max_cost_per_request: Decimal | None = Field(None, gt=0, description="US dollars; null for no limit.")
+    circuit_breaker: CircuitBreaker = Field(CircuitBreaker(), description="When a failing provider is left alone.")
+
+
+class CollectionSection(Section):
+    model: str = Field(description="The embedding model under which the collection is kept and read.")
+
+
+class StoreSection(Section):
+    kind: Literal["embedded", "weaviate"] = Field("embedded", description="Which store keeps the vectors.")
+    path: str = Field(".sekha/vectors.db", description="Embedded: the file, relative to this one.")
+    url: str | None = Field(None, pattern=r"^https?://", description="Weaviate: its HTTP address.")
+    grpc_port: int = Field(50051, ge=1, le=65_535, description="Weaviate: its gRPC port.")
+    api_key: SecretStr | None = Field(None, description="Weaviate: `${NAME}` or `${block:NAME}`.")
+    replication: int = Field(1, ge=1, description="Weaviate: copies of each object.")
+
+
+class LedgerSection(Section):
+    url: str = Field(
+        "sqlite:///.sekha/ledger.db",
+        pattern=r"^(sqlite:///|postgres(ql)?://)",
+        description="`sqlite:///FILE`, relative to this file, or `postgresql://…`.",
+    )
+
+
+class BudgetSection(Section):
+    name: str = Field(min_length=1, description="Its name; unique.")
+    limit: Decimal = Field(ge=0, description="US dollars that may be spent in each period.")
+    period: Literal["hour", "day", "month", "total"] = Field(
+        "month", description="UTC periods after which it starts anew."
+    )
+    match: dict[Literal["key", "provider", "model", "task", "tag"], str] = Field(
+        default_factory=dict, description="Which calls count: by key, provider, model, task, tag. Empty: all."
+    )
+
+
+class KeySection(Section):
+    name: str = Field(min_length=1, description="Whose key it is; unique.")
+    hash: str = Field(min_length=1, description="The key's hash, as `sekha keys create` prints it.")
+    models: tuple[str, ...] = Field((), description="Models it may use; empty for all.")
+    tasks: tuple[Task, ...] = Field((), description="Tasks it may use; empty for all.")
+    requests_per_minute: int | None = Field(None, ge=1, description="Requests a minute; null for no limit.")
+    tokens_per_minute: int | None = Field(None, ge=1, description="Tokens a minute; null for no limit.")
+
+
+class MemorySection(Section):
+    collection: str = Field("conversations", description="The collection that keeps what passes the gateway.")
+
+
+class RecordingSection(Section):
+    sample: float = Field(1.0, ge=0, le=1, description="Share of requests recorded as flow runs.")
+    max_per_second: float = Field(50, gt=0, description="Recorded at the most, each second.")
+    keep: tuple[Literal["failed", "fallback", "refused", "slow"], ...] = Field(
+        ("failed", "fallback", "refused", "slow"), description="What is recorded whatever the sample."
+    )
+    content: bool = Field(False, description="Whether prompts and replies are recorded too.")
+    retention_days: int = Field(14, ge=1, description="Days after which recorded runs are deleted.")
+
+
+class MigrationsSection(Section):
+    window: str | None = Field(
+        None, pattern=r"^\d\d:\d\d-\d\d:\d\d$", description="Hours in which they run: `01:00-06:00`."
+    )
+    max_cost: Decimal | None = Field(None, gt=0, description="US dollars that one migration may cost.")
+    live_share: float = Field(0.3, ge=0, le=1, description="Live traffic's share of the rate limits.")
+
+
+class Config(Section):
+    """Everything the file declares, validated. `sekha.open` and the flows start from it."""
+
+    version: str = Field("2.0", description="Version of the format. Also accepted: `config_version`.")
+    providers: tuple[ProviderSection, ...] = Field((), description="Where models are. Also accepted: `llm_providers`.")
+    default_models: DefaultModels = Field(DefaultModels(), description="Which model goes first, by role.")
+    routing: Routing = Field(Routing(), description="How a model is chosen, and what happens when it fails.")
+    unknown_price: Literal["refuse", "free"] = Field(
+        "refuse", description="What to do with a model whose price nobody knows. Local providers are free."
+    )
+    collections: dict[str, CollectionSection] = Field(
+        default_factory=dict, description="What is kept, under which model."
+    )
+    store: StoreSection = Field(StoreSection(), description="Where vectors are kept.")
+    ledger: LedgerSection = Field(LedgerSection(), description="Where spending is recorded.")
+    budgets: tuple[BudgetSection, ...] = Field((), description="What may be spent.")
+    keys: tuple[KeySection, ...] = Field((), description="Who may use the gateway.")
+    allow_unauthenticated: bool = Field(
+        False, description="Whether the gateway may listen beyond loopback without keys."
+    )
+    memory: MemorySection | None = Field(None, description="Whether the gateway keeps what passes it.")
+    recording: RecordingSection = Field(RecordingSection(), description="Which requests Prefect shows.")
+    migrations: MigrationsSection = Field(MigrationsSection(), description="Limits on changes of model.")
+    server_host: str = Field("127.0.0.1", description="Where the gateway listens.")
+    server_port: int = Field(5001, ge=1, le=65_535, description="The gateway's port.")
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    ] = Field("info", description="How much is logged.")
+
+
+ALSO_ACCEPTED: Mapping[str, str] = {"config_version": "version", "llm_providers": "providers"}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of `sekha.yaml`, for editors."""
+    schema = Config.model_json_schema()
+    schema["title"] = "sekha.yaml"
+    properties = schema["properties"]
+    properties |= {other: properties[name] for other, name in ALSO_ACCEPTED.items()}
+    # `price` carries its own schema, so pydantic does not see that it needs this definition.
+    schema["$defs"]["PriceSection"] = PriceSection.model_json_schema()
+    provider = schema["$defs"]["ProviderSection"]
+    provider["properties"]["type"] = provider["properties"]["provider_type"]
+    provider["required"] = ["id"]
+    provider["anyOf"] = [{"required": ["provider_type"]}, {"required": ["type"]}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

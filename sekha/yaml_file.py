@@ -1,0 +1,98 @@
+"""Read YAML with the line of every key, and every mistake instead of the first. The one file that imports yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sekha.errors import Problem
+
+__all__ = ["Place", "Tree", "dump", "path_of", "read"]
+
+Place: TypeAlias = tuple[str | int, ...]
+"""Where a value stands: `("providers", 0, "models", 2, "dimension")`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A document as plain values, with the line on which each of them starts."""
+
+    data: Any
+    lines: Mapping[Place, int]
+    problems: tuple[Problem, ...] = ()
+
+    def line(self, place: Place) -> int | None:
+        """The line of a place, or of the nearest thing around it."""
+        for length in range(len(place), -1, -1):
+            if (line := self.lines.get(place[:length])) is not None:
+                return line
+        return None
+
+    def problem(self, place: Place, message: str) -> Problem:
+        return Problem(path_of(place), message, self.line(place) if place else None)
+
+
+def path_of(place: Place) -> str:
+    """Write a place as operators do: `providers[0].models[2].dimension`."""
+    path = ""
+    for step in place:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        else:
+            path += f".{step}" if path else step
+    return path
+
+
+def read(text: str) -> Tree:
+    """Parse one document. Invalid YAML and duplicate keys come back as problems, not as exceptions."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    lines: dict[Place, int] = {}
+    problems: list[Problem] = []
+
+    def build(node: yaml.Node, place: Place) -> Any:
+        lines.setdefault(place, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            loader.flatten_mapping(node)
+            built: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node, deep=True)
+                line = key_node.start_mark.line + 1
+                if not isinstance(key, str | int | float | bool):
+                    problems.append(Problem(path_of(place), f"{key!r} cannot be a key", line))
+                    continue
+                here = (*place, str(key))
+                if str(key) in built:
+                    problems.append(
+                        Problem(path_of(here), f"written twice, first on line {lines[here]}. Keep one of them.", line)
+                    )
+                    continue
+                lines[here] = line
+                built[str(key)] = build(value_node, here)
+            return built
+        if isinstance(node, yaml.SequenceNode):
+            return [build(child, (*place, index)) for index, child in enumerate(node.value)]
+        return loader.construct_object(node, deep=True)
+
+    try:
+        node = loader.get_single_node()
+        data = build(node, ()) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(filter(None, [error.context, error.problem]))
+        line = mark.line + 1 if mark else None
+        return Tree(None, {}, (Problem("", f"not valid YAML: {what}", line),))
+    except (yaml.YAMLError, ValueError) as error:
+        return Tree(None, {}, (Problem("", f"not valid YAML: {str(error).splitlines()[0]}"),))
+    finally:
+        loader.dispose()
+    return Tree(data, lines, tuple(problems))
+
+
+def dump(data: Any) -> str:
+    """Write plain values as YAML, keys in the order given."""
+    import yaml
+
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100))
