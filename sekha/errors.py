@@ -53,6 +53,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from sekha.calling import Attempt
     from sekha.ingest import IngestReport
 
 __all__ = [
@@ -312,6 +313,8 @@ class ProviderError(SekhaError):
         self.model_id = model_id
         self.status = status
         self.retry_after_seconds = retry_after_seconds
+        self.attempts: tuple[Attempt, ...] = ()
+        """Every attempt of the request that this error ended."""
         who = f"Provider {provider_id!r}" + (f", model {model_id!r}," if model_id else "")
         facts = [f"HTTP {status}"] if status else []
         if detail:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, TypeAlias
 
-__all__ = ["FREE", "Estimate", "Price", "Usage", "cost", "price_of"]
+__all__ = [
+    "ASSUMED_REPLY",
+    "FREE",
+    "LONGEST_REPLY",
+    "Estimate",
+    "Price",
+    "Usage",
+    "cost",
+    "estimate_chat",
+    "estimate_embedding",
+    "price_of",
+]
 
 _MILLION = Decimal(1_000_000)
+Basis: TypeAlias = Literal["max_tokens", "history", "assumed", "no reply"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +70,78 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What one call to one model will cost, said before it is made.
-
-    `expected` is what to plan with; `worst_case` is what a budget holds, and no call can pass it:
-    the length of the reply is limited to `reply_limit` tokens.
-    """
+    """What one call to one model will cost, said before it is made."""
 
     expected: Decimal
+    """Dollars to plan with."""
     worst_case: Decimal
+    """Dollars that the call cannot pass; what a budget holds for it."""
     input_tokens: int
     output_tokens: int
     """The expected length of the reply."""
-    reply_limit: int | None
-    """Sent as `max_tokens`. None leaves the reply's length to the provider, which then costs nothing more."""
-    basis: Literal["max_tokens", "history", "model limit", "no reply"]
-    """Where `output_tokens` comes from."""
+    context_tokens: int
+    """Tokens that must fit into the context window: input and reply, or the longest text to embed."""
+    reply_limit: int | None = None
+    """Sent as `max_tokens` to keep the worst case; None where nothing needs to be sent."""
+    basis: Basis = "no reply"
+    """Where `output_tokens` comes from: the request, this model's usual replies, `ASSUMED_REPLY`, or none."""
+
+
+ASSUMED_REPLY = 512
+"""Tokens of a reply from a model of which no reply has been seen yet."""
+LONGEST_REPLY = 4096
+"""Tokens at which a reply is cut where nobody knows the model's own limit and its tokens cost money."""
+
+
+def estimate_chat(
+    price: Price,
+    *,
+    input_tokens: int,
+    images: int = 0,
+    requested: int | None,
+    model_limit: int | None,
+    usual: int | None,
+    cap: Decimal | None,
+) -> Estimate:
+    """Price a chat before it is made.
+
+    `requested` is the caller's `max_tokens`, `usual` the length of this model's replies so far, and
+    `cap` the dollars that this call may cost. Under a cap, a reply whose length nobody limited is
+    limited to what the cap affords, so that the call cannot pass it.
+    """
+    before = cost(Usage(input_tokens=input_tokens, images=images), price)
+    each = price.output / _MILLION
+    limit: int | None = None
+    if requested is not None:
+        length = min(requested, usual) if usual else requested
+        basis: Basis = "history" if usual and usual < requested else "max_tokens"
+        longest = requested  # sent as the caller's own `max_tokens`, so no limit of ours is needed
+    else:
+        basis = "history" if usual else "assumed"
+        longest = model_limit or LONGEST_REPLY
+        length = min(usual or ASSUMED_REPLY, longest)
+        limit = None if model_limit or not each else longest
+        if cap is not None and each and before + longest * each > cap:
+            affordable = int((cap - before) / each) if cap > before else 0
+            # A limit below the usual length would not save the request but mutilate its reply.
+            longest = limit = max(affordable, length)
+    return Estimate(
+        expected=before + length * each,
+        worst_case=before + longest * each,
+        input_tokens=input_tokens,
+        output_tokens=length,
+        context_tokens=input_tokens + (requested or 0),
+        reply_limit=limit,
+        basis=basis,
+    )
+
+
+def estimate_embedding(price: Price, *, input_tokens: int, longest: int) -> Estimate:
+    """Price an embedding before it is made: exact but for the tokenizer, since nothing comes back."""
+    dollars = cost(Usage(input_tokens=input_tokens), price)
+    return Estimate(
+        expected=dollars, worst_case=dollars, input_tokens=input_tokens, output_tokens=0, context_tokens=longest
+    )
 
 
 def cost(usage: Usage, price: Price) -> Decimal:

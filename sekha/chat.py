@@ -1,0 +1,111 @@
+"""Answer one request: estimate, select, reserve, call, settle. The order is written here, once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from sekha.calling import Attempt
+from sekha.errors import InvalidRequest
+from sekha.ledger import Hold
+from sekha.pricing import Usage
+from sekha.registry import Task
+from sekha.routing import Ask, Estimates, Plan
+
+__all__ = ["ChatRequest", "ChatSteps", "Reply", "answer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """What a caller wants answered. Every field but ours is passed through as it came."""
+
+    messages: tuple[Mapping[str, Any], ...] = field(repr=False)
+    """In OpenAI's shape: `{"role": "user", "content": "…"}`; content may be parts with images."""
+    model: str | None = None
+    """A model, `provider/model`, a task's name, `auto`; left out, the default model."""
+    task: Task | None = None
+    preferred_model: str | None = None
+    require_vision: bool = False
+    max_cost: Decimal | None = None
+    """US dollars that this request may cost at the most."""
+    max_tokens: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """OpenAI's other fields: `temperature`, `tools`, `response_format` …"""
+    tags: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise InvalidRequest("`messages` is empty: send at least one.", field="messages")
+        for at, message in enumerate(self.messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidRequest(f"`messages[{at}]` needs a `role` and `content`.", field=f"messages[{at}]")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidRequest(f"`max_tokens` is {self.max_tokens!r}; it must be 1 or more.", field="max_tokens")
+        if self.max_cost is not None and self.max_cost < 0:
+            raise InvalidRequest(f"`max_cost` is {self.max_cost}; it must be 0 or more.", field="max_cost")
+
+    @property
+    def has_images(self) -> bool:
+        return any(
+            isinstance(part, Mapping) and part.get("type") == "image_url"
+            for message in self.messages
+            if isinstance(message.get("content"), list | tuple)
+            for part in message["content"]
+        )
+
+    def ask(self, *, images_need_vision: bool = True) -> Ask:
+        """What routing has to know of the request."""
+        return Ask(
+            kind="chat",
+            model=self.model,
+            task=self.task,
+            preferred_model=self.preferred_model,
+            vision=self.require_vision or (images_need_vision and self.has_images),
+            max_cost=self.max_cost,
+            tags=self.tags,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """An answer, who gave it, and what it cost."""
+
+    text: str = field(repr=False)
+    body: Mapping[str, Any] = field(repr=False)
+    """The whole answer in OpenAI's `chat.completion` shape."""
+    provider_id: str
+    model_id: str
+    usage: Usage
+    estimated_cost: Decimal
+    cost: Decimal
+    attempts: tuple[Attempt, ...]
+    reason: str
+    """Why this model was chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSteps:
+    """The steps of a chat: plain callables in-process, Prefect tasks in a flow."""
+
+    estimate: Callable[[ChatRequest], Awaitable[Estimates]]
+    select: Callable[[ChatRequest, Estimates], Awaitable[Plan]]
+    reserve: Callable[[Plan], Awaitable[Hold]]
+    call: Callable[[ChatRequest, Plan, Hold], Awaitable[Reply]]
+    settle: Callable[[Hold, Reply | None], Awaitable[None]]
+
+
+async def answer(request: ChatRequest, steps: ChatSteps) -> Reply:
+    """Answer one request. Money is held before anyone is called, and settled however it ends."""
+    estimates = await steps.estimate(request)
+    plan = await steps.select(request, estimates)
+    hold = await steps.reserve(plan)
+    try:
+        reply = await steps.call(request, plan, hold)
+    except BaseException:
+        await asyncio.shield(steps.settle(hold, None))
+        raise
+    await steps.settle(hold, reply)
+    return reply

@@ -1,0 +1,79 @@
+"""Turn texts into vectors: the same line as a chat, with vectors at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from sekha.calling import Attempt
+from sekha.errors import InvalidRequest
+from sekha.ledger import Hold
+from sekha.pricing import Usage
+from sekha.routing import Ask, Estimates, Plan
+from sekha.vectors.base import Vector
+
+__all__ = ["EmbedRequest", "EmbedSteps", "Embedded", "embed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest:
+    """Texts to embed with one model."""
+
+    texts: tuple[str, ...] = field(repr=False)
+    model: str | None = None
+    """A model or `provider/model`; left out, the default embedding model."""
+    max_cost: Decimal | None = None
+    tags: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for at, text in enumerate(self.texts):
+            if not text or text.isspace():
+                raise InvalidRequest(f"Text {at} is empty, and nothing has no meaning to embed.", field=f"input[{at}]")
+
+    def ask(self) -> Ask:
+        return Ask(kind="embedding", model=self.model, task="embedding", max_cost=self.max_cost, tags=self.tags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Vectors in the order of the texts, who made them, and what they cost."""
+
+    vectors: Vector = field(repr=False)
+    """Shape `(len(texts), dimension)`, float32."""
+    provider_id: str
+    model_id: str
+    usage: Usage
+    estimated_cost: Decimal
+    cost: Decimal
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def dimension(self) -> int:
+        return int(self.vectors.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedSteps:
+    """The steps of an embedding: plain callables in-process, Prefect tasks in a flow."""
+
+    estimate: Callable[[EmbedRequest], Awaitable[Estimates]]
+    select: Callable[[EmbedRequest, Estimates], Awaitable[Plan]]
+    reserve: Callable[[Plan], Awaitable[Hold]]
+    embed: Callable[[EmbedRequest, Plan, Hold], Awaitable[Embedded]]
+    settle: Callable[[Hold, Embedded | None], Awaitable[None]]
+
+
+async def embed(request: EmbedRequest, steps: EmbedSteps) -> Embedded:
+    """Embed the texts. Money is held before anyone is called, and settled however it ends."""
+    estimates = await steps.estimate(request)
+    plan = await steps.select(request, estimates)
+    hold = await steps.reserve(plan)
+    try:
+        embedded = await steps.embed(request, plan, hold)
+    except BaseException:
+        await asyncio.shield(steps.settle(hold, None))
+        raise
+    await steps.settle(hold, embedded)
+    return embedded
