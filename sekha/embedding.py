@@ -25,6 +25,8 @@ class EmbedRequest:
     model: str | None = None
     """A model or `provider/model`; left out, the default embedding model."""
     max_cost: Decimal | None = None
+    bulk: bool = False
+    """Many requests' worth of texts: `max_cost_per_request` does not cap it."""
     tags: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -33,7 +35,14 @@ class EmbedRequest:
                 raise InvalidRequest(f"Text {at} is empty, and nothing has no meaning to embed.", field=f"input[{at}]")
 
     def ask(self) -> Ask:
-        return Ask(kind="embedding", model=self.model, task="embedding", max_cost=self.max_cost, tags=self.tags)
+        return Ask(
+            kind="embedding",
+            model=self.model,
+            task="embedding",
+            max_cost=self.max_cost,
+            bulk=self.bulk,
+            tags=self.tags,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

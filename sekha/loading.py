@@ -171,7 +171,8 @@ def _server_from(env: Mapping[str, str]) -> dict[str, Any]:
 def _known_dimension(model_id: str) -> int | None:
     from sekha.price_map import PriceMap
 
-    return OLLAMA_DIMENSIONS.get(model_id.split(":", 1)[0]) or PriceMap.bundled().limits("ollama", model_id).dimension
+    known = PriceMap.bundled().limits("ollama", model_id)
+    return OLLAMA_DIMENSIONS.get(model_id.split(":", 1)[0]) or (known.dimension if known else None)
 
 
 OLLAMA_DIMENSIONS: Mapping[str, int] = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from pydantic import SecretStr
 
 from sekha.errors import UnknownModel
-from sekha.pricing import FREE, Price, price_of
+from sekha.pricing import Price, price_of
 
 if TYPE_CHECKING:
     from sekha.config import Config, ModelSection, ProviderSection
@@ -33,8 +33,6 @@ TASKS: tuple[Task, ...] = get_args(Task)
 ProviderKind: TypeAlias = Literal["builtin", "ollama", "openai", "anthropic", "openrouter", "litellm"]
 
 CHAT_TASKS: tuple[Task, ...] = ("chat_small", "chat_large", "chat_smart", "vision")
-LOCAL: frozenset[ProviderKind] = frozenset({"builtin", "ollama"})
-"""Providers that run on our own machines: nobody charges for a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +216,13 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         cached_input=written.cached_input_per_million,
         per_image=written.per_image,
     )
-    local = FREE if section.provider_type in LOCAL else None
     sees = next((entry.vision_capabilities for entry in same if entry.vision_capabilities), None)
     return Model(
         id=first.model_id,
         provider_id=section.id,
         tasks=tasks,
-        context_window=_first(entry.context_window for entry in same) or known.context_window,
-        max_output_tokens=_first(entry.max_output_tokens for entry in same) or known.max_output_tokens,
+        context_window=_first(entry.context_window for entry in same) or (known and known.context_window),
+        max_output_tokens=_first(entry.max_output_tokens for entry in same) or (known and known.max_output_tokens),
         dimension=_first(entry.dimension for entry in same),
         vision="vision" in tasks or any(entry.supports_vision for entry in same),
         audio="audio" in tasks or any(entry.supports_audio for entry in same),
@@ -236,7 +233,7 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         weight=max(entry.weight for entry in same),
         price=price_of(
             configured,
-            local or prices.price(section.provider_type, first.model_id),
+            prices.price(section.provider_type, first.model_id),
             unknown_is_free=unknown_is_free,
         ),
     )

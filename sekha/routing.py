@@ -12,7 +12,7 @@ from sekha.ledger import Budget, Scope
 from sekha.pricing import Estimate
 from sekha.registry import TASKS, Model, Registry, Task
 
-__all__ = ["Ask", "Candidate", "Dropped", "Estimates", "Plan", "Rule", "Rules", "considered", "plan"]
+__all__ = ["Ask", "Candidate", "Dropped", "Estimates", "Plan", "Rule", "Rules", "cap", "considered", "plan"]
 
 Rule: TypeAlias = Literal["capability", "context", "circuit", "price", "cost", "budget", "fallback"]
 
@@ -29,6 +29,8 @@ class Ask:
     """Goes first, but unlike `model` other models of the task stand behind it."""
     vision: bool = False
     max_cost: Decimal | None = None
+    bulk: bool = False
+    """Many requests' worth of work: `max_cost_per_request` does not cap it, `max_cost` does."""
     key: str | None = None
     tags: frozenset[str] = frozenset()
 
@@ -202,10 +204,10 @@ def _objections(ask: Ask, model: Model, estimates: Estimates, limits: _Limits) -
     if model.context_window and estimate.context_tokens > model.context_window:
         needs, takes = f"{estimate.context_tokens:,}", f"{model.context_window:,}"
         yield Dropped(model, "context", f"{needs} tokens do not fit its context window of {takes}")
-    cap, name = _cap(ask, limits.rules)
-    if cap is not None and estimate.worst_case > cap:
+    limit, name = cap(ask, limits.rules)
+    if limit is not None and estimate.worst_case > limit:
         most = dollars(estimate.worst_case)
-        yield Dropped(model, "cost", f"it may cost {most}, above `{name}` of {dollars(cap)}")
+        yield Dropped(model, "cost", f"it may cost {most}, above `{name}` of {dollars(limit)}")
     scope = ask.scope(model)
     for budget in limits.budgets:
         left = estimates.remaining.get(budget.name, budget.limit)
@@ -215,8 +217,10 @@ def _objections(ask: Ask, model: Model, estimates: Estimates, limits: _Limits) -
             )
 
 
-def _cap(ask: Ask, rules: Rules) -> tuple[Decimal | None, str]:
-    limits = [(ask.max_cost, "max_cost"), (rules.max_cost_per_request, "max_cost_per_request")]
+def cap(ask: Ask, rules: Rules) -> tuple[Decimal | None, str]:
+    """The dollars that one call may cost, and the name of the limit that says so."""
+    per_request = None if ask.bulk else rules.max_cost_per_request
+    limits = [(ask.max_cost, "max_cost"), (per_request, "max_cost_per_request")]
     return min(((cap, name) for cap, name in limits if cap is not None), default=(None, ""))
 
 
@@ -267,12 +271,12 @@ def _refusal(
 ) -> RequestRefused:
     rule_of = {drop.rule for drop in dropped}
     priced = [drop.model for drop in dropped if drop.rule in ("cost", "budget")]
-    cap, cap_name = _cap(ask, rules)
+    limit, limit_name = cap(ask, rules)
     if priced and rule_of <= {"cost", "budget"}:
         cheapest = min(priced, key=lambda model: _estimate(model, estimates).worst_case)
         needed = _estimate(cheapest, estimates).worst_case
-        if cap is not None and needed > cap:
-            return CostRefused(limit=cap, limit_name=cap_name, cheapest=cheapest.name, cost=needed)
+        if limit is not None and needed > limit:
+            return CostRefused(limit=limit, limit_name=limit_name, cheapest=cheapest.name, cost=needed)
         for budget in budgets:
             left = estimates.remaining.get(budget.name, budget.limit)
             if budget.covers(ask.scope(cheapest)) and needed > left:

@@ -1,0 +1,280 @@
+"""Documents in, chunks out: reading files with care, and splitting text where its author did."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sekha.errors import DocumentRefused
+
+__all__ = ["MAX_DOCUMENT_MB", "Chunk", "Document", "checked", "content_hash", "read_folder", "split"]
+
+MAX_DOCUMENT_MB = 10.0
+SUFFIXES = frozenset({".md", ".markdown", ".mdx", ".txt", ".text", ".rst", ".adoc", ".org"})
+SKIPPED_FOLDERS = frozenset({"node_modules", "__pycache__", "dist", "build"})
+NAMESPACE = uuid.UUID("5e4ba000-0000-5000-8000-000000000001")
+"""Root of every chunk's UUID. Changing it would orphan what is stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text and where it comes from. `source` names it for good: the same source replaces it."""
+
+    source: str
+    text: str = field(repr=False)
+    updated_at: str | None = None
+    """ISO 8601, UTC."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of a document that is embedded and found as one."""
+
+    source: str
+    index: int
+    text: str = field(repr=False)
+    heading: str = ""
+    """The headings above it, `Install › Linux`."""
+    updated_at: str | None = None
+
+    @property
+    def content_hash(self) -> str:
+        return content_hash(self.text)
+
+    def uuid_in(self, collection: str) -> str:
+        """The same for the same collection, source and position, so that writing again replaces."""
+        # A separator that no name holds, so that ("a", "bc") and ("ab", "c") stay apart.
+        return str(uuid.uuid5(NAMESPACE, "\0".join((collection, self.source, str(self.index)))))
+
+
+def content_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def read_folder(path: Path, *, max_document_mb: float = MAX_DOCUMENT_MB, skip_refused: bool = False) -> list[Document]:
+    """Read a file, or every Markdown and text file below a folder, in the order of their paths.
+
+    A source is named relative to the folder, so that moving the folder changes nothing. Raises
+    `DocumentRefused` with every file that cannot be read; with `skip_refused`, leaves them out.
+    """
+    if not path.exists():
+        raise DocumentRefused([(str(path), "there is no such file or folder")])
+    root = path if path.is_dir() else path.parent
+    files = _files_below(path) if path.is_dir() else [path]
+    documents: list[Document] = []
+    refused: list[tuple[str, str]] = []
+    for file in files:
+        source = file.relative_to(root).as_posix()
+        try:
+            documents.append(_read(file, source, max_document_mb))
+        except _Refused as reason:
+            refused.append((source, str(reason)))
+    if refused and not skip_refused:
+        raise DocumentRefused(refused)
+    if not documents:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DocumentRefused([(str(path), f"no text in it: files that end in {kinds} are read"), *refused])
+    return documents
+
+
+def checked(documents: Iterable[Document], *, max_document_mb: float = MAX_DOCUMENT_MB) -> tuple[Document, ...]:
+    """Documents that are handed over, held to the same rules as files."""
+    checked: dict[str, Document] = {}
+    refused: list[tuple[str, str]] = []
+    for document in documents:
+        size = len(document.text.encode("utf-8", "surrogatepass"))
+        if not document.source:
+            refused.append(("", "it has no `source`, the name under which it is replaced later"))
+        elif document.source in checked:
+            refused.append((document.source, "two documents have this source: each needs its own"))
+        elif reason := _objection(document.text, size, max_document_mb):
+            refused.append((document.source, reason))
+        checked.setdefault(document.source, document)
+    if refused:
+        raise DocumentRefused(refused)
+    return tuple(checked.values())
+
+
+class _Refused(Exception):
+    pass
+
+
+def _files_below(folder: Path) -> list[Path]:
+    def walk(at: Path) -> Iterator[Path]:
+        for entry in sorted(at.iterdir()):
+            if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
+                continue
+            if entry.is_dir():
+                yield from walk(entry)
+            elif entry.suffix.lower() in SUFFIXES:
+                yield entry
+
+    return list(walk(folder))
+
+
+def _read(file: Path, source: str, max_document_mb: float) -> Document:
+    try:
+        status = file.stat()
+        if status.st_size > max_document_mb * 1e6:
+            raise _Refused(_too_large(status.st_size, max_document_mb))
+        data = file.read_bytes()
+    except OSError as error:
+        raise _Refused(f"it cannot be read: {error.strerror}") from error
+    if b"\0" in data[:8192]:
+        raise _Refused("it is binary, not text: convert it, or leave it out")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _Refused(
+            f"it is not UTF-8: byte {data[error.start]:#04x} on line {line}. Convert it: "
+            f"`iconv -f WINDOWS-1252 -t UTF-8 {source}`"
+        ) from error
+    if reason := _objection(text, len(data), max_document_mb):
+        raise _Refused(reason)
+    updated_at = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds")
+    return Document(source=source, text=text, updated_at=updated_at)
+
+
+def _objection(text: str, size: int, max_document_mb: float) -> str | None:
+    if size > max_document_mb * 1e6:
+        return _too_large(size, max_document_mb)
+    if not text or text.isspace():
+        return "it is empty: write something, or leave it out"
+    if "\0" in text:
+        return "it is binary, not text: convert it, or leave it out"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "it holds half a character (a lone surrogate), which is not UTF-8: decode it again from its bytes"
+    return None
+
+
+def _too_large(size: int, limit_mb: float) -> str:
+    return (
+        f"it has {size / 1e6:.1f} MB, and {limit_mb:g} MB is the most: split it, "
+        f"or allow it with `--max-document-mb {size / 1e6 + 1:.0f}`"
+    )
+
+
+# --- splitting -----------------------------------------------------------------------------
+
+_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
+_FENCE = re.compile(r"^\s*(```|~~~)")
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    text: str
+    headings: tuple[str, ...]
+    starts_section: bool = False
+
+
+def split(document: Document, *, size: int = 1200, overlap: int = 150) -> list[Chunk]:
+    """Split a document into chunks of at most `size` characters.
+
+    It breaks at headings first, then between paragraphs, then sentences, then words, and keeps a
+    fenced block whole while it fits. Within a section each chunk begins with up to `overlap`
+    characters of the one before, from the start of a sentence or word.
+    """
+    if not 0 <= overlap < size:
+        raise ValueError(f"overlap must be at least 0 and below size, not {overlap!r} of {size!r}")
+    pieces: list[tuple[str, str]] = []
+    # So that a tail, the blank line behind it and a whole part always fit together.
+    room = max(size - overlap - 2, 1)
+    current: list[str] = []
+    headings: tuple[str, ...] = ()
+    for block in _blocks(document.text):
+        if current and (block.starts_section or _length(current) + 2 + len(block.text) > room):
+            pieces.append(("\n\n".join(current), " › ".join(headings)))
+            current = [] if block.starts_section else _tail(pieces[-1][0], overlap)
+        headings = block.headings
+        for part in _parts(block.text, room):
+            if current and _length(current) + 2 + len(part) > size:
+                pieces.append(("\n\n".join(current), " › ".join(headings)))
+                current = _tail(pieces[-1][0], overlap)
+            current.append(part)
+    if current:
+        pieces.append(("\n\n".join(current), " › ".join(headings)))
+    return [
+        Chunk(source=document.source, index=index, text=text, heading=heading, updated_at=document.updated_at)
+        for index, (text, heading) in enumerate(pieces)
+    ]
+
+
+def _length(parts: list[str]) -> int:
+    return sum(map(len, parts)) + 2 * (len(parts) - 1)
+
+
+def _blocks(text: str) -> Iterator[_Block]:
+    """Paragraphs and fenced blocks in order, each with the headings above it."""
+    headings: dict[int, str] = {}
+    lines: list[str] = []
+    fence: str | None = None
+    section = False
+
+    def block() -> Iterator[_Block]:
+        nonlocal section
+        if body := "\n".join(lines).strip("\n").rstrip():
+            yield _Block(body, tuple(headings[level] for level in sorted(headings)), section)
+            section = False
+        lines.clear()
+
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if fence:
+            lines.append(line)
+            if line.strip().startswith(fence):
+                fence = None
+                yield from block()
+        elif found := _FENCE.match(line):
+            yield from block()
+            fence = found[1]
+            lines.append(line)
+        elif found := _HEADING.match(line):
+            yield from block()
+            level = len(found[1])
+            headings = {above: title for above, title in headings.items() if above < level} | {level: found[2]}
+            section = True
+            lines.append(line)
+        elif not line.strip():
+            # A heading stays with the paragraph under it.
+            if not (len(lines) == 1 and _HEADING.match(lines[0])):
+                yield from block()
+        else:
+            lines.append(line)
+    yield from block()
+
+
+def _parts(text: str, size: int) -> Iterator[str]:
+    """The text in pieces of at most `size`: whole, else by sentences, else by words, else anywhere."""
+    while len(text) > size:
+        cut = _last_break(text, size)
+        yield text[:cut].rstrip()
+        text = text[cut:].lstrip()
+    if text:
+        yield text
+
+
+def _last_break(text: str, size: int) -> int:
+    ends = [found.end() for found in _SENTENCE_END.finditer(text, size // 2, size)]
+    if ends:
+        return ends[-1]
+    space = text.rfind(" ", size // 2, size)
+    return space + 1 if space > 0 else size
+
+
+def _tail(text: str, overlap: int) -> list[str]:
+    """The end of a chunk that the next one repeats."""
+    if overlap == 0 or len(text) <= overlap:
+        return []
+    tail = text[-overlap:]
+    starts = [found.end() for found in _SENTENCE_END.finditer(tail)]
+    at = starts[0] if starts and starts[0] < len(tail) else tail.find(" ") + 1
+    return [tail[at:].strip()] if tail[at:].strip() else []
