@@ -1,0 +1,228 @@
+"""Images in messages: what their bytes say, and what providers charge for them in tokens.
+
+Nothing here fetches a URL. An image whose size is unknown counts as the dearest there can be.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from sekha.errors import InvalidRequest
+
+__all__ = ["Image", "ImageFormat", "data_in_url", "image_tokens", "read_image"]
+
+ImageFormat: TypeAlias = Literal["png", "jpeg", "gif", "webp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What the first bytes of an image say about it."""
+
+    format: ImageFormat
+    width: int
+    height: int
+
+
+def data_in_url(url: str) -> bytes | None:
+    """The bytes of a `data:` URL, or None for any other URL.
+
+    Raises `InvalidRequest` when they are not base64.
+    """
+    if not url[:5].lower() == "data:":
+        return None
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InvalidRequest(
+            "An image's `data:` URL must read `data:image/png;base64,…`.", field="messages.content.image_url"
+        )
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(f"An image's base64 is broken: {error}.", field="messages.content.image_url") from error
+
+
+def read_image(data: bytes) -> Image:
+    """Format, width and height from the bytes themselves.
+
+    Raises `InvalidRequest` for what is not a PNG, JPEG, GIF or WebP image, or breaks off.
+    """
+    try:
+        image = _png(data) or _gif(data) or _webp(data) or _jpeg(data)
+    except (struct.error, IndexError) as error:
+        raise InvalidRequest(
+            "An image breaks off before it says its size.", field="messages.content.image_url"
+        ) from error
+    if image is None or image.width < 1 or image.height < 1:
+        raise InvalidRequest("An image is neither PNG, JPEG, GIF nor WebP.", field="messages.content.image_url")
+    return image
+
+
+def image_tokens(model: str, image: Image | None, *, detail: str = "auto") -> int:
+    """Tokens that a model charges for one image; without an image, the most it may charge for any.
+
+    By the formulas that the providers publish:
+
+    - OpenAI, tiles: GPT-4o, 4.1, 4.5, 5 and o1, o3. A base and a sum per tile of 512 pixels, once the
+      image is fitted into 2048 × 2048 and its short side into 768. `low` is the base alone.
+    - OpenAI, patches: the mini and nano models of GPT-4.1, 5 and o4, and all from GPT-5.4 on. Patches
+      of 32 pixels, shrunk to fit the model's budget, times its multiplier.
+    - Anthropic: patches of 28 pixels, the long edge and the number limited.
+
+    Any other model counts by GPT-4o's tiles, which is an approximation. `auto` counts as `high`,
+    since the provider may choose it.
+    https://platform.openai.com/docs/guides/images-vision#calculating-costs
+    https://platform.claude.com/docs/en/build-with-claude/vision
+    """
+    name = model.rpartition("/")[2]
+    if "claude" in name:
+        return _claude(name.replace(".", "-"), image)
+    for prefix, patches in _PATCHES:
+        if name.startswith(prefix):
+            return patches.tokens(image, detail)
+    for prefix, tiles in _TILES:
+        if name.startswith(prefix):
+            return tiles.tokens(image, detail)
+    return _OTHERS.tokens(image, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    base: int
+    per_tile: int
+
+    def tokens(self, image: Image | None, detail: str) -> int:
+        if detail == "low":
+            return self.base
+        if image is None:
+            return self.base + self.per_tile * 8  # 2048 × 768 pixels are 4 × 2 tiles
+        scale = min(1.0, 2048 / max(image.width, image.height))
+        width, height = image.width * scale, image.height * scale
+        scale = min(1.0, 768 / min(width, height))
+        return self.base + self.per_tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+
+
+@dataclass(frozen=True, slots=True)
+class _Patches:
+    multiplier: float
+    budget: int = 1536
+    whole_budget: int | None = None
+    """The budget of `original` and `auto`, where a model takes images at full size."""
+
+    def tokens(self, image: Image | None, detail: str) -> int:
+        full_size = self.whole_budget is not None and detail in ("auto", "original")
+        budget = self.whole_budget if full_size and self.whole_budget else self.budget
+        patches = budget if image is None else min(budget, _patches_within(image, budget))
+        return math.ceil(round(patches * self.multiplier, 6))
+
+
+def _patches_within(image: Image, budget: int, side: int = 32) -> int:
+    across, down = math.ceil(image.width / side), math.ceil(image.height / side)
+    if across * down <= budget:
+        return across * down
+    shrink = math.sqrt(side * side * budget / (image.width * image.height))
+    # Shrunk a little further, until one side is a whole number of patches.
+    exact_across, exact_down = image.width * shrink / side, image.height * shrink / side
+    shrink *= min(
+        max(1, math.floor(exact_across)) / exact_across,
+        max(1, math.floor(exact_down)) / exact_down,
+    )
+    # Rounded first, or a side of exactly 48 patches becomes 49 by float dust.
+    return math.ceil(round(image.width * shrink / side, 6)) * math.ceil(round(image.height * shrink / side, 6))
+
+
+def _claude(name: str, image: Image | None) -> int:
+    standard = any(family in name for family in _CLAUDE_STANDARD)
+    edge, budget = (1568, 1568) if standard else (2576, 4784)
+    if image is None:
+        return budget
+    scale = min(1.0, edge / max(image.width, image.height))
+    # Claude shrinks what is over the budget until it fits, so the budget is what it costs at most.
+    return min(budget, math.ceil(image.width * scale / 28) * math.ceil(image.height * scale / 28))
+
+
+_OTHERS = _Tiles(85, 170)
+# The first prefix that fits decides.
+_PATCHES = (
+    ("gpt-4.1-mini", _Patches(1.62)),
+    ("gpt-4.1-nano", _Patches(2.46)),
+    ("gpt-5-mini", _Patches(1.62)),
+    ("gpt-5-nano", _Patches(2.46)),
+    ("o4-mini", _Patches(1.72)),
+    ("gpt-5.4-mini", _Patches(1.62)),
+    ("gpt-5.4-nano", _Patches(2.46)),
+    ("gpt-5.4", _Patches(1.2, 2500, 10_000)),
+    ("gpt-5.5", _Patches(1.2, 2500, 10_000)),
+    ("gpt-5.6", _Patches(1.2, 2500, 10_000)),
+    # A photo of 12 megapixels is billed whole, at 11,970 patches; no limit beyond it is published.
+    ("gpt-6", _Patches(1.2, 2500, 12_000)),
+)
+_TILES = (
+    ("gpt-4o-mini", _Tiles(2833, 5667)),
+    ("gpt-5", _Tiles(70, 140)),
+    ("o1", _Tiles(75, 150)),
+    ("o3", _Tiles(75, 150)),
+)
+_CLAUDE_STANDARD = (
+    "claude-2",
+    "claude-3",
+    "claude-haiku-4",
+    "claude-sonnet-4",
+    "claude-opus-4-0",
+    "claude-opus-4-1",
+    "claude-opus-4-2",
+    "claude-opus-4-5",
+    "claude-opus-4-6",
+)
+
+
+def _png(data: bytes) -> Image | None:
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    width, height = struct.unpack_from(">II", data, 16)
+    return Image("png", width, height)
+
+
+def _gif(data: bytes) -> Image | None:
+    if not data.startswith((b"GIF87a", b"GIF89a")):
+        return None
+    width, height = struct.unpack_from("<HH", data, 6)
+    return Image("gif", width, height)
+
+
+def _webp(data: bytes) -> Image | None:
+    if not (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
+        return None
+    match data[12:16]:
+        case b"VP8 ":
+            width, height = struct.unpack_from("<HH", data, 26)
+            return Image("webp", width & 0x3FFF, height & 0x3FFF)
+        case b"VP8L":
+            (bits,) = struct.unpack_from("<I", data, 21)
+            return Image("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        case b"VP8X":
+            # Two sizes of 24 bits each, less one.
+            low, high = struct.unpack_from("<IH", data, 24)
+            return Image("webp", (low & 0xFFFFFF) + 1, (low >> 24 | high << 8) + 1)
+        case _:
+            return None
+
+
+def _jpeg(data: bytes) -> Image | None:
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    at = 2
+    while True:
+        while data[at] == 0xFF:  # any number of them may pad a marker
+            at += 1
+        marker = data[at]
+        (length,) = struct.unpack_from(">H", data, at + 1)
+        # The frame headers are C0 to CF, but for three that are tables.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 4)
+            return Image("jpeg", width, height)
+        at += 1 + length

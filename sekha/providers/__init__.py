@@ -1,0 +1,1 @@
+"""Everything that answers chats and makes embeddings, behind one protocol: `sekha.providers.base.Provider`."""
