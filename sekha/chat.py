@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
-from sekha.ledger import Hold
+from sekha.ledger import Hold, Scope
 from sekha.pricing import Usage
 from sekha.registry import Task
 from sekha.routing import Ask, Estimates, Plan
@@ -39,7 +39,7 @@ class ChatRequest:
     def __post_init__(self) -> None:
         if not self.messages:
             raise InvalidRequest("`messages` is empty: send at least one.", field="messages")
-        for at, message in enumerate(self.messages):
+        for at, message in enumerate(cast("tuple[object, ...]", self.messages)):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequest(f"`messages[{at}]` needs a `role` and `content`.", field=f"messages[{at}]")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -48,8 +48,8 @@ class ChatRequest:
             raise InvalidRequest(f"`max_cost` is {self.max_cost}; it must be 0 or more.", field="max_cost")
 
     @property
-    def has_images(self) -> bool:
-        return any(
+    def image_count(self) -> int:
+        return sum(
             isinstance(part, Mapping) and part.get("type") == "image_url"
             for message in self.messages
             if isinstance(message.get("content"), list | tuple)
@@ -63,7 +63,7 @@ class ChatRequest:
             model=self.model,
             task=self.task,
             preferred_model=self.preferred_model,
-            vision=self.require_vision or (images_need_vision and self.has_images),
+            vision=self.require_vision or (images_need_vision and self.image_count > 0),
             max_cost=self.max_cost,
             tags=self.tags,
         )
@@ -84,6 +84,7 @@ class Reply:
     attempts: tuple[Attempt, ...]
     reason: str
     """Why this model was chosen."""
+    charged_to: Scope
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
-from sekha.ledger import Hold
+from sekha.ledger import Hold, Scope
 from sekha.pricing import Usage
 from sekha.routing import Ask, Estimates, Plan
 from sekha.vectors.base import Vector
@@ -57,6 +57,7 @@ class Embedded:
     estimated_cost: Decimal
     cost: Decimal
     attempts: tuple[Attempt, ...]
+    charged_to: Scope
 
     @property
     def dimension(self) -> int:

@@ -189,7 +189,7 @@ async def ingest(
     if changes.stale and not run.failures:
         removed = await steps.remove(changes, tuple(run.stored))
     first = run.embedded[0] if run.embedded else None
-    report = _with(
+    report = replace(
         report,
         embedded=sum(stored.stored for stored in run.stored),
         removed=removed,
@@ -245,7 +245,8 @@ class _Run:
         except SekhaError as error:
             # What failed for this batch alone leaves the others to be tried; a provider or a store
             # that is down would fail each of them after all its retries.
-            self._stopped = self._stopped or error.falls_back or error.retryable
+            if error.falls_back or error.retryable:
+                self._stopped = True
             if self.cause is None:
                 self.cause = error
             self._fail(batch, str(error))

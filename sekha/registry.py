@@ -93,6 +93,8 @@ class Space:
     collection: str
     """What users name: `documents`."""
     model: Model
+    shared: bool = True
+    """Whether any provider that has this model may embed for it; False when the file names one."""
 
     @property
     def dimension(self) -> int:
@@ -163,7 +165,7 @@ class Registry:
             candidates = self.default_for("embedding")
         for model in candidates:
             if model.dimension is not None:
-                return Space(collection, model)
+                return Space(collection, model, shared=name != model.name)
         raise UnknownModel(name or "embedding", [model.id for model in self.for_task("embedding")])
 
     def default_for(self, role: str) -> tuple[Model, ...]:
@@ -210,19 +212,22 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
     known = prices.limits(section.provider_type, first.model_id)
     tasks = tuple(dict.fromkeys(entry.task for entry in same))
     written = next((entry.price for entry in same if entry.price is not None), None)
-    configured = written and Price(
-        input=written.input_per_million,
-        output=written.output_per_million,
-        cached_input=written.cached_input_per_million,
-        per_image=written.per_image,
-    )
+    configured: Price | None = None
+    if written is not None:
+        configured = Price(
+            input=written.input_per_million,
+            output=written.output_per_million,
+            cached_input=written.cached_input_per_million,
+            per_image=written.per_image,
+        )
     sees = next((entry.vision_capabilities for entry in same if entry.vision_capabilities), None)
     return Model(
         id=first.model_id,
         provider_id=section.id,
         tasks=tasks,
-        context_window=_first(entry.context_window for entry in same) or (known and known.context_window),
-        max_output_tokens=_first(entry.max_output_tokens for entry in same) or (known and known.max_output_tokens),
+        context_window=_first(entry.context_window for entry in same) or (known.context_window if known else None),
+        max_output_tokens=_first(entry.max_output_tokens for entry in same)
+        or (known.max_output_tokens if known else None),
         dimension=_first(entry.dimension for entry in same),
         vision="vision" in tasks or any(entry.supports_vision for entry in same),
         audio="audio" in tasks or any(entry.supports_audio for entry in same),

@@ -1,0 +1,115 @@
+"""What one process holds open: the registry, providers, store and ledger of one configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from sekha.calling import Clock, Retries
+from sekha.config import Config
+from sekha.ledger import Budget, Ledger
+from sekha.loading import Loaded
+from sekha.price_map import PriceMap
+from sekha.providers.base import Provider
+from sekha.registry import Registry
+from sekha.routing import Rules
+from sekha.vectors.base import VectorStore
+
+__all__ = ["WALL", "Resources", "utc_now"]
+
+WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
+PATIENT = Retries()
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Resources:
+    """Opens each thing with its first use: a chat needs no vector store, a search no chat provider."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        clock: Clock = WALL,
+        retries: Retries = PATIENT,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.loaded = loaded
+        self.registry = Registry.from_config(loaded.config, PriceMap.bundled())
+        self.budgets = _budgets(loaded.config)
+        self.rules = _rules(loaded.config)
+        self.clock = clock
+        self.retries = retries
+        self.now = now
+        self._providers: dict[str, Provider] = {}
+        self._store: VectorStore | None = None
+        self._ledger: Ledger | None = None
+        self._opening = asyncio.Lock()
+
+    async def store(self) -> VectorStore:
+        async with self._opening:
+            if self._store is None:
+                from sekha.vectors.opening import open_store
+
+                self._store = await open_store(self.loaded)
+            return self._store
+
+    async def ledger(self) -> Ledger:
+        async with self._opening:
+            if self._ledger is None:
+                from sekha.ledgers import open_ledger
+
+                self._ledger = open_ledger(_ledger_url(self.loaded))
+            return self._ledger
+
+    def provider(self, provider_id: str) -> Provider:
+        if provider_id not in self._providers:
+            from sekha.providers.opening import open_provider
+
+            self._providers[provider_id] = open_provider(self.registry.providers[provider_id])
+        return self._providers[provider_id]
+
+    async def aclose(self) -> None:
+        providers, self._providers = self._providers, {}
+        store, self._store = self._store, None
+        ledger, self._ledger = self._ledger, None
+        for provider in providers.values():
+            await provider.aclose()
+        if store is not None:
+            await store.aclose()
+        if ledger is not None:
+            await ledger.aclose()
+
+
+def _budgets(config: Config) -> tuple[Budget, ...]:
+    return tuple(
+        Budget(
+            name=section.name,
+            limit=section.limit,
+            period=section.period,
+            match={str(what): wanted for what, wanted in section.match.items()},
+        )
+        for section in config.budgets
+    )
+
+
+def _rules(config: Config) -> Rules:
+    routing = config.routing
+    return Rules(
+        auto_fallback=routing.auto_fallback,
+        cost_aware=routing.cost_aware,
+        max_cost_per_request=routing.max_cost_per_request,
+    )
+
+
+def _ledger_url(loaded: Loaded) -> str:
+    """The ledger's address, a file's path made absolute."""
+    url = loaded.config.ledger.url
+    if not url.startswith("sqlite:///"):
+        return url
+    return f"sqlite:///{loaded.path(url.removeprefix('sqlite:///'))}"

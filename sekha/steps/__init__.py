@@ -1,0 +1,1 @@
+"""The steps of every flow as plain callables. Each does one thing with the open resources."""

@@ -1,0 +1,41 @@
+"""Counting tokens without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from sekha import tokens
+from sekha.chat import ChatRequest
+
+__all__ = ["count_chat", "count_embedding", "count_reply"]
+
+INLINE = 20_000
+"""Characters up to which counting is quicker than a thread."""
+
+
+async def count_chat(request: ChatRequest, model_id: str) -> int:
+    """Tokens that go in: messages, images and tools."""
+
+    def count() -> int:
+        return tokens.count_messages(request.messages, model_id, tools=request.options.get("tools"))
+
+    size = sum(len(str(message.get("content", ""))) for message in request.messages)
+    return count() if size <= INLINE else await asyncio.to_thread(count)
+
+
+async def count_embedding(texts: Sequence[str], model_id: str) -> tuple[int, int]:
+    """Tokens of all the texts together, and of the longest."""
+
+    def count() -> tuple[int, int]:
+        counts = tokens.count_texts(texts, model_id)
+        return sum(counts), max(counts, default=0)
+
+    return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
+
+
+async def count_reply(text: str, model_id: str) -> int:
+    """Tokens that came out."""
+    if len(text) <= INLINE:
+        return tokens.count_text(text, model_id)
+    return await asyncio.to_thread(tokens.count_text, text, model_id)

@@ -1,0 +1,173 @@
+"""Collections: reading documents, seeing what changed, storing vectors, searching them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sekha.documents import Document, checked, read_folder, split
+from sekha.embedding import Embedded, EmbedRequest
+from sekha.errors import CollectionMissing, SpaceMismatch
+from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, Stored
+from sekha.registry import Space
+from sekha.resources import Resources
+from sekha.search import Found, SearchRequest
+from sekha.vectors.base import Collection, Record
+
+__all__ = ["Keeping"]
+
+
+class Keeping:
+    def __init__(self, resources: Resources) -> None:
+        self._open = resources
+
+    async def read_documents(self, request: IngestRequest) -> Chunks:
+        """Read every document and split it; refuse them all when one cannot be read."""
+
+        def read() -> Chunks:
+            size = request.max_document_mb
+            documents: Sequence[Document] = checked(request.documents, max_document_mb=size)
+            if request.path:
+                found = read_folder(Path(request.path), max_document_mb=size, skip_refused=request.skip_refused)
+                documents = (*documents, *found)
+            chunks = tuple(
+                chunk
+                for document in documents
+                for chunk in split(document, size=request.chunk_size, overlap=request.chunk_overlap)
+            )
+            return Chunks(collection=request.collection, documents=len(documents), chunks=chunks)
+
+        return await asyncio.to_thread(read)
+
+    async def find_changes(self, request: IngestRequest, read: Chunks) -> Changes:
+        """Compare the chunks with what is stored, by their UUIDs and content hashes."""
+        space = self._open.registry.space(request.collection)
+        await self._same_space(space)
+        by_uuid = {chunk.uuid_in(request.collection): chunk for chunk in read.chunks}
+        stored = await self._stored(space, list(by_uuid))
+        changed = tuple(
+            chunk for uuid, chunk in by_uuid.items() if stored.get(uuid) != (chunk.content_hash, space.fingerprint)
+        )
+        size = request.batch_size
+        return Changes(
+            collection=request.collection,
+            space=space.name,
+            to_embed=EmbedRequest(
+                texts=tuple(chunk.text for chunk in changed),
+                model=space.model.id if space.shared else space.model.name,
+                max_cost=request.max_cost,
+                bulk=True,
+                tags=request.tags,
+            ),
+            batches=tuple(
+                Batch(number=number, chunks=changed[at : at + size])
+                for number, at in enumerate(range(0, len(changed), size))
+            ),
+            stale=await self._stale(space, read.chunks),
+            unchanged=len(by_uuid) - len(changed),
+        )
+
+    async def upsert_batch(self, changes: Changes, embedded: BatchEmbedded) -> Stored:
+        """Keep one batch in the collection for its dimension."""
+        space = self._open.registry.space(changes.collection)
+        store = await self._open.store()
+        await store.ensure_collection(Collection(space.name, space.dimension, space.fingerprint))
+        chunks = embedded.batch.chunks
+        records = [
+            Record(
+                uuid=chunk.uuid_in(changes.collection),
+                text=chunk.text,
+                vector=vector,
+                properties={
+                    "source": chunk.source,
+                    "chunk": chunk.index,
+                    "heading": chunk.heading,
+                    "content_hash": chunk.content_hash,
+                    "embedding_fingerprint": space.fingerprint,
+                    "source_updated_at": chunk.updated_at,
+                },
+            )
+            for chunk, vector in zip(chunks, embedded.vectors, strict=True)
+        ]
+        refused = await store.upsert(space.name, records)
+        failures = tuple(
+            Failure(source=chunk.source, chunks=1, error=refused[record.uuid])
+            for chunk, record in zip(chunks, records, strict=True)
+            if record.uuid in refused
+        )
+        return Stored(number=embedded.batch.number, stored=len(records) - len(failures), refused=failures)
+
+    async def remove_stale(self, changes: Changes, stored: Sequence[Stored]) -> int:  # noqa: ARG002 - comes after them
+        """Delete the chunks that their documents no longer have, once the new ones are stored."""
+        return await (await self._open.store()).delete(changes.space, changes.stale)
+
+    async def prepare_query(self, request: SearchRequest) -> EmbedRequest:
+        """Phrase the question for the model under which the collection is read."""
+        space = self._open.registry.space(request.collection)
+        await self._same_space(space, must_exist=True)
+        model = space.model.id if space.shared else space.model.name
+        return EmbedRequest(texts=(request.query,), model=model, max_cost=request.max_cost, tags=request.tags)
+
+    async def search_space(self, request: SearchRequest, embedded: Embedded) -> Found:
+        """Look up the nearest neighbours of the question in its space."""
+        space = self._open.registry.space(request.collection)
+        far = None if request.min_similarity is None else 1.0 - request.min_similarity
+        store = await self._open.store()
+        hits = await store.search(space.name, embedded.vectors[0], request.limit, where=request.where, max_distance=far)
+        return Found(
+            hits=tuple(hits),
+            collection=request.collection,
+            space=space.name,
+            dimension=space.dimension,
+            provider_id=embedded.provider_id,
+            model_id=embedded.model_id,
+            usage=embedded.usage,
+            estimated_cost=embedded.estimated_cost,
+            cost=embedded.cost,
+        )
+
+    async def _same_space(self, space: Space, *, must_exist: bool = False) -> None:
+        """Refuse an index that holds another model's vectors."""
+        store = await self._open.store()
+        try:
+            there = await store.describe(space.name)
+        except CollectionMissing:
+            if must_exist:
+                raise
+            return
+        if there.fingerprint != space.fingerprint:
+            raise SpaceMismatch(space.name, stored=there.fingerprint, wanted=space.fingerprint)
+
+    async def _stored(self, space: Space, uuids: Sequence[str]) -> dict[str, tuple[object, object]]:
+        store = await self._open.store()
+        found: dict[str, tuple[object, object]] = {}
+        for at in range(0, len(uuids), 1000):
+            try:
+                page = await store.get(space.name, uuids[at : at + 1000])
+            except CollectionMissing:
+                return {}
+            for uuid, record in page.items():
+                properties = record.properties
+                found[uuid] = (properties.get("content_hash"), properties.get("embedding_fingerprint"))
+        return found
+
+    async def _stale(self, space: Space, chunks: Sequence[Chunk]) -> tuple[str, ...]:
+        """The stored chunks behind each document's last one, from when it was longer."""
+        last: dict[str, Chunk] = {chunk.source: chunk for chunk in chunks}
+        step = 32
+        stale: list[str] = []
+        ahead = {source: chunk.index + 1 for source, chunk in last.items()}
+        while ahead:
+            asked = {
+                replace(last[source], index=index).uuid_in(space.collection): source
+                for source, start in ahead.items()
+                for index in range(start, start + step)
+            }
+            there = await self._stored(space, list(asked))
+            stale += there
+            # Positions are written without gaps, so a window with nothing in it is the end.
+            longer = {asked[uuid] for uuid in there}
+            ahead = {source: start + step for source, start in ahead.items() if source in longer}
+        return tuple(stale)
