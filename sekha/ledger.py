@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, assert_never
+from uuid import uuid4
 
 from sekha.pricing import Usage
 
-__all__ = ["Budget", "Hold", "Ledger", "Period", "Scope", "Spend", "Spent", "remaining"]
+__all__ = [
+    "Budget",
+    "GroupBy",
+    "Hold",
+    "Ledger",
+    "Period",
+    "Scope",
+    "Spend",
+    "Spent",
+    "period_end",
+    "period_start",
+    "remaining",
+]
 
 Period: TypeAlias = Literal["hour", "day", "month", "total"]
+GroupBy: TypeAlias = Literal["provider", "model", "task", "key", "tag", "day"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +75,10 @@ class Hold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spend:
-    """What one call really cost."""
+    """What one call really cost. Recorded once, however often the same one is handed in."""
 
+    id: str = field(default_factory=lambda: str(uuid4()))
+    """Recording again under the same id changes nothing, so an unknown outcome may be retried."""
     scope: Scope
     cost: Decimal
     estimated: Decimal
@@ -75,6 +91,7 @@ class Spent:
     """One line of a report."""
 
     group: str
+    """The provider, model, task, key, tag or day (`2026-11-23`, UTC); empty for calls that have none."""
     calls: int
     cost: Decimal
     estimated: Decimal
@@ -83,7 +100,12 @@ class Spent:
 
 
 class Ledger(Protocol):
-    """Every process that spends shares one. Each method is one transaction."""
+    """Every process that spends shares one. Each method is one transaction.
+
+    A budget's spending is the sum of all spends that its `match` covers in the period, whoever
+    recorded them and whatever budgets were declared then. All times are passed in and aware. All
+    methods raise `LedgerUnavailable` when the ledger is busy, full or unreachable.
+    """
 
     async def reserve(
         self,
@@ -98,13 +120,16 @@ class Ledger(Protocol):
         Budgets without an amount are carried along and hold nothing; no budgets at all is legal.
         Raises `BudgetExceeded` for the first budget whose spent and held money leave too little.
         Concurrent callers, in any number of processes, never hold more than the limit together.
+        A hold counts until it expires, also into the next period, where its call may yet be charged.
         """
         ...
 
     async def charge(self, hold: Hold, spend: Spend) -> None:
         """Record what a call cost, and reduce the hold by it. The hold goes on.
 
-        Spending is recorded even when it exceeds the hold, and when the hold has expired.
+        Spending is recorded even when it exceeds the hold, and when the hold has expired. Only what
+        is held for budgets that cover the spend is reduced, and never below zero. When it returns,
+        the spend survives `kill -9` and a power cut.
         """
         ...
 
@@ -124,10 +149,8 @@ class Ledger(Protocol):
         """The 95th percentile of the model's last 200 replies in tokens; None before ten of them."""
         ...
 
-    async def report(
-        self, by: Literal["provider", "model", "task", "key", "tag", "day"], *, since: datetime | None = None
-    ) -> list[Spent]:
-        """Calls and money by group, the dearest first."""
+    async def report(self, by: GroupBy, *, since: datetime | None = None) -> list[Spent]:
+        """Calls and money by group, the dearest first. A call with two tags counts under both."""
         ...
 
     async def aclose(self) -> None: ...
@@ -135,3 +158,39 @@ class Ledger(Protocol):
 
 def remaining(budget: Budget, spent: Decimal, held: Decimal) -> Decimal:
     return max(budget.limit - spent - held, Decimal(0))
+
+
+def period_start(period: Period, at: datetime) -> datetime | None:
+    """When the period that holds `at` began, in UTC; None for `total`, which never did.
+
+    Raises `ValueError` for a time without a zone.
+    """
+    if at.tzinfo is None:
+        raise ValueError("a ledger's times need a zone; pass datetime.now(UTC)")
+    hour = at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    match period:
+        case "hour":
+            return hour
+        case "day":
+            return hour.replace(hour=0)
+        case "month":
+            return hour.replace(day=1, hour=0)
+        case "total":
+            return None
+        case _:
+            assert_never(period)
+
+
+def period_end(period: Period, at: datetime) -> datetime | None:
+    """When the next period begins, in UTC; None for `total`, which never ends."""
+    start = period_start(period, at)
+    if start is None:
+        return None
+    match period:
+        case "hour":
+            return start + timedelta(hours=1)
+        case "day":
+            return start + timedelta(days=1)
+        case _:
+            # No month has more than 31 days, and 32 days on is never two months on.
+            return (start + timedelta(days=32)).replace(day=1)

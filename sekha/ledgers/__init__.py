@@ -1,0 +1,37 @@
+"""Where the ledger is kept: a SQLite file by default, PostgreSQL by one line."""
+
+from __future__ import annotations
+
+from sekha.errors import ConfigError, Problem
+from sekha.ledger import Ledger
+from sekha.ledgers.sql import SqlLedger
+
+__all__ = ["open_ledger"]
+
+
+def open_ledger(url: str) -> Ledger:
+    """Open the ledger at `sqlite:///.sekha/ledger.db`, `sqlite:////var/lib/ledger.db` or `postgresql://…`.
+
+    Nothing is connected before the first call, so this never blocks; a ledger that cannot be
+    reached, or that a newer Sekha wrote, says so there. Close it with `aclose`.
+    """
+    scheme, separator, rest = url.partition("://")
+    match scheme:
+        case "sqlite" if separator and rest.startswith("/") and rest != "/":
+            from sekha.ledgers.sqlite import SqliteDatabase
+
+            return SqlLedger(SqliteDatabase(rest[1:]))
+        case "postgresql" | "postgres" if separator:
+            # psycopg costs every command its import, and most ledgers are files.
+            from sekha.ledgers.postgres import PostgresDatabase
+
+            return SqlLedger(PostgresDatabase(url))
+        case _:
+            # The URL itself stays out of the message: it may carry a password.
+            problem = Problem(
+                "ledger.url",
+                f"{scheme if separator else 'what is written there'!r} names no ledger. Write "
+                "`sqlite:///.sekha/ledger.db` (four slashes for an absolute path) or "
+                "`postgresql://user@host/database`.",
+            )
+            raise ConfigError("sekha.yaml", [problem])
