@@ -79,7 +79,7 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def open(config: str | os.PathLike[str] | None = None) -> Runtime:
+def open(config: str | os.PathLike[str] | None = None) -> Runtime:  # noqa: A001 - read as `sekha.open`
     """Open what a configuration declares; use it with `async with`.
 
     Without a name it loads the file that `sekha check` would, and without any file it runs on the

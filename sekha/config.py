@@ -62,7 +62,7 @@ class ModelSection(Section):
     price: Annotated[
         PriceSection | None,
         BeforeValidator(_price),
-        WithJsonSchema({"anyOf": [{"const": "free"}, {"$ref": "#/$defs/PriceSection"}, {"type": "null"}]}),
+        WithJsonSchema({"anyOf": [{"const": "free"}, PriceSection.model_json_schema(), {"type": "null"}]}),
     ] = Field(None, description="What tokens cost here, or `free`. Left out: LiteLLM's map.")
 
 
@@ -210,8 +210,6 @@ def json_schema() -> dict[str, Any]:
     schema["title"] = "sekha.yaml"
     properties = schema["properties"]
     properties |= {other: properties[name] for other, name in ALSO_ACCEPTED.items()}
-    # `price` carries its own schema, so pydantic does not see that it needs this definition.
-    schema["$defs"]["PriceSection"] = PriceSection.model_json_schema()
     provider = schema["$defs"]["ProviderSection"]
     provider["properties"]["type"] = provider["properties"]["provider_type"]
     provider["required"] = ["id"]

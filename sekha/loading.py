@@ -93,7 +93,7 @@ def parse(
     read_block: BlockReader | None = None,
 ) -> Loaded:
     """Validate a document. Raises `ConfigError` that lists every problem in it."""
-    tree = document if isinstance(document, Tree) else Tree(json.loads(json.dumps(document, default=str)), {})
+    tree = document if isinstance(document, Tree) else Tree(_plain(document), {})
     if tree.data is None and tree.problems:
         raise ConfigError(source, tree.problems)
     data = {} if tree.data is None else tree.data
@@ -123,6 +123,13 @@ def parse(
 
 def _home(environ: Mapping[str, str], otherwise: Path) -> Path:
     return Path(environ["SEKHA_HOME"]).expanduser().resolve() if environ.get("SEKHA_HOME") else otherwise
+
+
+def _plain(value: Any) -> Any:
+    """Copy a document whose lists may be tuples. Secrets stay what they are."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _siblings(file: Path) -> list[Path]:

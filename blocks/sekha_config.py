@@ -1,0 +1,143 @@
+"""A whole configuration in Prefect: which blocks it is made of, and everything that needs no block of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from prefect.blocks.core import Block
+from pydantic import Field
+
+from blocks.budget import Budget
+from blocks.provider import LLMProvider
+from blocks.store import VectorStore
+from sekha.errors import ConfigMissing, Problem
+from sekha.loading import Loaded, parse
+
+B = TypeVar("B", bound=Block)
+
+__all__ = ["Pushed", "SekhaConfig", "block_name", "load_config", "push"]
+
+
+class SekhaConfig(Block):
+    """
+    A validated Sekha configuration. Its providers, store and budgets are blocks of their own, named
+    here, so that each can be edited alone. Flows use it when they are given `block:BLOCK_NAME`.
+
+    Example:
+        Load a configuration that `sekha blocks push` stored:
+        ```python
+        from blocks import SekhaConfig
+
+        config = SekhaConfig.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name = "Sekha Configuration"
+    _block_type_slug = "sekha-config"
+    _documentation_url = "https://github.com/sekha-ai/sekha/blob/main/docs/configuration.md"  # type: ignore[assignment]
+    _description = "A whole sekha.yaml in Prefect: names the provider, store and budget blocks, and holds the rest."
+
+    providers: list[str] = Field(description="Names of the LLM Provider blocks, in the order of the file.")
+    store: str = Field(description="Name of the Vector Store block.")
+    budgets: list[str] = Field(default_factory=list, description="Names of the LLM Budget blocks.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="The other sections of sekha.yaml: routing, collections and so on."
+    )
+    folder: str = Field(description="The folder from which relative paths in the configuration start.")
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What became of one block."""
+
+    slug: str
+    name: str
+    outcome: Literal["created", "updated", "unchanged"]
+
+
+def block_name(config: str, part: str) -> str:
+    """A name that Prefect takes: lower case, digits and dashes. Each configuration has its own blocks."""
+    return f"{config}-{re.sub(r'[^a-z0-9]+', '-', part.lower()).strip('-')}"
+
+
+def push(loaded: Loaded, name: str = "sekha") -> list[Pushed]:
+    """Store a validated configuration as blocks; what is there already and equal is left alone.
+
+    Blocking; call it from a thread where an event loop runs.
+    """
+    config = loaded.config
+    providers = {
+        block_name(name, section.id): LLMProvider(
+            provider_id=section.id,
+            **section.model_dump(exclude={"id", "api_key", "models", "limits"}),
+            api_key=section.api_key,
+            limits=section.limits,
+            models=list(section.models),
+        )
+        for section in config.providers
+    }
+    store = VectorStore(
+        **config.store.model_dump(exclude={"api_key", "path"}),
+        api_key=config.store.api_key,
+        path=str(loaded.path(config.store.path)),
+    )
+    budgets = {
+        block_name(name, section.name): Budget(budget_name=section.name, **section.model_dump(exclude={"name"}))
+        for section in config.budgets
+    }
+    whole = SekhaConfig(
+        providers=list(providers),
+        store=block_name(name, "store"),
+        budgets=list(budgets),
+        settings=config.model_dump(
+            mode="json", exclude={"providers", "store", "budgets"}, exclude_unset=True, exclude_none=True
+        ),
+        folder=str(loaded.folder),
+    )
+    for kind in (LLMProvider, VectorStore, Budget, SekhaConfig):
+        kind.register_type_and_schema()
+    documents: dict[str, Block] = {**providers, block_name(name, "store"): store, **budgets, name: whole}
+    return [_saved(document, document_name) for document_name, document in documents.items()]
+
+
+def load_config(name: str) -> Loaded:
+    """Read a configuration and its blocks as they are now. Blocking.
+
+    Raises `ConfigMissing` when a block it is made of is not there, and `ConfigError` as a file would.
+    """
+    whole = _load(SekhaConfig, name)
+    document = {
+        **whole.settings,
+        "providers": [_load(LLMProvider, part).to_section() for part in whole.providers],
+        "store": _load(VectorStore, whole.store).to_section(),
+        "budgets": [_load(Budget, part).to_section() for part in whole.budgets],
+    }
+    return parse(document, source=f"Prefect block {name!r}", folder=Path(whole.folder), environ=os.environ)
+
+
+def _saved(block: Block, name: str) -> Pushed:
+    slug = str(block.get_block_type_slug())
+    try:
+        there: Block | None = cast(Block, type(block).load(name))
+    except ValueError:
+        there = None
+    if there is not None and _content(there) == _content(block):
+        return Pushed(slug, name, "unchanged")
+    block.save(name, overwrite=True)
+    return Pushed(slug, name, "created" if there is None else "updated")
+
+
+def _content(block: Block) -> dict[str, Any]:
+    return {field: getattr(block, field) for field in type(block).model_fields}
+
+
+def _load(kind: type[B], name: str) -> B:
+    try:
+        return cast(B, kind.load(name))
+    except ValueError as error:
+        message = f"there is no {kind.get_block_type_slug()} block of that name. Store one: `sekha blocks push`."
+        raise ConfigMissing(f"Prefect block {name!r}", [Problem("", message)]) from error

@@ -1,0 +1,47 @@
+"""Where vectors are kept."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from prefect.blocks.core import Block
+from pydantic import Field, SecretStr
+
+__all__ = ["VectorStore"]
+
+
+class VectorStore(Block):
+    """
+    Where vectors are kept: one file on this machine, or a Weaviate server.
+
+    Example:
+        Load a store that `sekha blocks push` stored:
+        ```python
+        from blocks import VectorStore
+
+        store = VectorStore.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name = "Vector Store"
+    _block_type_slug = "sekha-vector-store"
+    _documentation_url = "https://github.com/sekha-ai/sekha/blob/main/docs/configuration.md#store"  # type: ignore[assignment]
+    _description = "The vector store that Sekha keeps embeddings in: an embedded SQLite file, or Weaviate."
+
+    kind: Literal["embedded", "weaviate"] = Field(default="embedded", description="Which store it is.")
+    path: str = Field(default=".sekha/vectors.db", description="Embedded: the file.")
+    url: str | None = Field(default=None, description="Weaviate: its HTTP address.")
+    grpc_port: int = Field(default=50051, description="Weaviate: its gRPC port.")
+    api_key: SecretStr | None = Field(default=None, description="Weaviate: its API key.")
+    replication: int = Field(default=1, ge=1, description="Weaviate: copies of each object.")
+
+    def to_section(self) -> dict[str, Any]:
+        """This store as `sekha.yaml` would say it, with its key."""
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "url": self.url,
+            "grpc_port": self.grpc_port,
+            "api_key": self.api_key,
+            "replication": self.replication,
+        }

@@ -1,0 +1,34 @@
+"""Search a collection, with every step on the record."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from sekha.embedding import EmbedSteps
+from sekha.search import Found, SearchRequest, SearchSteps
+from sekha.search import search as search_in_order
+from tasks.calls import embed_texts
+from tasks.keeping import prepare_query, search_space
+from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
+from tasks.resources import opened
+
+__all__ = ["STEPS", "search"]
+
+STEPS = SearchSteps(
+    prepare=prepare_query,
+    embedding=EmbedSteps(
+        estimate=estimate_cost,
+        select=select_provider,
+        reserve=reserve_budget,
+        embed=embed_texts,
+        settle=settle_cost,
+    ),
+    look_up=search_space,
+)
+
+
+@flow(name="search", persist_result=True, result_serializer="json")
+async def search(request: SearchRequest, config: str | None = None) -> Found:
+    """Embed a question as its collection was embedded, and look up what is nearest."""
+    async with opened(config):
+        return await search_in_order(request, STEPS)
