@@ -17,7 +17,8 @@ def open_ledger(url: str) -> Ledger:
     """
     scheme, separator, rest = url.partition("://")
     match scheme:
-        case "sqlite" if separator and rest.startswith("/") and rest != "/":
+        # In memory, every connection would have a ledger of its own.
+        case "sqlite" if separator and rest.startswith("/") and rest not in ("/", "/:memory:"):
             from sekha.ledgers.sqlite import SqliteDatabase
 
             return SqlLedger(SqliteDatabase(rest[1:]))

@@ -25,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache, partial
 from itertools import combinations
-from typing import Any, Protocol, TypeAlias, TypeVar, get_args
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, get_args
 from uuid import uuid4
 
 from sekha.errors import BudgetExceeded, LedgerError
@@ -34,7 +34,7 @@ from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, per
 __all__ = ["Database", "SqlLedger", "Transaction", "expand", "migrate"]
 
 T = TypeVar("T")
-Value: TypeAlias = str | int | Sequence[str] | None
+Value: TypeAlias = str | int | tuple[str, ...] | list[str] | None
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY = 86_400_000_000
@@ -69,7 +69,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 class Transaction(Protocol):
-    """One open transaction. SQL marks values with `?`; a sequence becomes `(?, ?, …)`."""
+    """One open transaction. SQL marks values with `?`; a tuple or list becomes `(?, ?, …)`."""
 
     def rows(self, sql: str, *values: Value) -> list[tuple[Any, ...]]: ...
 
@@ -184,18 +184,20 @@ def migrate(transaction: Transaction, ledger: str) -> None:
     transaction.changed("INSERT INTO ledger_version VALUES (?)", len(_MIGRATIONS))
 
 
-def expand(sql: str, values: Sequence[Value]) -> tuple[str, list[str | int | None]]:
-    """Write out the marks of values that are sequences, and flatten them."""
+def expand(sql: str, values: Sequence[Value]) -> tuple[str, Sequence[str | int | None]]:
+    """Write out the marks of values that are tuples or lists, and flatten them."""
+    if not any(isinstance(value, tuple | list) for value in values):
+        return sql, cast("Sequence[str | int | None]", values)
     flat: list[str | int | None] = []
     pieces = sql.split("?")
     written = [pieces[0]]
     for value, piece in zip(values, pieces[1:], strict=True):
-        if value is None or isinstance(value, str | int):
-            flat.append(value)
-            written.append("?")
-        else:
+        if isinstance(value, tuple | list):
             flat.extend(value)
             written.append(f"({', '.join('?' * len(value))})")
+        else:
+            flat.append(value)
+            written.append("?")
         written.append(piece)
     return "".join(written), flat
 

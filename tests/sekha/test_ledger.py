@@ -119,7 +119,9 @@ async def test_what_is_recorded_is_there_after_reopening(tmp_path: Path) -> None
         assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), Decimal("0.90"))
 
 
-@pytest.mark.parametrize("url", ["mysql://user:hunter2@host/db", "ledger.db", "sqlite:///", "sqlite://ledger.db", ""])
+@pytest.mark.parametrize(
+    "url", ["mysql://user:hunter2@host/db", "ledger.db", "sqlite:///", "sqlite://ledger.db", "sqlite:///:memory:", ""]
+)
 def test_a_url_that_names_no_ledger_is_refused_without_being_repeated(url: str) -> None:
     with pytest.raises(ConfigError, match=r"sqlite:///\.sekha/ledger\.db") as refused:
         open_ledger(url)
@@ -193,7 +195,7 @@ async def test_a_ledger_that_another_holds_too_long_is_unavailable_and_then_work
     await ledger.settle(hold, SPEND)
 
     assert pickle.loads(pickle.dumps(unavailable.value)).retryable
-    assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), 0)
+    assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), Decimal(0))
     other.close()
     await ledger.aclose()
 
@@ -207,8 +209,8 @@ async def test_a_ledger_without_room_is_unavailable_and_then_works_again(tmp_pat
         unsettled = await ledger.spent(TEAM, at=NOW)
         await ledger.settle(hold, SPEND)
 
-        assert unsettled == (0, 1)
-        assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), 0)
+        assert unsettled == (Decimal(0), Decimal(1))
+        assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), Decimal(0))
 
 
 @contextmanager
