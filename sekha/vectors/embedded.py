@@ -12,57 +12,31 @@ import logging
 import re
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
-from uuid import UUID
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, StoreError, VectorRefused
-from sekha.vectors.base import Collection, Filter, Hit, Record, Scalar, Vector
+from sekha.errors import StoreError
+from sekha.vectors import embedded_tables as tables
+from sekha.vectors.base import Collection, Filter, Hit, Record, Vector
 from sekha.vectors.embedded_file import StoreFile
-from sekha.vectors.embedded_filter import check_scalar, sql
-from sekha.vectors.embedded_matrix import NORM_TOLERANCE, Ids, Matrices, Matrix, View, best, rounding
+from sekha.vectors.embedded_filter import sql
+from sekha.vectors.embedded_matrix import Ids, Matrices, Matrix, View, best, rounding
+from sekha.vectors.embedded_tables import Stored
 
 __all__ = ["EmbeddedStore"]
 
 logger = logging.getLogger(__name__)
 
-KEPT_DELETIONS: Final = 1000
-"""Transactions whose tombstones are kept; a process further behind loads its matrix anew."""
 LARGE_BYTES: Final = 200_000 * 1536 * 4
 FIRST_PASS_AFTER_SEARCHES: Final = 32
 """Making a first pass takes about as long as this many exact searches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A collection's row, as one transaction sees it."""
-
-    id: int
-    name: str
-    dimension: int
-    fingerprint: str
-    next_id: int
-    deletions: int
-
-    @property
-    def records(self) -> str:
-        return f"records_{self.id}"
-
-    @property
-    def vectors(self) -> str:
-        return f"vectors_{self.id}"
-
-    @property
-    def collection(self) -> Collection:
-        return Collection(self.name, self.dimension, self.fingerprint)
 
 
 class SnapshotTooOldError(Exception):
@@ -94,16 +68,15 @@ class EmbeddedStore:
         first_pass_rows: int = 20_000,
         busy_seconds: float = 10.0,
     ) -> Self:
-        """Open the file, or create it with its folders.
+        """Open the file, or create it with its folders; the one call here that touches the disk itself.
 
         A collection whose vectors take more than `cache_bytes` is read from the file at each search,
         and one of `first_pass_rows` is searched in fewer dimensions first; the results are the same.
         Raises `StoreError` for a file that is not ours or of a newer version, `StoreUnavailable` when
         it cannot be opened.
         """
-        return cls(
-            StoreFile(Path(path), busy_seconds=busy_seconds), cache_bytes=cache_bytes, first_pass_rows=first_pass_rows
-        )
+        file = StoreFile(Path(path), busy_seconds=busy_seconds)
+        return cls(file, cache_bytes=cache_bytes, first_pass_rows=first_pass_rows)
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,16 +94,16 @@ class EmbeddedStore:
             )
         if collection.dimension < 1:
             raise StoreError(f"Collection {collection.name!r} needs a dimension of 1 or more.")
-        await self._file.write(lambda db: _ensure(db, collection))
+        await self._file.write(lambda db: tables.ensure(db, collection))
 
     async def describe(self, name: str) -> Collection:
-        return (await self._file.read(lambda db: _resolve(db, name))).collection
+        return (await self._file.read(lambda db: tables.resolve(db, name))).collection
 
     async def list_collections(self) -> list[Collection]:
-        return await self._file.read(_collections)
+        return await self._file.read(tables.collections)
 
     async def drop_collection(self, name: str) -> bool:
-        dropped = await self._file.write(lambda db: _drop(db, name))
+        dropped = await self._file.write(lambda db: tables.drop(db, name))
         if dropped is None:
             return False
         self._matrices.drop(dropped)
@@ -142,27 +115,27 @@ class EmbeddedStore:
         Of two records with one uuid the later counts. Raises `StoreError` for what is no uuid, and
         for properties that are not flat.
         """
-        await self._file.write(lambda db: _upsert(db, name, records))
+        await self._file.write(lambda db: tables.upsert(db, name, records))
         return {}
 
     async def get(self, name: str, uuids: Sequence[str], *, vectors: bool = False) -> dict[str, Record]:
-        wanted = _canonical_all(uuids)
-        return {record.uuid: record for record in await self._file.read(lambda db: _get(db, name, wanted, vectors))}
+        wanted = tables.canonical_all(uuids)
+        return await self._file.read(lambda db: tables.get(db, name, wanted, vectors=vectors))
 
     async def delete(self, name: str, uuids: Sequence[str]) -> int:
         condition = "uuid IN (SELECT value FROM json_each(?))"
-        wanted = _json(_canonical_all(uuids))
-        return await self._file.write(lambda db: _delete(db, name, condition, [wanted]))
+        wanted = tables.as_json(tables.canonical_all(uuids))
+        return await self._file.write(lambda db: tables.delete(db, name, condition, [wanted]))
 
     async def delete_where(self, name: str, where: Filter, *, dry_run: bool = False) -> int:
         condition, values = sql(where)
         if dry_run:
-            return await self._file.read(lambda db: _count(db, name, condition, values))
-        return await self._file.write(lambda db: _delete(db, name, condition, values))
+            return await self._file.read(lambda db: tables.count(db, tables.resolve(db, name), condition, values))
+        return await self._file.write(lambda db: tables.delete(db, name, condition, values))
 
     async def count(self, name: str, where: Filter | None = None) -> int:
         condition, values = sql(where) if where is not None else ("1", [])
-        return await self._file.read(lambda db: _count(db, name, condition, values))
+        return await self._file.read(lambda db: tables.count(db, tables.resolve(db, name), condition, values))
 
     async def search(
         self,
@@ -202,11 +175,11 @@ class EmbeddedStore:
             raise ValueError(f"a page of {page} records never ends a scan")
         # An alias may move while the scan runs; it goes on in the collection where it began.
         physical = (await self.describe(name)).name
-        cursor = "" if after is None else _canonical(after)
-        last = "g" if until is None else _canonical(until)  # behind every hexadecimal digit
+        cursor = "" if after is None else tables.canonical(after)
+        last = "g" if until is None else tables.canonical(until)  # behind every hexadecimal digit
 
         def next_page(db: sqlite3.Connection) -> list[Record]:
-            return _page(db, physical, (cursor, last), page, vectors=vectors)
+            return tables.page(db, physical, (cursor, last), page, vectors=vectors)
 
         while records := await self._file.read(next_page):
             yield records
@@ -217,28 +190,28 @@ class EmbeddedStore:
             raise StoreError(
                 f"{alias!r} cannot name an alias. Begin with a letter, and go on with letters, digits and underscores."
             )
-        await self._file.write(lambda db: _point(db, alias, target, expect))
+        await self._file.write(lambda db: tables.point(db, alias, target, expect))
 
     async def alias_target(self, alias: str) -> str | None:
         return (await self.list_aliases()).get(alias)
 
     async def list_aliases(self) -> dict[str, str]:
-        return await self._file.read(_aliases)
+        return await self._file.read(tables.aliases)
 
     async def delete_alias(self, alias: str) -> bool:
-        return await self._file.write(lambda db: _delete_alias(db, alias))
+        return await self._file.write(lambda db: tables.delete_alias(db, alias))
 
     async def health(self) -> float:
         began = time.perf_counter()
-        await self._file.read(_collections)
+        await self._file.read(tables.collections)
         return time.perf_counter() - began
 
     async def aclose(self) -> None:
         await self._file.aclose()
 
     def _search(self, db: sqlite3.Connection, name: str, vector: Vector, limit: int, where: Filter | None) -> list[Hit]:
-        stored = _resolve(db, name)
-        query = _unit(stored, [(None, vector)]).astype(np.float64)[0]
+        stored = tables.resolve(db, name)
+        query = tables.unit(stored, [(None, vector)]).astype(np.float64)[0]
         if limit < 1:
             return []
         query /= np.sqrt(query @ query)
@@ -256,7 +229,7 @@ class EmbeddedStore:
         return _hits(db, stored, ids, query)[:limit]
 
     def _warm(self, db: sqlite3.Connection, name: str) -> None:
-        stored = _resolve(db, name)
+        stored = tables.resolve(db, name)
         matrix = self._matrices.use(stored.id, lambda: Matrix(stored.dimension))
         view = self._current_view(db, stored, matrix)
         if view is not None and view.count >= self._first_pass_rows:
@@ -267,7 +240,7 @@ class EmbeddedStore:
         with matrix.lock:
             if matrix.next_id > stored.next_id or matrix.deletions > stored.deletions:
                 raise SnapshotTooOldError
-            if matrix.deletions < stored.deletions - KEPT_DELETIONS:
+            if matrix.deletions < stored.deletions - tables.KEPT_DELETIONS:
                 matrix.clear()
             if matrix.next_id < stored.next_id and not self._fits(db, stored):
                 self._matrices.drop(stored.id)
@@ -281,7 +254,7 @@ class EmbeddedStore:
         return view
 
     def _fits(self, db: sqlite3.Connection, stored: Stored) -> bool:
-        (count,) = db.execute(f"SELECT count(*) FROM {stored.records}").fetchone()
+        count = tables.count(db, stored, "1", [])
         size = count * stored.dimension * 4
         if size > LARGE_BYTES and stored.id not in self._warned:
             self._warned.add(stored.id)
@@ -294,184 +267,6 @@ class EmbeddedStore:
                 size / 1e9,
             )
         return size * 7 // 6 <= self._matrices.limit_bytes
-
-
-# --- collections and aliases ---------------------------------------------------------------
-
-
-def _resolve(db: sqlite3.Connection, name: str) -> Stored:
-    row = db.execute(
-        """
-        SELECT id, name, dimension, fingerprint, next_id, deletions FROM collections
-        WHERE name = ?1 OR id = (SELECT collection FROM aliases WHERE alias = ?1)
-        """,
-        (name,),
-    ).fetchone()
-    if row is None:
-        raise CollectionMissing(name, [*(known.name for known in _collections(db)), *_aliases(db)])
-    return Stored(*row)
-
-
-def _collections(db: sqlite3.Connection) -> list[Collection]:
-    rows = db.execute("SELECT name, dimension, fingerprint FROM collections ORDER BY name")
-    return [Collection(*row) for row in rows]
-
-
-def _aliases(db: sqlite3.Connection) -> dict[str, str]:
-    return dict(
-        db.execute("SELECT alias, name FROM aliases JOIN collections ON id = collection ORDER BY alias").fetchall()
-    )
-
-
-def _ensure(db: sqlite3.Connection, wanted: Collection) -> None:
-    if wanted.name in _aliases(db):
-        raise StoreError(f"{wanted.name!r} is an alias. Give the collection another name, or delete the alias.")
-    if existing := {known.name: known for known in _collections(db)}.get(wanted.name):
-        for field in ("dimension", "fingerprint"):
-            exists, asked = getattr(existing, field), getattr(wanted, field)
-            if exists != asked:
-                raise CollectionConflict(wanted.name, field=field, exists=exists, wanted=asked)
-        return
-    number = db.execute(
-        "INSERT INTO collections (name, dimension, fingerprint) VALUES (?, ?, ?)",
-        (wanted.name, wanted.dimension, wanted.fingerprint),
-    ).lastrowid
-    # Vectors have a table of their own, so that what reads only text or properties stays small.
-    db.execute(
-        f"""
-        CREATE TABLE records_{number} (
-            id INTEGER PRIMARY KEY,
-            uuid TEXT NOT NULL UNIQUE,
-            text TEXT NOT NULL,
-            properties TEXT NOT NULL
-        )
-        """
-    )
-    db.execute(f"CREATE INDEX source_{number} ON records_{number} (json_extract(properties, '$.source'))")
-    db.execute(f"CREATE TABLE vectors_{number} (id INTEGER PRIMARY KEY, vector BLOB NOT NULL)")
-
-
-def _drop(db: sqlite3.Connection, name: str) -> int | None:
-    row = db.execute("SELECT id FROM collections WHERE name = ?", (name,)).fetchone()
-    if row is None:
-        return None
-    (number,) = row
-    db.execute(f"DROP TABLE vectors_{number}")
-    db.execute(f"DROP TABLE records_{number}")
-    db.execute("DELETE FROM collections WHERE id = ?", (number,))
-    return int(number)
-
-
-def _point(db: sqlite3.Connection, alias: str, target: str, expect: str | None) -> None:
-    if any(known.name == alias for known in _collections(db)):
-        raise StoreError(f"{alias!r} is a collection, so it cannot be an alias too. Choose another alias.")
-    found = _aliases(db).get(alias)
-    if expect is not None and found != expect:
-        raise AliasMoved(alias, expected=expect, found=found)
-    db.execute(
-        "INSERT INTO aliases VALUES (?, ?) ON CONFLICT (alias) DO UPDATE SET collection = excluded.collection",
-        (alias, _resolve(db, target).id),
-    )
-
-
-def _delete_alias(db: sqlite3.Connection, alias: str) -> bool:
-    return bool(db.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount)
-
-
-# --- records -------------------------------------------------------------------------------
-
-
-def _upsert(db: sqlite3.Connection, name: str, records: Sequence[Record]) -> None:
-    stored = _resolve(db, name)
-    latest = {_canonical(record.uuid): record for record in records}
-    vectors = _unit(stored, [(uuid, record.vector) for uuid, record in latest.items()])
-    present = {
-        row[0]: row[1:]
-        for row in db.execute(
-            f"""
-            SELECT uuid, id, text, properties, vector
-            FROM {stored.records} JOIN {stored.vectors} USING (id)
-            WHERE uuid IN (SELECT value FROM json_each(?))
-            """,
-            (_json(list(latest)),),
-        )
-    }
-    added: list[tuple[int, str, str, str]] = []
-    added_vectors: list[tuple[int, bytes]] = []
-    changed: list[tuple[str, str, int]] = []
-    replaced: list[int] = []
-    next_id = stored.next_id
-    for (uuid, record), row in zip(latest.items(), vectors, strict=True):
-        text, properties, vector = _text(uuid, record.text), _properties(uuid, record), row.tobytes()
-        old = present.get(uuid)
-        if old is not None and old[3] == vector:
-            if old[1:3] != (text, properties):
-                changed.append((text, properties, old[0]))
-            continue
-        if old is not None:
-            replaced.append(old[0])
-        added.append((next_id, uuid, text, properties))
-        added_vectors.append((next_id, vector))
-        next_id += 1
-    db.executemany(f"UPDATE {stored.records} SET text = ?, properties = ? WHERE id = ?", changed)
-    _bury(db, stored, replaced)
-    db.executemany(f"INSERT INTO {stored.records} VALUES (?, ?, ?, ?)", added)
-    db.executemany(f"INSERT INTO {stored.vectors} VALUES (?, ?)", added_vectors)
-    if added:
-        db.execute("UPDATE collections SET next_id = ? WHERE id = ?", (next_id, stored.id))
-
-
-def _delete(db: sqlite3.Connection, name: str, condition: str, values: Sequence[Scalar]) -> int:
-    stored = _resolve(db, name)
-    ids = [row[0] for row in db.execute(f"SELECT id FROM {stored.records} WHERE {condition}", values)]
-    _bury(db, stored, ids)
-    return len(ids)
-
-
-def _bury(db: sqlite3.Connection, stored: Stored, ids: Sequence[int]) -> None:
-    """Delete rows, and leave word of it for the matrices of other processes."""
-    if not ids:
-        return
-    deletion = stored.deletions + 1
-    one_each = [(gone,) for gone in ids]
-    db.executemany(f"DELETE FROM {stored.records} WHERE id = ?", one_each)
-    db.executemany(f"DELETE FROM {stored.vectors} WHERE id = ?", one_each)
-    db.executemany("INSERT INTO tombstones VALUES (?, ?, ?)", ((stored.id, deletion, gone) for gone in ids))
-    db.execute("DELETE FROM tombstones WHERE collection = ? AND deletion <= ?", (stored.id, deletion - KEPT_DELETIONS))
-    db.execute("UPDATE collections SET deletions = ? WHERE id = ?", (deletion, stored.id))
-
-
-def _get(db: sqlite3.Connection, name: str, uuids: Sequence[str], vectors: bool) -> list[Record]:
-    stored = _resolve(db, name)
-    rows = db.execute(
-        f"SELECT {_columns(stored, vectors)} WHERE uuid IN (SELECT value FROM json_each(?))", (_json(uuids),)
-    )
-    return [_record(row) for row in rows]
-
-
-def _page(db: sqlite3.Connection, name: str, span: tuple[str, str], limit: int, *, vectors: bool) -> list[Record]:
-    rows = db.execute(
-        f"SELECT {_columns(_resolve(db, name), vectors)} WHERE uuid > ? AND uuid <= ? ORDER BY uuid LIMIT ?",
-        (*span, limit),
-    )
-    return [_record(row) for row in rows]
-
-
-def _count(db: sqlite3.Connection, name: str, condition: str, values: Sequence[Scalar]) -> int:
-    row = db.execute(f"SELECT count(*) FROM {_resolve(db, name).records} WHERE {condition}", values).fetchone()
-    return int(row[0])
-
-
-def _columns(stored: Stored, vectors: bool) -> str:
-    if vectors:
-        return f"uuid, text, properties, vector FROM {stored.records} JOIN {stored.vectors} USING (id)"
-    return f"uuid, text, properties, NULL FROM {stored.records}"
-
-
-def _record(row: tuple[str, str, str, bytes | None]) -> Record:
-    uuid, text, properties, vector = row
-    numbers = None if vector is None else np.frombuffer(vector, dtype=np.float32)
-    return Record(uuid, text, numbers, orjson.loads(properties))
 
 
 # --- search --------------------------------------------------------------------------------
@@ -515,8 +310,8 @@ def _hits(db: sqlite3.Connection, stored: Stored, ids: Ids, query: npt.NDArray[n
     vectors differently at different positions, and ties would no longer be ties.
     """
     found = db.execute(
-        f"SELECT {_columns(stored, vectors=True)} WHERE id IN (SELECT value FROM json_each(?))",
-        (_json(ids.tolist()),),
+        f"SELECT {tables.columns(stored, vectors=True)} WHERE id IN (SELECT value FROM json_each(?))",
+        (tables.as_json(ids.tolist()),),
     ).fetchall()
     if not found:
         return []
@@ -539,54 +334,3 @@ def _stacked(rows: sqlite3.Cursor) -> Iterator[tuple[Ids, Vector]]:
 
 def _ids(rows: sqlite3.Cursor) -> Ids:
     return np.fromiter((row[0] for row in rows), dtype=np.int64)
-
-
-# --- what may be written -------------------------------------------------------------------
-
-
-def _unit(stored: Stored, vectors: Sequence[tuple[str | None, Vector | None]]) -> Vector:
-    """The vectors at unit length, or `VectorRefused` for the first that has no direction."""
-    for uuid, vector in vectors:
-        if vector is None:
-            raise VectorRefused(stored.name, uuid, "it is missing")
-        if np.shape(vector) != (stored.dimension,):
-            shape = " × ".join(map(str, np.shape(vector)))
-            raise VectorRefused(stored.name, uuid, f"it has {shape} numbers, not {stored.dimension}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
-        rows = np.array([vector for _, vector in vectors], dtype=np.float32).reshape(-1, stored.dimension)
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    for index in np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))[:1].tolist():
-        why = "it is zero" if norms[index] == 0 else "it holds NaN or infinite numbers"
-        raise VectorRefused(stored.name, vectors[index][0], why)
-    # Unit vectors keep their bits, so that what was read can be written back and changes nothing.
-    longer = np.abs(norms - 1) > NORM_TOLERANCE
-    rows[longer] = rows[longer] / norms[longer, np.newaxis]
-    return rows
-
-
-def _canonical(uuid: str) -> str:
-    try:
-        return str(UUID(uuid))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise StoreError(f"{uuid!r} is no uuid. Write it as '9f1c…-…', 32 hexadecimal digits.") from error
-
-
-def _canonical_all(uuids: Iterable[str]) -> list[str]:
-    return [_canonical(uuid) for uuid in uuids]
-
-
-def _text(uuid: str, text: str) -> str:
-    if why := check_scalar(text):
-        raise StoreError(f"The text of {uuid!r} cannot be stored: {why}.")
-    return text
-
-
-def _properties(uuid: str, record: Record) -> str:
-    for name, value in record.properties.items():
-        if why := check_scalar(name) or check_scalar(value):
-            raise StoreError(f"Property {name!r} of {uuid!r} cannot be stored: {why}.")
-    return orjson.dumps(dict(record.properties), option=orjson.OPT_SORT_KEYS).decode()
-
-
-def _json(values: Any) -> str:
-    return orjson.dumps(values).decode()

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -17,7 +18,7 @@ __all__ = ["StoreFile"]
 T = TypeVar("T")
 
 APPLICATION_ID: Final = 0x53454B48  # "SEKH", where `file` and other programs look for it
-PAGE_BYTES: Final = 16_384  # two vectors of 1536, or five of 768, without an overflow chain
+PAGE_BYTES: Final = 32_768  # five vectors of 1536, or ten of 768, and no overflow chain: the least to write
 WAL_BYTES: Final = 32 * 2**20
 READERS: Final = 4
 
@@ -110,7 +111,7 @@ class StoreFile:
 
     def later(self, work: Callable[[], None]) -> None:
         """Run `work` when a reader is free; nobody waits for it."""
-        if not self._closed:
+        with suppress(RuntimeError):  # closing
             self._reading.submit(work)
 
     async def aclose(self) -> None:
@@ -132,11 +133,14 @@ class StoreFile:
         return self._in_transaction(self._writer, "BEGIN IMMEDIATE", work)
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        try:
-            db: sqlite3.Connection = self._reader.db
-        except AttributeError:
-            db = self._reader.db = self._connect()
-            db.execute("PRAGMA query_only = ON")
+        db: sqlite3.Connection | None = getattr(self._reader, "db", None)
+        if db is None:
+            try:
+                db = self._connect()
+                db.execute("PRAGMA query_only = ON")
+            except sqlite3.Error as error:
+                raise self._translated(error) from error
+            self._reader.db = db
         return self._in_transaction(db, "BEGIN", work)
 
     def _in_transaction(self, db: sqlite3.Connection, begin: str, work: Callable[[sqlite3.Connection], T]) -> T:

@@ -39,10 +39,10 @@ def sql(where: Filter) -> tuple[str, list[Scalar]]:
 
 def check_scalar(value: object) -> str | None:
     """Why a value can be neither stored nor compared; None when it can."""
-    if value is None or isinstance(value, bool):
-        return None
     if isinstance(value, str):
         return None if value.isascii() or _encodes(value) else "it is no valid Unicode"
+    if value is None or isinstance(value, bool):
+        return None
     if isinstance(value, int):
         return None if value in _INT64 else "it does not fit into 64 bits"
     if isinstance(value, float):

@@ -18,7 +18,9 @@ __all__ = ["NORM_TOLERANCE", "Matrices", "Matrix", "View", "best", "rounding"]
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 
-BLOCK_ROWS: Final = 8192
+BLOCK_ROWS: Final = 32_768
+"""Rows of one allocation, of which the system backs only what is used."""
+FEW_ROWS: Final = 4096
 NORM_TOLERANCE: Final = 5e-7
 """How far from 1 the length of a stored vector may be."""
 SAMPLE_ROWS: Final = 4096
@@ -155,10 +157,9 @@ class View:
         return scores
 
     def _scores_at(self, positions: Ids, query: Vector) -> Vector:
-        scores = np.empty(len(positions), dtype=np.float32)
-        for number, at in self._by_block(positions):
-            scores[at] = self.blocks[number][positions[at] - number * BLOCK_ROWS] @ query
-        return scores
+        rows = self.rows(positions)
+        # BLAS would wake its threads for a few rows, and on a busy machine wait for a free core.
+        return np.einsum("ij,j->i", rows, query) if len(rows) < FEW_ROWS else rows @ query
 
     def _by_block(self, positions: Ids) -> Iterator[tuple[int, slice]]:
         edges = np.searchsorted(positions, np.arange(len(self.blocks) + 1) * BLOCK_ROWS).tolist()
