@@ -506,6 +506,17 @@ async def test_a_caller_who_leaves_while_settling_is_charged_all_the_same(ledger
     await until_spent(ledger, "0.40", "0")
 
 
+async def test_a_new_ledger_can_be_opened_by_many_at_the_same_moment(url: str) -> None:
+    ledgers = [open_ledger(url) for _ in range(8)]
+
+    await asyncio.gather(
+        *(reserve(ledger, "0.10") for ledger in ledgers), *(ledger.spent(TEAM, at=NOW) for ledger in ledgers)
+    )
+
+    assert await ledgers[0].spent(TEAM, at=NOW) == decimals("0", "0.80")
+    await asyncio.gather(*(ledger.aclose() for ledger in ledgers))
+
+
 async def test_four_processes_together_never_pass_the_limit(url: str, ledger: Ledger) -> None:
     with ExitStack() as processes:
         racers = [processes.enter_context(spender(url, "race")) for _ in range(4)]
