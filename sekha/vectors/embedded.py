@@ -34,7 +34,6 @@ __all__ = ["EmbeddedStore"]
 
 logger = logging.getLogger(__name__)
 
-LARGE_BYTES: Final = 200_000 * 1536 * 4
 FIRST_PASS_AFTER_SEARCHES: Final = 32
 """Making a first pass takes about as long as this many exact searches."""
 
@@ -53,10 +52,11 @@ class EmbeddedStore:
     take the last of them, in whole batches.
     """
 
-    def __init__(self, file: StoreFile, *, cache_bytes: int, first_pass_rows: int) -> None:
+    def __init__(self, file: StoreFile, *, cache_bytes: int, first_pass_rows: int, warn_bytes: int) -> None:
         self._file = file
         self._matrices = Matrices(cache_bytes)
         self._first_pass_rows = first_pass_rows
+        self._warn_bytes = warn_bytes
         self._warned: set[int] = set()
 
     @classmethod
@@ -66,17 +66,19 @@ class EmbeddedStore:
         *,
         cache_bytes: int = 2 * 2**30,
         first_pass_rows: int = 20_000,
+        warn_bytes: int = 200_000 * 1536 * 4,
         busy_seconds: float = 10.0,
     ) -> Self:
         """Open the file, or create it with its folders; the one call here that touches the disk itself.
 
         A collection whose vectors take more than `cache_bytes` is read from the file at each search,
         and one of `first_pass_rows` is searched in fewer dimensions first; the results are the same.
+        One above `warn_bytes` is warned about in the log, once.
         Raises `StoreError` for a file that is not ours or of a newer version, `StoreUnavailable` when
         it cannot be opened.
         """
         file = StoreFile(Path(path), busy_seconds=busy_seconds)
-        return cls(file, cache_bytes=cache_bytes, first_pass_rows=first_pass_rows)
+        return cls(file, cache_bytes=cache_bytes, first_pass_rows=first_pass_rows, warn_bytes=warn_bytes)
 
     async def __aenter__(self) -> Self:
         return self
@@ -256,7 +258,7 @@ class EmbeddedStore:
     def _fits(self, db: sqlite3.Connection, stored: Stored) -> bool:
         count = tables.count(db, stored, "1", [])
         size = count * stored.dimension * 4
-        if size > LARGE_BYTES and stored.id not in self._warned:
+        if size > self._warn_bytes and stored.id not in self._warned:
             self._warned.add(stored.id)
             logger.warning(
                 "Collection %r holds %d vectors of %d numbers: %.1f GB for every process that searches it. "

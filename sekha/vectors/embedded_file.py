@@ -21,6 +21,7 @@ APPLICATION_ID: Final = 0x53454B48  # "SEKH", where `file` and other programs lo
 PAGE_BYTES: Final = 32_768  # five vectors of 1536, or ten of 768, and no overflow chain: the least to write
 WAL_BYTES: Final = 32 * 2**20
 READERS: Final = 4
+_MAGIC: Final = b"SQLite format 3\0"
 
 MIGRATIONS: Final = (
     (
@@ -85,6 +86,7 @@ class StoreFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreUnavailable(str(self.path), f"its folder cannot be created: {error.strerror}") from error
+        self._refuse_foreign()
         try:
             self._writer = self._connect()
             _prepare(self._writer, self.path)
@@ -157,6 +159,18 @@ class StoreFile:
         except sqlite3.Error as error:
             raise self._translated(error) from error
         return result
+
+    def _refuse_foreign(self) -> None:
+        # SQLite would take a file of a few bytes for an empty one, and write over it.
+        try:
+            with self.path.open("rb") as file:
+                start = file.read(len(_MAGIC))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreUnavailable(str(self.path), f"the file cannot be opened: {error.strerror}") from error
+        if start not in (b"", _MAGIC):
+            raise StoreError(f"Store {str(self.path)!r} {_BROKEN[sqlite3.SQLITE_NOTADB]}")
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(
