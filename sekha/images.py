@@ -33,7 +33,7 @@ def data_in_url(url: str) -> bytes | None:
 
     Raises `InvalidRequest` when they are not base64.
     """
-    if not url[:5].lower() == "data:":
+    if url[:5].lower() != "data:":
         return None
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):

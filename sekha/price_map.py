@@ -164,8 +164,7 @@ def _per_million(per_token: float | None) -> Decimal | None:
     # `repr` of a float is the shortest text that reads back as it, which is the text of the map.
     if per_token is None:
         return None
-    price = (Decimal(repr(per_token)) * _MILLION).normalize()
-    return price if price.as_tuple().exponent <= 0 else price.quantize(Decimal(1))  # 10, not 1E+1
+    return Decimal(f"{(Decimal(repr(per_token)) * _MILLION).normalize():f}")  # 10, not 1E+1
 
 
 def _whole(value: object) -> int | None:

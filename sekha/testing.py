@@ -317,7 +317,7 @@ class StandIn:
         return await self._send(request, protocol, body | usage, fault)
 
     async def _list_models(
-        self, request: web.Request, protocol: Protocol, sent: dict[str, Any], fault: Fault | None
+        self, request: web.Request, protocol: Protocol, _sent: dict[str, Any], fault: Fault | None
     ) -> web.StreamResponse:
         names = ["chat", *_DIMENSIONS] if self.models is None else self.models
         if protocol == "ollama":
@@ -327,7 +327,7 @@ class StandIn:
         return await self._send(request, protocol, body, fault)
 
     async def _show(
-        self, request: web.Request, protocol: Protocol, sent: dict[str, Any], fault: Fault | None
+        self, request: web.Request, protocol: Protocol, _sent: dict[str, Any], fault: Fault | None
     ) -> web.StreamResponse:
         body = {"capabilities": ["completion", "tools", "vision"], "model_info": {}, "template": ""}
         return await self._send(request, protocol, body, fault)

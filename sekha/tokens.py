@@ -57,7 +57,7 @@ def tokenizer_of(model: str) -> Tokenizer:
     that Anthropic published, and run higher; every other model by `cl100k_base`, from which Llama 3's
     grew and which is within a fifth of most others on English text.
     """
-    import tiktoken  # noqa: PLC0415 - 60 ms that a command line without counting need not spend
+    import tiktoken
 
     name = model.rpartition("/")[2]
     if "claude" in name:
@@ -153,7 +153,7 @@ def _load(name: TokenizerName) -> Callable[[str], int]:
 
 
 def _load_claude(file: Path) -> Callable[[str], int]:
-    from tokenizers import Tokenizer as HuggingFaceTokenizer  # noqa: PLC0415
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer.from_file(str(file))
 
@@ -166,7 +166,7 @@ def _load_claude(file: Path) -> Callable[[str], int]:
 
 
 def _load_tiktoken(name: str, folder: Path) -> Callable[[str], int]:
-    import tiktoken  # noqa: PLC0415
+    import tiktoken
 
     # tiktoken takes its files from this folder and asks the network only for one that is not there.
     previous = os.environ.get("TIKTOKEN_CACHE_DIR")

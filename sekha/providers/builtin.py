@@ -145,9 +145,9 @@ def _embed(texts: Sequence[str], dimension: int) -> Vector:
     sums = np.bincount(cells.astype(np.intp), weights=signed, minlength=len(texts) * dimension)
     vectors = sums.reshape(len(texts), dimension)
     lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    for row in np.flatnonzero(lengths == 0):  # opposite signs may meet in one coordinate and cancel out
+    for row in np.flatnonzero(lengths == 0).tolist():  # opposite signs may meet in one coordinate and cancel out
         vectors[row, zlib.crc32(texts[row].encode(errors="replace")) % dimension] = lengths[row] = 1.0
-    return (vectors / lengths[:, None]).astype(np.float32)
+    return np.asarray(vectors / lengths[:, None], dtype=np.float32)
 
 
 def _features(text: str) -> tuple[_Features, npt.NDArray[np.int64]]:

@@ -1,0 +1,264 @@
+"""What a failed call to a provider means: from whatever was raised to one `ProviderError`.
+
+LiteLLM's exceptions carry statuses that it made up (500 for a lost connection, 408 for its own
+timeout), so the provider's real answer is looked for first, in the chain of causes below them. Only
+where there is none does the exception's class decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import orjson
+
+from sekha.errors import (
+    BadReply,
+    ContentRefused,
+    ContextExceeded,
+    ModelNotFound,
+    ProviderAuthFailed,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RateLimited,
+    StreamBroken,
+)
+
+__all__ = ["BY_CLASS", "failure_of", "retry_after_seconds"]
+
+BY_CLASS: Mapping[str, type[ProviderError]] = {
+    # LiteLLM's own, every one.
+    "APIConnectionError": ProviderUnavailable,
+    "APIError": ProviderUnavailable,
+    "APIResponseValidationError": BadReply,
+    "AuthenticationError": ProviderAuthFailed,
+    "BadGatewayError": ProviderUnavailable,
+    "BadRequestError": ProviderRejected,
+    "BlockedPiiEntityError": ContentRefused,
+    "BudgetExceededError": ProviderError,
+    "ContentPolicyViolationError": ContentRefused,
+    "ContextWindowExceededError": ContextExceeded,
+    "GuardrailRaisedException": ContentRefused,
+    "ImageFetchError": ProviderRejected,
+    "InternalServerError": ProviderUnavailable,
+    "InvalidRequestError": ProviderRejected,
+    "JSONSchemaValidationError": BadReply,
+    "LiteLLMUnknownProvider": ModelNotFound,
+    "MidStreamFallbackError": StreamBroken,
+    "MockException": ProviderError,
+    "ModelNotMappedError": ModelNotFound,
+    "ModifyResponseException": BadReply,
+    "NotFoundError": ModelNotFound,
+    "OpenAIError": ProviderError,
+    "PaymentRequiredError": ProviderError,
+    "PermissionDeniedError": ProviderAuthFailed,
+    "RateLimitError": RateLimited,
+    "RejectedRequestError": ContentRefused,
+    "SensitiveDataRouteException": ContentRefused,
+    "ServiceUnavailableError": ProviderUnavailable,
+    "Timeout": ProviderTimeout,
+    "UnprocessableEntityError": ProviderRejected,
+    "UnsupportedParamsError": ProviderRejected,
+    "VectorStoreSearchError": ProviderRejected,
+    # From below it: httpx, openai, aiohttp, asyncio, and the parsing of replies.
+    "APITimeoutError": ProviderTimeout,
+    "TimeoutException": ProviderTimeout,
+    "TimeoutError": ProviderTimeout,
+    "TransportError": ProviderUnavailable,
+    "ClientError": ProviderUnavailable,
+    "OSError": ProviderUnavailable,
+    "JSONDecodeError": BadReply,
+    "ValidationError": BadReply,
+    "LookupError": BadReply,
+    "AttributeError": BadReply,
+    "TypeError": BadReply,
+}
+_BY_STATUS: Mapping[int, type[ProviderError]] = {
+    401: ProviderAuthFailed,
+    402: ProviderError,
+    403: ProviderAuthFailed,
+    404: ModelNotFound,
+    408: ProviderTimeout,
+    429: RateLimited,
+}
+# What only the words tell. Providers use one status for many causes, and LiteLLM knows some of the words.
+_OUT_OF_MONEY = (
+    "insufficient_quota",
+    "credit balance is too low",
+    "insufficient credits",
+    "exceeded your current quota",
+)
+_CONTENT = (
+    "content_policy",
+    "content_filter",
+    "content filtering",
+    "content management policy",
+    "safety system",
+    "requires moderation",
+    "was flagged",
+    "responsible ai policy",
+)
+_CONTEXT = (
+    "context_length",
+    "context length",
+    "context window",
+    "prompt is too long",
+    "maximum context",
+    "input is too long",
+    "too many tokens",
+)
+_NO_JSON = ("empty or invalid response", "unable to get json response")
+_DETAIL_CHARACTERS = 200
+_ECHO_CHARACTERS = 24
+
+
+def failure_of(
+    error: Exception,
+    *,
+    provider_id: str,
+    model_id: str,
+    secret: str | None = None,
+    texts: Sequence[str] = (),
+    streaming: bool = False,
+) -> ProviderError:
+    """Say what an exception means. `streaming` once a piece of the answer has been handed on.
+
+    The detail never holds the secret, nor the texts of the request, which some providers echo.
+    """
+    chain = list(_chain(error))
+    response = next((found for link in chain if (found := _answered(link)) is not None), None)
+    body = b"" if response is None else _content(response, chain)
+    status = None if response is None else int(response.status_code)
+    kind = _kind_unanswered(chain) if status is None else _kind_answered(error, status, body)
+    if streaming and not issubclass(kind, ProviderTimeout):
+        kind = StreamBroken
+    return kind(
+        _clean(_said(body) if response is not None else _reason(error, chain, kind), secret, texts),
+        provider_id=provider_id,
+        model_id=model_id,
+        status=status,
+        retry_after_seconds=None if response is None else retry_after_seconds(response.headers),
+    )
+
+
+def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
+    """`Retry-After` in seconds, whether it is written as seconds or as a date; None without one."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max((at - (now or datetime.now(UTC))).total_seconds(), 0.0)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _answered(link: BaseException) -> Any:
+    """The provider's HTTP answer, where this exception is one that stands for it.
+
+    LiteLLM's own exceptions hold responses that it made up; httpx's and OpenAI's are real.
+    """
+    real = type(link).__name__ == "HTTPStatusError" or type(link).__module__.startswith("openai")
+    return getattr(link, "response", None) if real else None
+
+
+def _content(response: Any, chain: Sequence[BaseException]) -> bytes:
+    try:
+        return bytes(response.content)
+    except Exception as error:
+        # A streamed answer may be closed unread; LiteLLM then keeps its text beside it.
+        if type(error).__name__ != "ResponseNotRead":
+            raise
+        texts = (getattr(link, "text", None) or getattr(link, "message", None) for link in chain)
+        return next((str(text).encode() for text in texts if text), b"")
+
+
+def _kind_answered(error: Exception, status: int, body: bytes) -> type[ProviderError]:
+    words = body.decode(errors="replace").lower()
+    if any(phrase in words for phrase in _OUT_OF_MONEY):
+        return ProviderError
+    if status in (400, 403, 413, 422):
+        for phrases, kind in ((_CONTENT, ContentRefused), (_CONTEXT, ContextExceeded)):
+            if any(phrase in words for phrase in phrases):
+                return kind
+        known = _known(error)
+        if known in (ContentRefused, ContextExceeded):
+            return known
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if status >= 500:
+        return ProviderUnavailable
+    return ProviderRejected if status >= 400 else BadReply
+
+
+def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
+    if any(phrase in str(chain[0]).lower() for phrase in _NO_JSON):
+        return BadReply
+    top = _known(chain[0]) or ProviderError
+    if top in (ProviderError, ProviderUnavailable, StreamBroken):
+        # LiteLLM says one of these for anything it did not foresee; what lies below knows better.
+        below = {_known(link) for link in chain[1:]}
+        for decisive in (ProviderTimeout, ProviderUnavailable, BadReply):
+            if decisive in below:
+                return decisive
+    return top
+
+
+def _known(link: BaseException) -> type[ProviderError] | None:
+    return next((BY_CLASS[base.__name__] for base in type(link).__mro__ if base.__name__ in BY_CLASS), None)
+
+
+def _said(body: bytes) -> str:
+    """The provider's sentence from its error body, in any of the shapes there are."""
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        text = re.sub(r"<[^>]*>", " ", body.decode(errors="replace"))
+        return " ".join(text.split())
+    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail") or error.get("type") or ""
+    return " ".join(str(error).split())
+
+
+def _reason(error: Exception, chain: Sequence[BaseException], kind: type[ProviderError]) -> str:
+    """Why there was no answer. LiteLLM's own sentence only where it refused the request itself."""
+    if issubclass(kind, ProviderTimeout):
+        return ""
+    if issubclass(kind, BadReply):
+        return "it is not the JSON of its API"
+    if issubclass(kind, ProviderUnavailable):
+        return f"the connection failed ({type(chain[-1]).__name__})"
+    first_line = str(error).partition("\n")[0]
+    return re.sub(r"^(?:litellm\.)?(?:\w+(?:Error|Exception)\s*[:-]\s*)+", "", first_line)
+
+
+def _clean(detail: str, secret: str | None, texts: Sequence[str]) -> str:
+    if secret:
+        detail = detail.replace(secret, "***")
+    # Providers quote a wrong key with its middle starred out.
+    detail = re.sub(r"\b(?:sk|key|or|ant)-[\w*.-]{6,}|\S*\*{4,}\S*", "***", detail)
+    for text in texts:
+        # Never shorter than a word or two, or "a" would blank the sentence.
+        start = text.strip()[:_ECHO_CHARACTERS]
+        if len(start) >= 8 and (at := detail.find(start)) >= 0:
+            detail = detail[:at] + "…"
+    return detail if len(detail) <= _DETAIL_CHARACTERS else detail[: _DETAIL_CHARACTERS - 1] + "…"

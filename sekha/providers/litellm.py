@@ -1,0 +1,381 @@
+"""Every provider that LiteLLM can speak to; the one file that imports it.
+
+LiteLLM translates, and nothing else: it makes one attempt, keeps no history, reads no `.env`, and
+what it makes up (usage it counted itself, a `stop` for a stream that broke off) is taken out again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import warnings
+from collections.abc import AsyncIterator, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from sekha.errors import BadReply, DimensionMismatch, ProviderError, ProviderRejected, StreamBroken
+from sekha.pricing import Usage
+from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
+from sekha.providers.failures import failure_of
+from sekha.registry import Model, ProviderKind, ProviderSpec
+
+__all__ = ["LiteLLMProvider", "base_url_of"]
+
+_CHAT_PREFIX: Mapping[ProviderKind, str] = {
+    "ollama": "ollama_chat/",
+    "openai": "openai/",
+    "anthropic": "anthropic/",
+    "openrouter": "openrouter/",
+}
+_DEFAULT_URLS: Mapping[ProviderKind, str] = {
+    "ollama": "http://localhost:11434",
+    "openai": "https://api.openai.com/v1",
+    "anthropic": "https://api.anthropic.com",
+    "openrouter": "https://openrouter.ai/api/v1",
+}
+# A caller's field is handed on only by name: LiteLLM takes its own orders (`api_base`, `fallbacks`,
+# `mock_response`) as fields of the same call.
+_FIELDS = frozenset(
+    {
+        "audio",
+        "frequency_penalty",
+        "function_call",
+        "functions",
+        "logit_bias",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "modalities",
+        "n",
+        "parallel_tool_calls",
+        "prediction",
+        "presence_penalty",
+        "reasoning_effort",
+        "response_format",
+        "seed",
+        "service_tier",
+        "stop",
+        "temperature",
+        "thinking",
+        "tool_choice",
+        "tools",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "user",
+        "verbosity",
+        "web_search_options",
+    }
+)
+_OLLAMA_FIELDS = frozenset(
+    {
+        "keep_alive",
+        "min_p",
+        "mirostat",
+        "mirostat_eta",
+        "mirostat_tau",
+        "num_ctx",
+        "num_gpu",
+        "num_predict",
+        "num_thread",
+        "repeat_last_n",
+        "repeat_penalty",
+        "tfs_z",
+        "think",
+    }
+)
+_OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
+
+
+class LiteLLMProvider:
+    """One configured provider. Connections are pooled by LiteLLM for the whole process."""
+
+    def __init__(self, spec: ProviderSpec) -> None:
+        self._spec = spec
+        self._secret = spec.api_key.get_secret_value() if spec.api_key else None
+        self._base_url = base_url_of(spec.kind, spec.base_url)
+
+    async def complete(self, call: ChatCall) -> Completion:
+        texts = _texts(call.messages)
+        arguments = self._chat(call)
+        reported: list[Mapping[str, Any]] = []
+        if self._spec.kind == "ollama":
+            # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
+            arguments["logger_fn"] = reported.append
+        try:
+            litellm = await asyncio.to_thread(_litellm)
+            async with asyncio.timeout(call.timeout_seconds):
+                reply = await litellm.acompletion(**arguments)
+        except Exception as error:
+            raise self._failure(error, call.model, texts) from error
+        if not getattr(reply, "choices", None):
+            raise self._bad(call.model, "it has no choices")
+        raw = str(reported[-1].get("original_response", "")) if reported else None
+        usage = _usage(getattr(reply, "usage", None))
+        if raw is not None and '"eval_count"' not in raw:
+            usage = None
+        body = _envelope(reply, call.model, "chat.completion") | {"choices": [_choice(c) for c in reply.choices]}
+        return Completion(body=body | ({"usage": _openai_usage(usage)} if usage else {}), usage=usage)
+
+    async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
+        texts = _texts(call.messages)
+        arguments = self._chat(call) | {"stream": True, "stream_options": {"include_usage": True}}
+        pieces: Any = None
+        started = False
+        try:
+            litellm = await asyncio.to_thread(_litellm)
+            async with asyncio.timeout(call.timeout_seconds):
+                pieces = await litellm.acompletion(**arguments)
+            envelope: dict[str, Any] | None = None
+            while True:
+                try:
+                    async with asyncio.timeout(call.timeout_seconds):
+                        piece = await anext(pieces)
+                except StopAsyncIteration:
+                    break
+                # One stream has one id; for Ollama LiteLLM makes up another for each piece.
+                envelope = envelope or _envelope(piece, call.model, "chat.completion.chunk")
+                chunk = _chunk(piece, pieces, envelope)
+                if chunk is None:
+                    continue
+                if not _ended(pieces) and _finishes(chunk):
+                    break
+                yield chunk
+                started = True
+        except Exception as error:
+            raise self._failure(error, call.model, texts, streaming=started) from error
+        finally:
+            if pieces is not None:
+                await pieces.aclose()
+        if not _ended(pieces):
+            raise self._unfinished(call.model, started=started)
+
+    async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
+        arguments = self._connection(timeout_seconds) | {"input": list(texts)}
+        prefix = "ollama/" if self._spec.kind == "ollama" else _CHAT_PREFIX.get(self._spec.kind, "")
+        try:
+            litellm = await asyncio.to_thread(_litellm)
+            async with asyncio.timeout(timeout_seconds):
+                reply = await litellm.aembedding(model=prefix + model.id, **arguments)
+        except Exception as error:
+            raise self._failure(error, model, texts) from error
+        return Embeddings(vectors=self._vectors(reply, model, len(texts)), usage=_usage(getattr(reply, "usage", None)))
+
+    async def aclose(self) -> None:
+        pass
+
+    def _vectors(self, reply: Any, model: Model, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        items = list(getattr(reply, "data", None) or ())
+        if len(items) != count:
+            raise self._bad(model, f"{len(items)} vectors for {count} texts")
+        try:
+            in_order = sorted(items, key=lambda item: int(item["index"]))
+            vectors = np.array([item["embedding"] for item in in_order], dtype=np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._bad(model, "its vectors are not lists of numbers of one length") from error
+        if vectors.ndim != 2:
+            raise self._bad(model, "its vectors are not lists of numbers of one length")
+        if model.dimension is not None and vectors.shape[1] != model.dimension:
+            raise DimensionMismatch(
+                declared=model.dimension, returned=vectors.shape[1], provider_id=self._spec.id, model_id=model.id
+            )
+        if not np.isfinite(vectors).all():
+            raise self._bad(model, "a vector holds a number that is not finite")
+        return vectors
+
+    def _chat(self, call: ChatCall) -> dict[str, Any]:
+        kind = self._spec.kind
+        options = {name: value for name, value in call.options.items() if name not in _OURS and value is not None}
+        named = _FIELDS | _OLLAMA_FIELDS if kind == "ollama" else _FIELDS
+        others = {name: value for name, value in options.items() if name not in named}
+        known = {name: value for name, value in options.items() if name in named}
+        if others and kind not in ("openai", "openrouter"):
+            fields = ", ".join(repr(name) for name in sorted(others))
+            raise self._rejected(call.model, f"no field {fields} is known here")
+        if others:
+            known["extra_body"] = others
+        self._refuse_fetching(call)
+        # Copied, since LiteLLM rewrites them in place for some providers.
+        messages = deepcopy([dict(message) for message in call.messages])
+        prefix = _CHAT_PREFIX.get(kind, "")
+        return self._connection(call.timeout_seconds) | known | {"model": prefix + call.model.id, "messages": messages}
+
+    def _connection(self, timeout_seconds: float) -> dict[str, Any]:
+        # Without a key of its own, LiteLLM would look in the environment, and send what it finds there.
+        missing = None if self._spec.kind in ("ollama", "litellm") else "none"
+        return {
+            "api_key": self._secret or missing,
+            "api_base": self._base_url,
+            "timeout": timeout_seconds,
+            "num_retries": 0,
+            "max_retries": 0,
+        }
+
+    def _refuse_fetching(self, call: ChatCall) -> None:
+        """LiteLLM fetches an image itself for a provider that will not; we never call an address a caller names."""
+        takes = {"ollama": (), "anthropic": ("https://",)}.get(self._spec.kind)
+        if takes is None:
+            return
+        for url in _image_urls(call.messages):
+            if not url.startswith(("data:", *takes)):
+                raise self._rejected(call.model, "it takes an image as base64 in a `data:` URL, not by address")
+
+    def _failure(
+        self, error: Exception, model: Model, texts: Sequence[str], *, streaming: bool = False
+    ) -> ProviderError:
+        return failure_of(
+            error,
+            provider_id=self._spec.id,
+            model_id=model.id,
+            secret=self._secret,
+            texts=texts,
+            streaming=streaming,
+        )
+
+    def _bad(self, model: Model, detail: str) -> BadReply:
+        return BadReply(detail, provider_id=self._spec.id, model_id=model.id)
+
+    def _rejected(self, model: Model, detail: str) -> ProviderRejected:
+        return ProviderRejected(detail, provider_id=self._spec.id, model_id=model.id)
+
+    def _unfinished(self, model: Model, *, started: bool) -> ProviderError:
+        if not started:
+            return self._bad(model, "the stream ended before anything was said")
+        return StreamBroken("it ended without saying so", provider_id=self._spec.id, model_id=model.id)
+
+
+def base_url_of(kind: ProviderKind, declared: str | None) -> str | None:
+    """The address LiteLLM wants, from what people write: with or without `/v1`, a slash, an endpoint."""
+    if declared is None:
+        return _DEFAULT_URLS.get(kind)
+    url = declared.rstrip("/")
+    for endpoint in ("/chat/completions", "/embeddings", "/messages", "/api/chat", "/api/embed", "/api/generate"):
+        url = url.removesuffix(endpoint)
+    match kind:
+        case "ollama":
+            return url.removesuffix("/v1").removesuffix("/api")
+        case "anthropic":
+            return url.removesuffix("/v1")
+        case "openai":
+            return url if urlsplit(url).path else f"{url}/v1"
+        case "openrouter":
+            return url if url.endswith("/v1") else f"{url.removesuffix('/api')}/api/v1"
+        case _:
+            return url
+
+
+@cache
+def _litellm() -> Any:
+    """Import LiteLLM, quiet and offline. Takes seconds: call it from a thread."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    os.environ.setdefault("LITELLM_MODE", "PRODUCTION")  # any other reads `.env` into the environment
+    # Pydantic says of its types, once per process, that it does not enforce `ReadOnly`.
+    warnings.filterwarnings("ignore", "Item .* is using the `ReadOnly` qualifier", UserWarning)
+    import litellm
+
+    litellm.suppress_debug_info = True
+    litellm.telemetry = False
+    litellm.turn_off_message_logging = True
+    litellm.disable_streaming_logging = True
+    litellm.disable_hf_tokenizer_download = True
+    litellm.drop_params = False
+    litellm.num_retries = 0
+    # `max_retries=0` is taken for "none given" by the embeddings of OpenAI, which then try three times.
+    litellm.DEFAULT_MAX_RETRIES = 0
+    for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
+        # It logs whole requests with its errors.
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    return litellm
+
+
+def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content")
+        parts = [{"text": content}] if isinstance(content, str) else content or ()
+        texts += [str(part["text"]) for part in parts if isinstance(part, Mapping) and part.get("text")]
+    return texts
+
+
+def _image_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    urls: list[str] = []
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, Sequence) and not isinstance(content, str) else ():
+            if isinstance(part, Mapping) and part.get("type") == "image_url":
+                reference = part.get("image_url")
+                urls.append(str(reference.get("url", "") if isinstance(reference, Mapping) else reference))
+    return urls
+
+
+def _envelope(reply: Any, model: Model, kind: str) -> dict[str, Any]:
+    envelope = {"id": reply.id, "object": kind, "created": reply.created, "model": model.id}
+    fingerprint = getattr(reply, "system_fingerprint", None)
+    return envelope | ({"system_fingerprint": fingerprint} if fingerprint else {})
+
+
+def _choice(choice: Any) -> dict[str, Any]:
+    message = choice.message.model_dump(exclude_none=True)
+    message.pop("provider_specific_fields", None)
+    body = {"index": choice.index, "message": {"content": None} | message, "finish_reason": choice.finish_reason}
+    logprobs = getattr(choice, "logprobs", None)
+    return body | ({"logprobs": _plain(logprobs)} if logprobs else {})
+
+
+def _chunk(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
+    if getattr(piece, "usage", None) is not None:
+        # LiteLLM closes with a sum that is its own count where no piece of the provider's carried one.
+        usage = _usage(piece.usage) if _reported(pieces) else None
+        return Chunk(body=envelope | {"choices": [], "usage": _openai_usage(usage)}, usage=usage) if usage else None
+    choices = []
+    for choice in piece.choices:
+        delta = choice.delta.model_dump(exclude_none=True)
+        delta.pop("provider_specific_fields", None)
+        body = {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
+        logprobs = getattr(choice, "logprobs", None)
+        choices.append(body | ({"logprobs": _plain(logprobs)} if logprobs else {}))
+    return Chunk(body=envelope | {"choices": choices}) if choices else None
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _reported(pieces: Any) -> bool:
+    return any(getattr(piece, "usage", None) is not None for piece in pieces.chunks)
+
+
+def _ended(pieces: Any) -> bool:
+    """Whether the provider itself said how it finished; LiteLLM says `stop` for one that did not."""
+    return pieces.received_finish_reason is not None or pieces.intermittent_finish_reason is not None
+
+
+def _finishes(chunk: Chunk) -> bool:
+    return any(choice["finish_reason"] for choice in chunk.body["choices"]) or chunk.usage is not None
+
+
+def _usage(reported: Any) -> Usage | None:
+    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens."""
+    if reported is None or not (reported.prompt_tokens or reported.completion_tokens):
+        return None
+    details = getattr(reported, "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None) or getattr(reported, "cache_read_input_tokens", None)
+    return Usage(
+        input_tokens=reported.prompt_tokens or 0,
+        output_tokens=reported.completion_tokens or 0,
+        cached_tokens=cached or 0,
+    )
+
+
+def _openai_usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

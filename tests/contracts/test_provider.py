@@ -1,0 +1,458 @@
+"""What every provider does, over real HTTP to a stand-in for each protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+
+from sekha.errors import (
+    BadReply,
+    ContentRefused,
+    ContextExceeded,
+    DimensionMismatch,
+    ModelNotFound,
+    ProviderAuthFailed,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RateLimited,
+    StreamBroken,
+)
+from sekha.pricing import Usage
+from sekha.providers.base import ChatCall, Chunk, Provider
+from sekha.providers.opening import open_provider
+from sekha.registry import Model, ProviderKind, ProviderSpec
+from sekha.testing import Received, StandIn
+
+SECRET = "sk-standin-0123456789abcdef"
+PROMPT = "Tell me about the confidential merger"
+PATIENCE = 20.0
+IMPATIENCE = 0.4
+
+PIXEL = base64.b64encode(bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489")).decode()
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One provider under test and the stand-in it talks to."""
+
+    kind: ProviderKind
+    provider: Provider
+    standin: StandIn
+    chat: Model
+    embedding: Model | None
+
+    def call(self, *, timeout_seconds: float = PATIENCE, content: object = PROMPT, **options: Any) -> ChatCall:
+        return ChatCall(
+            model=self.chat,
+            messages=[{"role": "user", "content": content}],
+            options=options,
+            timeout_seconds=timeout_seconds,
+        )
+
+    async def embed(self, *texts: str, timeout_seconds: float = PATIENCE) -> Any:
+        assert self.embedding is not None
+        return await self.provider.embed(self.embedding, list(texts), timeout_seconds=timeout_seconds)
+
+    @property
+    def calls(self) -> list[Received]:
+        return [request for request in self.standin.requests if request.path != "/api/show"]
+
+
+MODELS: dict[str, tuple[str, str | None]] = {
+    "builtin": ("echo", "hashed-768"),
+    "openai": ("gpt-4o-mini", "text-embedding-3-small"),
+    "anthropic": ("claude-sonnet-4-5", None),
+    "ollama": ("llama3.1:8b", "nomic-embed-text"),
+    "openrouter": ("meta/llama", "openai/text-embedding-3-small"),
+}
+DIMENSIONS = {"builtin": 768, "openai": 1536, "ollama": 768, "openrouter": 1536}
+REMOTE = ["openai", "anthropic", "ollama", "openrouter"]
+EMBEDDING = ["openai", "ollama", "openrouter"]
+
+
+def open_subject(kind: ProviderKind, standin: StandIn) -> Subject:
+    url = None if kind == "builtin" else getattr(standin, f"{kind}_url")
+    provider = open_provider(ProviderSpec(id="one", kind=kind, base_url=url, api_key=SecretStr(SECRET)))
+    chat, embedding = MODELS[kind]
+    return Subject(
+        kind,
+        provider,
+        standin,
+        Model(id=chat, provider_id="one", tasks=("chat_small",)),
+        Model(id=embedding, provider_id="one", tasks=("embedding",), dimension=DIMENSIONS[kind]) if embedding else None,
+    )
+
+
+@pytest.fixture
+async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    async with StandIn() as standin:
+        opened = open_subject(request.param, standin)
+        yield opened
+        await opened.provider.aclose()
+
+
+def every(*kinds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("subject", kinds, indirect=True)
+
+
+async def pieces_of(stream: AsyncIterator[Chunk]) -> list[Chunk]:
+    return [piece async for piece in stream]
+
+
+async def failure(subject: Subject, how: str, *, timeout_seconds: float = PATIENCE) -> ProviderError:
+    """What one attempt raises, and that it was one attempt."""
+    with pytest.raises(ProviderError) as caught:
+        match how:
+            case "complete":
+                await subject.provider.complete(subject.call(timeout_seconds=timeout_seconds))
+            case "stream":
+                await pieces_of(subject.provider.stream(subject.call(timeout_seconds=timeout_seconds)))
+            case "embed":
+                await subject.embed(PROMPT, "another", timeout_seconds=timeout_seconds)
+    assert len(subject.calls) == 1
+    assert SECRET not in str(caught.value)
+    assert PROMPT not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert len(caught.value.detail) <= 200
+    assert caught.value.provider_id == "one"
+    return caught.value
+
+
+def each_way(*excluded: str) -> Any:
+    """Every protocol by chat, stream and embedding, where it has one."""
+    ways = [
+        (kind, how)
+        for kind in REMOTE
+        for how in ("complete", "stream", "embed")
+        if how not in excluded and (how != "embed" or kind in EMBEDDING)
+    ]
+    return pytest.mark.parametrize(
+        ("subject", "how"), ways, indirect=["subject"], ids=[f"{kind}-{how}" for kind, how in ways]
+    )
+
+
+# --- what works ----------------------------------------------------------------------------
+
+
+@every("builtin", *REMOTE)
+async def test_a_chat_is_answered_in_openais_shape_with_the_providers_usage(subject: Subject) -> None:
+    reply = await subject.provider.complete(subject.call())
+
+    assert PROMPT in reply.text
+    assert reply.finish_reason == "stop"
+    assert reply.body["object"] == "chat.completion"
+    assert reply.body["model"] == subject.chat.id
+    assert reply.usage is not None
+    assert (reply.usage.input_tokens, reply.usage.counted) == (6, False)
+    assert reply.usage.output_tokens == len(reply.text.split())
+    assert reply.body["usage"]["prompt_tokens"] == 6
+
+
+@every("builtin", *REMOTE)
+async def test_a_stream_adds_up_to_the_answer_and_ends_with_usage(subject: Subject) -> None:
+    whole = await subject.provider.complete(subject.call())
+
+    pieces = await pieces_of(subject.provider.stream(subject.call()))
+
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert len(pieces) > 3
+    assert pieces[-1].usage == whole.usage
+    assert [piece.usage for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert len({piece.body["id"] for piece in pieces}) == 1
+    finished = [choice["finish_reason"] for piece in pieces for choice in piece.body["choices"]]
+    assert [reason for reason in finished if reason] == ["stop"]
+
+
+@every("builtin", *EMBEDDING)
+async def test_texts_are_embedded_in_their_order(subject: Subject) -> None:
+    together = await subject.embed("the cat sat", "a wing in a supersonic flow")
+
+    apart = await subject.embed("a wing in a supersonic flow")
+
+    assert together.vectors.shape == (2, DIMENSIONS[subject.kind])
+    assert together.vectors.dtype == np.float32
+    np.testing.assert_array_equal(together.vectors[1], apart.vectors[0])
+    assert together.usage == Usage(input_tokens=9)
+
+
+@every(*REMOTE)
+async def test_a_tool_is_called(subject: Subject) -> None:
+    reply = await subject.provider.complete(subject.call(tools=[TOOL]))
+
+    (tool_call,) = reply.body["choices"][0]["message"]["tool_calls"]
+    assert tool_call["function"]["name"] == "look_up"
+    assert PROMPT in tool_call["function"]["arguments"]
+    assert tool_call["id"]
+    assert reply.finish_reason == "tool_calls"
+
+
+@every(*REMOTE)
+async def test_a_tool_call_is_streamed(subject: Subject) -> None:
+    pieces = await pieces_of(subject.provider.stream(subject.call(tools=[TOOL])))
+
+    deltas = [choice["delta"] for piece in pieces for choice in piece.body["choices"]]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert calls[0]["function"]["name"] == "look_up"
+    assert PROMPT in "".join(call["function"].get("arguments") or "" for call in calls)
+    finished = [choice["finish_reason"] for piece in pieces for choice in piece.body["choices"]]
+    assert finished[-1] == "tool_calls"
+
+
+@every(*REMOTE)
+async def test_a_tools_result_goes_back_to_the_model(subject: Subject) -> None:
+    called = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "x"}'}}
+    messages = [
+        {"role": "user", "content": "What is x?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "a letter"},
+    ]
+
+    reply = await subject.provider.complete(
+        ChatCall(model=subject.chat, messages=messages, options={"tools": [TOOL]}, timeout_seconds=PATIENCE)
+    )
+
+    assert reply.text == "You said: a letter"
+    assert messages[2] == {"role": "tool", "tool_call_id": "call_1", "content": "a letter"}
+
+
+@every(*REMOTE)
+async def test_an_image_takes_each_protocols_own_form(subject: Subject) -> None:
+    url = f"data:image/png;base64,{PIXEL}"
+    content = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
+
+    await subject.provider.complete(subject.call(content=content))
+
+    (message,) = subject.calls[0].json["messages"]
+    match subject.kind:
+        case "anthropic":
+            assert {"type": "base64", "media_type": "image/png", "data": PIXEL} in [
+                part.get("source") for part in message["content"]
+            ]
+        case "ollama":
+            assert message["images"] == [PIXEL]
+        case _:
+            assert message["content"] == content
+
+
+@every("openai", "anthropic", "openrouter")
+async def test_cached_tokens_are_part_of_the_input(subject: Subject) -> None:
+    subject.standin.cached_tokens = 4
+
+    reply = await subject.provider.complete(subject.call())
+    pieces = await pieces_of(subject.provider.stream(subject.call()))
+
+    assert reply.usage is not None
+    assert (reply.usage.input_tokens, reply.usage.cached_tokens) == (6, 4)
+    assert pieces[-1].usage == reply.usage
+
+
+@every("openai", "ollama", "openrouter")
+async def test_usage_that_was_not_reported_is_none(subject: Subject) -> None:
+    subject.standin.omit_usage(times=2)
+
+    reply = await subject.provider.complete(subject.call())
+    pieces = await pieces_of(subject.provider.stream(subject.call()))
+
+    assert reply.usage is None
+    assert "usage" not in reply.body
+    assert [piece.usage for piece in pieces] == [None] * len(pieces)
+
+
+@every(*REMOTE)
+async def test_the_key_and_the_options_reach_the_provider(subject: Subject) -> None:
+    await subject.provider.complete(subject.call(max_tokens=77, temperature=0.5))
+
+    (received,) = subject.calls
+    sent = received.json | received.json.get("options", {})
+    assert 77 in (sent.get("max_tokens"), sent.get("max_completion_tokens"), sent.get("num_predict"))
+    assert sent["temperature"] == 0.5
+    assert any(SECRET in value for value in received.headers.values())
+
+
+# --- what fails ----------------------------------------------------------------------------
+
+
+@each_way()
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (400, ProviderRejected),
+        (401, ProviderAuthFailed),
+        (402, ProviderError),
+        (404, ModelNotFound),
+        (500, ProviderUnavailable),
+        (503, ProviderUnavailable),
+    ],
+)
+async def test_a_status_has_one_meaning(subject: Subject, how: str, status: int, expected: type[ProviderError]) -> None:
+    subject.standin.fail(status)
+
+    error = await failure(subject, how)
+
+    assert type(error) is expected
+    assert error.status == status
+    assert error.detail
+
+
+@each_way()
+@pytest.mark.parametrize("retry_after", ["3", "Wed, 21 Oct 2099 07:28:00 GMT"], ids=["seconds", "date"])
+async def test_a_rate_limit_keeps_its_retry_after(subject: Subject, how: str, retry_after: str) -> None:
+    subject.standin.fail(429, retry_after=retry_after)
+
+    error = await failure(subject, how)
+
+    assert type(error) is RateLimited
+    assert error.retry_after_seconds is not None
+    assert error.retry_after_seconds == 3 or error.retry_after_seconds > 1e9
+
+
+@each_way("embed")
+async def test_content_policy_is_told_from_other_refusals(subject: Subject, how: str) -> None:
+    if subject.kind == "ollama":
+        return  # it has none
+    subject.standin.refuse_content()
+
+    assert type(await failure(subject, how)) is ContentRefused
+
+
+@each_way()
+async def test_too_long_a_request_is_told_from_other_refusals(subject: Subject, how: str) -> None:
+    subject.standin.exceed_context()
+
+    assert type(await failure(subject, how)) is ContextExceeded
+
+
+@each_way()
+async def test_silence_is_a_timeout(subject: Subject, how: str) -> None:
+    subject.standin.hang()
+
+    assert type(await failure(subject, how, timeout_seconds=IMPATIENCE)) is ProviderTimeout
+
+
+@each_way()
+async def test_a_dropped_connection_is_an_outage(subject: Subject, how: str) -> None:
+    subject.standin.drop()
+
+    error = await failure(subject, how)
+
+    assert type(error) is ProviderUnavailable
+    assert error.status is None
+
+
+@each_way("stream")
+async def test_a_body_that_breaks_off_is_an_outage(subject: Subject, how: str) -> None:
+    subject.standin.cut()
+
+    assert type(await failure(subject, how)) is ProviderUnavailable
+
+
+@each_way()
+async def test_a_web_page_for_an_answer_breaks_the_protocol(subject: Subject, how: str) -> None:
+    subject.standin.garbage()
+
+    assert type(await failure(subject, how)) is BadReply
+
+
+@every(*REMOTE)
+@pytest.mark.parametrize("fault", ["cut", "end_early"])
+async def test_a_stream_that_breaks_off_is_never_taken_for_its_end(subject: Subject, fault: str) -> None:
+    getattr(subject.standin, fault)(after=5)
+    received = []
+
+    with pytest.raises(StreamBroken):
+        async for piece in subject.provider.stream(subject.call()):
+            received.append(piece)
+
+    assert "You" in "".join(piece.text for piece in received)
+    assert not any(choice["finish_reason"] for piece in received for choice in piece.body["choices"])
+    assert len(subject.calls) == 1
+
+
+@every(*REMOTE)
+async def test_a_stream_cut_before_its_first_piece_is_an_outage(subject: Subject) -> None:
+    subject.standin.cut(after=0)
+
+    error = await failure(subject, "stream")
+
+    assert type(error) is ProviderUnavailable
+
+
+@every(*REMOTE)
+async def test_a_stream_that_falls_silent_is_a_timeout(subject: Subject) -> None:
+    subject.standin.stall(after=5)
+    received = []
+
+    with pytest.raises(ProviderTimeout):
+        async for piece in subject.provider.stream(subject.call(timeout_seconds=IMPATIENCE)):
+            received.append(piece)
+
+    assert received
+
+
+@every(*REMOTE)
+async def test_closing_a_stream_closes_its_connection(subject: Subject) -> None:
+    subject.standin.stall(after=5)
+    stream = subject.provider.stream(subject.call())
+    await anext(stream)
+
+    await stream.aclose()  # type: ignore[attr-defined]
+
+    async with asyncio.timeout(5):
+        await subject.standin.abandoned.wait()
+
+
+@every(*REMOTE)
+async def test_a_cancelled_call_closes_its_connection(subject: Subject) -> None:
+    subject.standin.hang()
+    call = asyncio.create_task(subject.provider.complete(subject.call()))
+    async with asyncio.timeout(PATIENCE):
+        while not subject.calls:
+            await asyncio.sleep(0.01)
+
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    async with asyncio.timeout(5):
+        await subject.standin.abandoned.wait()
+
+
+@every(*EMBEDDING)
+async def test_vectors_of_another_length_are_refused(subject: Subject) -> None:
+    subject.standin.wrong_dimension(12)
+
+    with pytest.raises(DimensionMismatch) as caught:
+        await subject.embed("one", "two")
+
+    assert caught.value.returned == 12
+    assert caught.value.declared == DIMENSIONS[subject.kind]
+
+
+@every("builtin", *REMOTE)
+async def test_a_model_that_is_not_there_is_named(subject: Subject) -> None:
+    subject.standin.models = []
+    missing = Model(id="nothing", provider_id="one", tasks=("chat_small",))
+
+    with pytest.raises(ModelNotFound) as caught:
+        await subject.provider.complete(
+            ChatCall(model=missing, messages=[{"role": "user", "content": "Hi"}], timeout_seconds=PATIENCE)
+        )
+
+    assert caught.value.model_id == "nothing"
