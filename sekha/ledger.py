@@ -71,6 +71,8 @@ class Hold:
     amounts: Mapping[str, Decimal]
     """Budget name → dollars held against it."""
     expires_at: datetime
+    ttl_seconds: float
+    """How long it lasts without a charge; each charge under it renews it for as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,7 @@ class Ledger(Protocol):
         ...
 
     async def charge(self, hold: Hold, spend: Spend) -> None:
-        """Record what a call cost, and reduce the hold by it. The hold goes on.
+        """Record what a call cost, and reduce the hold by it. The hold goes on, renewed from `spend.at`.
 
         Spending is recorded even when it exceeds the hold, and when the hold has expired. Only what
         is held for budgets that cover the spend is reduced, and never below zero. When it returns,

@@ -122,6 +122,7 @@ class SqlLedger:
             budgets=tuple(budgets),
             amounts=held,
             expires_at=at + timedelta(seconds=ttl_seconds),
+            ttl_seconds=ttl_seconds,
         )
         if not held:
             return hold
@@ -251,6 +252,16 @@ def _charge(transaction: Transaction, *, hold: Hold, spend: Spend) -> None:
         cost,
         hold.id,
         _matches(spend.scope),
+    )
+    # A long ingest charges on and on, and what it has yet to spend must not be given to others meanwhile.
+    # A hold that had expired stays so: its money may be somebody else's by now.
+    renewed = _micros(spend.at + timedelta(seconds=hold.ttl_seconds))
+    transaction.changed(
+        "UPDATE ledger_holds SET expires_at = ? WHERE id = ? AND expires_at < ? AND expires_at > ?",
+        renewed,
+        hold.id,
+        renewed,
+        _micros(spend.at),
     )
 
 

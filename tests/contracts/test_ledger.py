@@ -223,6 +223,16 @@ async def test_an_expired_hold_frees_its_money_and_its_spending_is_still_recorde
     assert second.id != hold.id
 
 
+async def test_a_charge_renews_its_hold_so_that_long_work_keeps_its_money(ledger: Ledger) -> None:
+    hold = await reserve(ledger, "2.00")
+    before_it_expires, after = NOW + timedelta(seconds=59), NOW + timedelta(seconds=90)
+
+    await ledger.charge(hold, spend("0.50", at=before_it_expires))
+
+    assert await ledger.spent(TEAM, at=after) == decimals("0.50", "1.50")
+    assert await ledger.spent(TEAM, at=before_it_expires + timedelta(seconds=60)) == decimals("0.50", "0")
+
+
 async def test_a_hold_counts_into_the_next_period_until_it_expires(ledger: Ledger) -> None:
     midnight = datetime(2026, 11, 24, tzinfo=UTC)
     await reserve(ledger, "1.50", at=midnight - timedelta(seconds=30))

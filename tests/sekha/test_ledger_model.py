@@ -49,8 +49,11 @@ class Held:
 
     hold: Hold
     lines: dict[str, Decimal]
+    expires_at: datetime
 
-    def reduce(self, spend: Spend) -> None:
+    def charge(self, spend: Spend) -> None:
+        if self.expires_at > spend.at:
+            self.expires_at = max(self.expires_at, spend.at + timedelta(seconds=self.hold.ttl_seconds))
         for budget in self.hold.budgets:
             if budget.name in self.lines and budget.covers(spend.scope):
                 self.lines[budget.name] = max(self.lines[budget.name] - spend.cost, Decimal(0))
@@ -101,7 +104,7 @@ class LedgerMachine(RuleBasedStateMachine):
                     if (other.match, other.period) == (budget.match, budget.period)
                 )
                 for held in self.held.values()
-                if held.hold.expires_at > self.now
+                if held.expires_at > self.now
                 and any((other.match, other.period) == (budget.match, budget.period) for other in held.hold.budgets)
             ),
             Decimal(0),
@@ -128,6 +131,8 @@ class LedgerMachine(RuleBasedStateMachine):
         left = {budget.name: budget.limit - self.spent(budget) - self.held_for(budget) for budget in chosen}
         first = next((b for b in chosen if needed[b.name] > 0 and needed[b.name] > left[b.name]), None)
 
+        if any(needed.values()):
+            self.held = {name: held for name, held in self.held.items() if held.expires_at > self.now}
         reserving = self.ledgers[process].reserve(chosen, needed, at=self.now, ttl_seconds=ttl_seconds)
         if first is not None:
             with pytest.raises(BudgetExceeded) as refused:
@@ -136,7 +141,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert refused.value.remaining == max(left[first.name], Decimal(0))
             return multiple()
         hold = self.runner.run(reserving)
-        self.held[hold.id] = Held(hold, dict(hold.amounts))
+        self.held[hold.id] = Held(hold, dict(hold.amounts), hold.expires_at)
         for budget in chosen:
             if needed[budget.name]:
                 assert self.spent(budget) + self.held_for(budget) <= budget.limit
@@ -156,7 +161,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.runner.run(self.ledgers[process].charge(hold, spend))
         self.recorded[spend.id] = spend
         if hold.id in self.held:
-            self.held[hold.id].reduce(spend)
+            self.held[hold.id].charge(spend)
         return spend
 
     @rule(process=st.integers(0, 1), hold=holds, spend=spends)
