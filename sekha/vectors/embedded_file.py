@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -89,7 +90,7 @@ class StoreFile:
         self._refuse_foreign()
         try:
             self._writer = self._connect()
-            _prepare(self._writer, self.path)
+            _prepare(self._writer, self.path, busy_seconds)
         except sqlite3.Error as error:
             self._disconnect()
             raise self._translated(error) from error
@@ -204,12 +205,12 @@ class StoreFile:
         return StoreError(f"Store {str(self.path)!r} failed: {error}.")
 
 
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
+def _prepare(db: sqlite3.Connection, path: Path, busy_seconds: float) -> None:
     """Make the file ours, with the schema that this code knows."""
     version = _version(db, path)
     if version == 0:
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-    db.execute("PRAGMA journal_mode = WAL")
+    _use_wal(db, busy_seconds)
     if version == len(MIGRATIONS):
         return
     db.execute("BEGIN IMMEDIATE")
@@ -225,6 +226,20 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _use_wal(db: sqlite3.Connection, busy_seconds: float) -> None:
+    # SQLite does not wait for its lock here when several processes create one file at once.
+    deadline = time.monotonic() + busy_seconds
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:

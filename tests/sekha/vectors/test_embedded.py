@@ -50,6 +50,17 @@ async def test_what_was_written_is_there_after_opening_again(tmp_path: Path) -> 
         assert [hit.uuid for hit in await store.search("Current", X, 1)] == [uuid(1)]
 
 
+async def test_a_new_file_can_be_opened_by_many_at_once(tmp_path: Path) -> None:
+    for number in range(5):
+        path = tmp_path / f"{number}.db"
+
+        opened = await asyncio.gather(*(asyncio.to_thread(EmbeddedStore.open, path) for _ in range(8)))
+
+        for store in opened:
+            assert await store.list_collections() == []
+            await store.aclose()
+
+
 async def test_closing_leaves_one_file(tmp_path: Path) -> None:
     async with EmbeddedStore.open(tmp_path / "store.db") as store:
         await store.ensure_collection(DOCS)
@@ -129,7 +140,7 @@ async def test_a_full_disk_is_unavailable_and_leaves_whole_batches(tmp_path: Pat
         await store.ensure_collection(DOCS)
         stored = 0
 
-        with pytest.raises(StoreUnavailable, match="disk is full"):
+        with pytest.raises(StoreUnavailable, match="disk is full"):  # noqa: PT012
             while not await store.upsert("Docs", [record(stored + n, title="t" * 500) for n in range(50)]):
                 stored += 50
 
