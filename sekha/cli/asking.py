@@ -1,0 +1,227 @@
+"""`sekha route` and `sekha chat`: who would answer at what price, and the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import sys
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sekha.cli.dollars import DOLLARS
+from sekha.cli.invocation import Invocation, config_option, flow_option, json_option
+from sekha.cli.opening import configuration, name_of, open_here, run_async
+from sekha.cli.terminal import columns, note, printable, say, show_table, waiting, write_json
+from sekha.errors import InvalidRequest, dollars
+from sekha.registry import TASKS, Task
+
+if TYPE_CHECKING:
+    from sekha.chat import ChatRequest, Reply
+    from sekha.loading import Loaded
+    from sekha.routing import Plan
+
+__all__ = ["chat", "route"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _request_options(command: F) -> F:
+    for option in reversed(
+        (
+            click.argument("prompt"),
+            click.option("--model", "-m", help="A model, provider/model, a task's name, or auto."),
+            click.option(
+                "--task", "-t", type=click.Choice(TASKS), help="Let Sekha choose among the models for a task."
+            ),
+            click.option("--max-cost", type=DOLLARS, help="US dollars that it may cost at the most."),
+            click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of the reply at the most."),
+            click.option("--system", help="A system message to put before the prompt."),
+            click.option(
+                "--image", "images", metavar="FILE|URL", multiple=True, help="An image to ask about; may be repeated."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_request_options
+@config_option
+@json_option
+@click.pass_obj
+def route(invocation: Invocation, /, **request: Any) -> None:
+    """Show who would answer, at what price and why, calling nobody.
+
+    PROMPT is counted and priced at every model that it may mean; `-` reads it from stdin. Candidates
+    are asked in this order, each only when those before it failed.
+
+    \b
+    Examples:
+      sekha route "Summarise this" --task chat_small
+      sekha route --max-cost 0.01 --json - < letter.txt
+    """
+    loaded = configuration(invocation)
+    plan = run_async(_plan(loaded, _request(**request)))
+    if invocation.as_json:
+        return write_json(_plan_values(plan))
+    return _show_plan(plan)
+
+
+@click.command()
+@_request_options
+@config_option
+@json_option
+@flow_option
+@click.pass_obj
+def chat(invocation: Invocation, /, flow: bool, **request: Any) -> None:
+    """Answer a prompt. The answer goes to stdout; who gave it and what it cost, to stderr.
+
+    `-` reads the prompt from stdin. When a provider fails, the next candidate is asked.
+
+    \b
+    Examples:
+      sekha chat "What does a hold do?"
+      git diff | sekha chat - --system "Write a commit message." --max-cost 0.02
+    """
+    loaded = configuration(invocation)
+    asked = _request(**request)
+    with waiting("asking"):
+        reply = _in_flow(asked, name_of(loaded, invocation)) if flow else run_async(_answered(loaded, asked))
+    if invocation.as_json:
+        return write_json(reply)
+    say(printable(reply.text) if sys.stdout.isatty() else reply.text)
+    return _show_cost(reply)
+
+
+# --- what is asked -------------------------------------------------------------------------
+
+
+def _request(
+    *,
+    prompt: str,
+    model: str | None,
+    task: Task | None,
+    max_cost: Decimal | None,
+    max_tokens: int | None,
+    system: str | None,
+    images: Sequence[str],
+) -> ChatRequest:
+    from sekha.chat import ChatRequest
+
+    text = _stdin() if prompt == "-" else prompt
+    if not text.strip():
+        raise InvalidRequest("The prompt is empty: say what to ask.", field="prompt")
+    content: Any = text
+    if images:
+        pictures = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images]
+        content = [{"type": "text", "text": text}, *pictures]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return ChatRequest(messages=tuple(messages), model=model, task=task, max_cost=max_cost, max_tokens=max_tokens)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The prompt on stdin is not UTF-8: byte {error.start} is no character.") from error
+
+
+def _image_url(image: str) -> str:
+    """A URL as it stands, for the provider to fetch; a file as its bytes."""
+    from sekha.images import read_image
+
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    try:
+        data = Path(image).expanduser().read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"Image {image!r} cannot be read: {error.strerror}.", field="image") from error
+    return f"data:image/{read_image(data).format};base64,{base64.b64encode(data).decode()}"
+
+
+async def _plan(loaded: Loaded, request: ChatRequest) -> Plan:
+    async with open_here(loaded) as sekha:
+        return await sekha.route(request)
+
+
+async def _answered(loaded: Loaded, request: ChatRequest) -> Reply:
+    async with open_here(loaded) as sekha:
+        return await sekha.chat(request)
+
+
+def _in_flow(request: ChatRequest, config: str | None) -> Reply:
+    from sekha.cli.server import answering
+
+    with answering():
+        from flows.chat import chat as chat_flow
+
+        return asyncio.run(chat_flow(request, config))
+
+
+# --- what is shown -------------------------------------------------------------------------
+
+
+def _show_plan(plan: Plan) -> None:
+    table = columns("", "model", "expected", "at most", "why", right=("expected", "at most"), wrap=("why",))
+    for at, candidate in enumerate(plan.candidates, 1):
+        estimate = candidate.estimate
+        table.add_row(
+            f"{at}.", candidate.model.name, dollars(estimate.expected), dollars(estimate.worst_case), candidate.reason
+        )
+    show_table(table)
+    if plan.dropped:
+        say()
+        say("Not asked", "bold")
+        left_out = columns("model", "rule", "why", wrap=("why",))
+        for dropped in plan.dropped:
+            left_out.add_row(dropped.model.name, dropped.rule, dropped.why)
+        show_table(left_out)
+    first = plan.first.estimate
+    say()
+    length = {
+        "max_tokens": "as long as `max_tokens` allows",
+        "history": "as long as its replies usually are",
+        "assumed": "a guess, as it has no history yet",
+        "no reply": "no reply",
+    }[first.basis]
+    note(f"{first.input_tokens:,} tokens in, {first.output_tokens:,} out expected ({length}). Nobody was called.")
+
+
+def _plan_values(plan: Plan) -> dict[str, Any]:
+    return {
+        "candidates": [
+            {
+                "model": candidate.model.name,
+                "provider_id": candidate.model.provider_id,
+                "model_id": candidate.model.id,
+                "reason": candidate.reason,
+                "estimate": candidate.estimate,
+            }
+            for candidate in plan.candidates
+        ],
+        "dropped": [
+            {"model": dropped.model.name, "rule": dropped.rule, "why": dropped.why} for dropped in plan.dropped
+        ],
+        "worst_case": plan.worst_case,
+    }
+
+
+def _show_cost(reply: Reply) -> None:
+    for attempt in reply.attempts:
+        if attempt.error:
+            why = f"{attempt.error} after {attempt.seconds:.1f} s"
+            note(f"{attempt.provider_id}/{attempt.model_id} failed: {why}", "yellow")
+    usage = reply.usage
+    counted = ", counted by us" if usage.counted else ""
+    cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    tokens = f"{usage.input_tokens:,} tokens in{cached}, {usage.output_tokens:,} out{counted}"
+    seconds = f"{sum(attempt.seconds for attempt in reply.attempts):.1f} s"
+    who = f"{reply.provider_id}/{reply.model_id}"
+    note(f"{who} · {tokens} · {dollars(reply.cost)} (estimated {dollars(reply.estimated_cost)}) · {seconds}")

@@ -1,0 +1,156 @@
+"""`sekha up`, `sekha deploy` and `sekha blocks push`: a Prefect server, and what it has to know of Sekha."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sekha.cli.invocation import BLOCK, Invocation, config_option, json_option
+from sekha.cli.opening import configuration, name_of
+from sekha.cli.terminal import columns, note, say, show_table, waiting, write_json
+
+if TYPE_CHECKING:
+    from sekha.loading import Loaded
+
+__all__ = ["blocks", "deploy", "home_of", "named_for_children", "up"]
+
+PORT = 4200
+"""Where Prefect's documentation, and so everyone, looks for a server."""
+
+
+@click.command()
+@config_option
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=PORT, show_default=True, help="Prefect's port; 0 for a free one."
+)
+@click.pass_obj
+def up(invocation: Invocation, port: int) -> None:
+    """Run Prefect, a worker and the deployments here.
+
+    Ctrl-C ends them all. What they record stays in .sekha/prefect beside the configuration, `sekha run`'s flow runs too.
+
+    \b
+    Examples:
+      sekha up
+      sekha -c production.yaml up --port 4300
+    """
+    loaded = configuration(invocation)
+    with named_for_children(loaded, invocation):
+        asyncio.run(_up(loaded, port))
+
+
+@click.command()
+@click.pass_obj
+def deploy(invocation: Invocation) -> None:  # noqa: ARG001 - every command is given one
+    """Register the flows on your Prefect server.
+
+    It is the one that PREFECT_API_URL names. Running it again updates what is there. A worker of the work pool `sekha` then runs them.
+
+    \b
+    Examples:
+      sekha deploy
+      PREFECT_API_URL=https://prefect.example.com/api sekha deploy
+    """
+    from sekha.cli.server import answering
+    from sekha.stack import POOL
+    from sekha.stack import deploy as register
+
+    with answering() as api_url, waiting("registering the deployments"):
+        settings = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
+        asyncio.run(register({**settings, "PREFECT_API_URL": api_url}))
+    say(f"The flows chat, ingest and search are deployed to the work pool {POOL!r} at {api_url}.")
+    note(f"Run them with a worker: prefect worker start --pool {POOL}")
+
+
+@click.group()
+def blocks() -> None:
+    """Keep the configuration in Prefect, encrypted."""
+
+
+@blocks.command()
+@config_option
+@json_option
+@click.option("--name", default="sekha", show_default=True, help="Name of the configuration's block.")
+@click.pass_obj
+def push(invocation: Invocation, name: str) -> None:
+    """Store the validated configuration as Prefect blocks.
+
+    Each provider, budget and the store get a block of their own, which can be edited in Prefect's
+    UI and holds from the next flow run on. Keys are stored encrypted. Running it again changes only
+    what differs.
+
+    \b
+    Examples:
+      sekha blocks push
+      sekha -c production.yaml blocks push --name production
+    """
+    from sekha.cli.server import answering
+
+    loaded = configuration(invocation)
+    with answering():
+        from blocks import push as store
+
+        with waiting("storing blocks"):
+            pushed = store(loaded, name)
+    if invocation.as_json:
+        return write_json({"config": f"{BLOCK}{name}", "blocks": pushed})
+    table = columns("block", "kind", "")
+    for block in pushed:
+        table.add_row(block.name, block.slug, block.outcome)
+    show_table(table)
+    return note(f"Use it anywhere: --config {BLOCK}{name}")
+
+
+def home_of(loaded: Loaded) -> Path:
+    """Where the Prefect server of a configuration keeps what it records."""
+    return loaded.path(".sekha/prefect")
+
+
+@contextmanager
+def named_for_children(loaded: Loaded, invocation: Invocation) -> Iterator[None]:
+    """Let the worker that is started find the configuration that this command was given."""
+    before = os.environ.get("SEKHA_CONFIG")
+    if name := name_of(loaded, invocation):
+        os.environ["SEKHA_CONFIG"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("SEKHA_CONFIG", None)
+        else:
+            os.environ["SEKHA_CONFIG"] = before
+
+
+async def _up(loaded: Loaded, port: int) -> None:
+    from sekha.stack import LocalPrefect
+    from sekha.stack import deploy as register
+
+    ended = asyncio.Event()
+    with waiting("starting Prefect", lines=True) as tell:
+        async with LocalPrefect(home_of(loaded), port=port or None, progress=tell) as prefect:
+            tell("registering the deployments")
+            await register(prefect.environment)
+            await prefect.worker()
+            # From here on Ctrl-C is how it is meant to end, and no accident.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, ended.set)
+            say("Sekha is up", "bold green")
+            table = columns("", "")
+            table.show_header = False
+            table.add_row("configuration", loaded.source)
+            table.add_row("look", prefect.ui_url)
+            table.add_row("use it", f"export PREFECT_API_URL={prefect.api_url}")
+            table.add_row("then", "sekha chat --flow …, or run the deployments chat, ingest and search in the UI")
+            table.add_row("logs", str(prefect.home))
+            show_table(table)
+            tell("Ctrl-C ends it")
+            await ended.wait()
+            tell("stopping")
+    note("Stopped.")

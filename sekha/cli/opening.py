@@ -1,0 +1,68 @@
+"""From what the command line says to an open Sekha, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from sekha.cli.invocation import BLOCK, Invocation
+
+if TYPE_CHECKING:
+    from sekha.loading import Loaded
+    from sekha.runtime import Runtime
+
+__all__ = ["configuration", "name_of", "open_here", "run_async"]
+
+T = TypeVar("T")
+
+
+def configuration(invocation: Invocation) -> Loaded:
+    """Load the configuration that the command line, the environment or the folder names."""
+    from sekha.loading import load
+
+    named = invocation.config or os.environ.get("SEKHA_CONFIG", "")
+    if named.startswith(BLOCK):
+        from sekha.cli.server import answering
+
+        with answering():
+            from blocks import load_config
+
+            return load_config(named.removeprefix(BLOCK))
+    return load(invocation.config, read_block=_secret)
+
+
+def name_of(loaded: Loaded, invocation: Invocation) -> str | None:
+    """How a flow run, which may start in another folder, finds the same configuration."""
+    from sekha.loading import find
+
+    named = invocation.config or os.environ.get("SEKHA_CONFIG", "")
+    if named.startswith(BLOCK):
+        return named
+    file = find(invocation.config, os.environ)
+    return None if file is None else str((loaded.folder / file).resolve() if not file.is_absolute() else file)
+
+
+def open_here(loaded: Loaded) -> Runtime:
+    from sekha.resources import Resources
+    from sekha.runtime import Runtime
+
+    return Runtime(Resources(loaded))
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work to its end; Ctrl-C cancels it, so that holds are released and files closed."""
+    # What the log says of failed attempts, the command says itself once it knows how they ended.
+    logging.getLogger("sekha").addHandler(logging.NullHandler())
+    return asyncio.run(work)
+
+
+def _secret(name: str) -> str:
+    from sekha.cli.server import answering
+
+    with answering():
+        from prefect.blocks.system import Secret
+
+        return str(cast("Secret[str]", Secret.load(name)).get())
