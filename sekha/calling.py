@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Generic, TypeVar
 
 from sekha.errors import ProviderError
@@ -35,7 +37,7 @@ class Retries:
     """
 
     rounds: int = 3
-    """How often every healthy candidate is tried."""
+    """How often a candidate is tried at the most."""
     base_wait_seconds: float = 0.5
     longest_wait_seconds: float = 10.0
 
@@ -70,44 +72,53 @@ async def call_in_turn(
     """Try each candidate once, then those worth retrying again, within one deadline.
 
     `call` makes one attempt with the seconds that it may take. A failed candidate waits until every
-    other had its turn; one whose error is not `retryable` is not asked again; an error that does not
-    `falls_back` ends it at once, since no other provider would make the request right. A provider's
-    `Retry-After` is waited for, unless the deadline comes first. Raises the last `ProviderError`,
-    with every attempt in its `attempts`.
+    other had its turn, and as long as its `Retry-After` says; one whose error is not `retryable` is
+    not asked again; an error that does not `falls_back` ends it at once, since no other provider
+    would make the request right. Raises the last `ProviderError` of a candidate that may yet
+    succeed, else the last of all, with every attempt in its `attempts`.
     """
     ends_at = clock.now() + deadline_seconds
     attempts: list[Attempt] = []
-    waiting = list(candidates)
-    for round_number in range(retries.rounds):
-        again: list[Candidate] = []
-        pause = 0.0
-        for candidate in waiting:
+    failure: ProviderError | None = None
+    awake = clock.now()
+    due = {candidate.model.name: awake for candidate in candidates}
+    tried: Counter[str] = Counter()
+    for turn in count():
+        for candidate in candidates:
+            name = candidate.model.name
+            if name not in due or due[name] > awake:
+                continue
             started = clock.now()
+            if failure is not None and started >= ends_at:
+                raise failure
+            tried[name] += 1
             try:
-                value = await call(candidate, max(ends_at - started, 0.001))
+                value = await call(candidate, ends_at - started)
             except ProviderError as error:
                 attempts.append(_failed(candidate, error, clock.now() - started))
-                error.attempts = tuple(attempts)
-                failure = error
                 log.warning("%s", error)
+                if failure is None or error.retryable or not failure.retryable or not error.falls_back:
+                    failure = error
+                failure.attempts = tuple(attempts)
                 if not error.falls_back:
                     raise
-                if error.retryable:
-                    again.append(candidate)
-                    pause = max(pause, error.retry_after_seconds or 0.0)
+                if error.retryable and tried[name] < retries.rounds:
+                    due[name] = clock.now() + (error.retry_after_seconds or 0.0)
+                else:
+                    del due[name]
             else:
                 attempts.append(_answered(candidate, clock.now() - started))
                 return Answered(value=value, candidate=candidate, attempts=tuple(attempts))
-        if not again or round_number == retries.rounds - 1:
+        if failure is None:
+            break
+        wait = min(retries.base_wait_seconds * 2**turn, retries.longest_wait_seconds) * clock.random()
+        awake = max(clock.now() + wait, min(due.values(), default=ends_at))
+        if awake >= ends_at:
             raise failure
-        wait = min(retries.base_wait_seconds * 2**round_number, retries.longest_wait_seconds) * clock.random()
-        wait = max(wait, pause)
-        if clock.now() + wait >= ends_at:
-            raise failure
-        log.info("waiting %.2f s before asking again: %s", wait, ", ".join(c.model.name for c in again))
-        await clock.sleep(wait)
-        waiting = again
-    raise AssertionError("a plan has at least one candidate, and retries at least one round")
+        again = ", ".join(name for name, at in due.items() if at <= awake)
+        log.info("waiting %.2f s before asking again: %s", awake - clock.now(), again)
+        await clock.sleep(awake - clock.now())
+    raise ValueError("there is nobody to call: a plan has at least one candidate")
 
 
 def _failed(candidate: Candidate, error: ProviderError, seconds: float) -> Attempt:
