@@ -14,6 +14,7 @@ from sekha.registry import TASKS, Model, Registry, Task
 
 __all__ = ["Ask", "Candidate", "Dropped", "Estimates", "Plan", "Rule", "Rules", "cap", "considered", "plan"]
 
+NO_CHAT: frozenset[Task] = frozenset({"embedding", "image_generation"})
 Rule: TypeAlias = Literal["capability", "context", "circuit", "price", "cost", "budget", "fallback"]
 
 
@@ -119,17 +120,28 @@ def considered(ask: Ask, registry: Registry) -> tuple[Model, ...]:
     task = ask.task or ask.model
     if task in TASKS:
         models = registry.for_task(task)
-        preferred = registry.default_for("chat_smart") if task == "chat_smart" else ()
     elif task in (None, "auto"):
         models = registry.chat_models()
-        preferred = registry.default_for("chat_vision" if ask.vision else "chat_fast")
     else:
         raise UnknownModel(str(task), TASKS, kind="task")
+    preferred = _preferred(ask, registry)
     if ask.preferred_model:
-        preferred = registry.named(ask.preferred_model)
         models = (*preferred, *models)
     first = [model for model in preferred if model in models]
     return tuple(dict.fromkeys([*first, *models]))
+
+
+def _preferred(ask: Ask, registry: Registry) -> tuple[Model, ...]:
+    """The models that go first: those the caller prefers, else the file's default for the role."""
+    if ask.preferred_model:
+        return registry.named(ask.preferred_model)
+    task = ask.task or (None if ask.model == "auto" else ask.model)
+    role = _ROLES.get("vision" if ask.vision and task is None else task)
+    return registry.default_for(role) if role is not None and role in registry.default_models else ()
+
+
+_ROLES: Mapping[str | None, str] = {None: "chat_fast", "chat_smart": "chat_smart", "vision": "chat_vision"}
+"""Task of a chat → the role in `default_models` whose model goes first; no task is auto-routing."""
 
 
 def _embedding_models(ask: Ask, registry: Registry) -> tuple[Model, ...]:
@@ -158,8 +170,8 @@ def plan(
 ) -> Plan:
     """Choose the candidates for a request and say what dropped the others.
 
-    Raises the refusal that helps most: `CostRefused` when money alone stands in the way,
-    `BudgetExceeded` when a budget does, else `NoCandidate` with each model's reason.
+    Raises the refusal that helps most: when models that are able and healthy are dropped for money,
+    `CostRefused` or `BudgetExceeded` for the cheapest; else `NoCandidate` with each model's reason.
     """
     models = considered(ask, registry)
     limits = _Limits(rules, budgets, open_circuits)
@@ -193,6 +205,8 @@ class _Limits:
 
 
 def _objections(ask: Ask, model: Model, estimates: Estimates, limits: _Limits) -> Iterator[Dropped]:
+    if ask.kind == "chat" and NO_CHAT.issuperset(model.tasks):
+        yield Dropped(model, "capability", f"it does not chat: its task is {', '.join(model.tasks)}")
     if ask.vision and not model.vision:
         yield Dropped(model, "capability", "it does not take images")
     if model.name in limits.open_circuits:
@@ -235,7 +249,7 @@ def _rank(
     ask: Ask, registry: Registry, estimates: Estimates, rules: Rules, models: Sequence[Model]
 ) -> Callable[[Model], tuple[bool, int, Decimal, int]]:
     """Preferred first, then priority, then price when `cost_aware`, then the order of the file."""
-    preferred = _preferred(ask, registry)
+    preferred = frozenset(model.name for model in _preferred(ask, registry))
     order = {model.name: at for at, model in enumerate(models)}
 
     def key(model: Model) -> tuple[bool, int, Decimal, int]:
@@ -246,18 +260,8 @@ def _rank(
     return key
 
 
-def _preferred(ask: Ask, registry: Registry) -> frozenset[str]:
-    if ask.preferred_model:
-        return frozenset(model.name for model in registry.named(ask.preferred_model))
-    if ask.kind == "chat" and ask.task is None and ask.model in (None, "auto"):
-        role = "chat_vision" if ask.vision else "chat_fast"
-        if role in registry.default_models:
-            return frozenset(model.name for model in registry.default_for(role))
-    return frozenset()
-
-
 def _reason(ask: Ask, registry: Registry, model: Model, at: int, rules: Rules) -> str:
-    if model.name in _preferred(ask, registry):
+    if model in _preferred(ask, registry):
         why = "preferred" if ask.preferred_model else "the default model"
     elif ask.model in (model.id, model.name):
         why = "named by the request"
@@ -272,7 +276,7 @@ def _refusal(
     rule_of = {drop.rule for drop in dropped}
     priced = [drop.model for drop in dropped if drop.rule in ("cost", "budget")]
     limit, limit_name = cap(ask, rules)
-    if priced and rule_of <= {"cost", "budget"}:
+    if priced and not rule_of & {"circuit", "price"}:
         cheapest = min(priced, key=lambda model: _estimate(model, estimates).worst_case)
         needed = _estimate(cheapest, estimates).worst_case
         if limit is not None and needed > limit:
