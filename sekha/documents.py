@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from stat import S_ISREG
 
 from sekha.errors import DocumentRefused
 
@@ -65,18 +66,19 @@ def read_folder(path: Path, *, max_document_mb: float = MAX_DOCUMENT_MB, skip_re
     A source is named relative to the folder, so that moving the folder changes nothing. Raises
     `DocumentRefused` with every file that cannot be read; with `skip_refused`, leaves them out.
     """
-    if not path.exists():
-        raise DocumentRefused([(str(path), "there is no such file or folder")])
-    root = path if path.is_dir() else path.parent
-    files = _files_below(path) if path.is_dir() else [path]
-    documents: list[Document] = []
+    try:
+        path.stat()
+    except OSError as error:
+        raise DocumentRefused([(str(path), f"it cannot be read: {error.strerror}")]) from error
     refused: list[tuple[str, str]] = []
+    root, files = (path, _files_below(path, refused)) if path.is_dir() else (path.parent, [path])
+    documents: list[Document] = []
     for file in files:
         source = file.relative_to(root).as_posix()
         try:
             documents.append(_read(file, source, max_document_mb))
         except _Refused as reason:
-            refused.append((source, str(reason)))
+            refused.append((_shown(source), str(reason)))
     if refused and not skip_refused:
         raise DocumentRefused(refused)
     if not documents:
@@ -85,44 +87,76 @@ def read_folder(path: Path, *, max_document_mb: float = MAX_DOCUMENT_MB, skip_re
     return documents
 
 
-def checked(documents: Iterable[Document], *, max_document_mb: float = MAX_DOCUMENT_MB) -> tuple[Document, ...]:
-    """Documents that are handed over, held to the same rules as files."""
+def checked(
+    documents: Iterable[Document], *, max_document_mb: float = MAX_DOCUMENT_MB, skip_refused: bool = False
+) -> tuple[Document, ...]:
+    """Documents that are handed over, held to the same rules as files. Two of one source are never taken."""
     checked: dict[str, Document] = {}
     refused: list[tuple[str, str]] = []
+    twice: list[tuple[str, str]] = []
     for document in documents:
-        size = len(document.text.encode("utf-8", "surrogatepass"))
-        if not document.source:
-            refused.append(("", "it has no `source`, the name under which it is replaced later"))
-        elif document.source in checked:
-            refused.append((document.source, "two documents have this source: each needs its own"))
-        elif reason := _objection(document.text, size, max_document_mb):
-            refused.append((document.source, reason))
-        checked.setdefault(document.source, document)
-    if refused:
-        raise DocumentRefused(refused)
+        if document.source in checked:
+            twice.append((document.source, "two documents have this source: each needs its own"))
+        elif reason := _unnamed(document.source) or _objection(document.text, max_document_mb):
+            refused.append((_shown(document.source), reason))
+        else:
+            checked[document.source] = document
+    if twice or (refused and not (skip_refused and checked)):
+        raise DocumentRefused([*twice, *refused])
     return tuple(checked.values())
+
+
+def _unnamed(source: str) -> str | None:
+    if not source:
+        return "it has no `source`, the name under which it is replaced later"
+    return None if _is_unicode(source) else "its name is not UTF-8: rename it"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(source: str) -> str:
+    """A name that can be printed, whatever bytes it has on the disk."""
+    return source.encode(errors="replace").decode()
 
 
 class _Refused(Exception):
     pass
 
 
-def _files_below(folder: Path) -> list[Path]:
-    def walk(at: Path) -> Iterator[Path]:
-        for entry in sorted(at.iterdir()):
+def _files_below(folder: Path, refused: list[tuple[str, str]]) -> list[Path]:
+    def walk(at: Path, above: frozenset[Path]) -> Iterator[Path]:
+        try:
+            real = at.resolve()
+            entries = sorted(at.iterdir())
+        except OSError as error:
+            refused.append((_shown(at.relative_to(folder).as_posix()), f"it cannot be read: {error.strerror}"))
+            return
+        if real in above:
+            return  # a link to a folder that this one is in
+        for entry in entries:
             if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
                 continue
             if entry.is_dir():
-                yield from walk(entry)
+                yield from walk(entry, above | {real})
             elif entry.suffix.lower() in SUFFIXES:
                 yield entry
 
-    return list(walk(folder))
+    return list(walk(folder, frozenset()))
 
 
 def _read(file: Path, source: str, max_document_mb: float) -> Document:
+    if reason := _unnamed(source):
+        raise _Refused(reason)
     try:
         status = file.stat()
+        if not S_ISREG(status.st_mode):
+            raise _Refused("it is no regular file")  # reading a pipe would wait forever
         if status.st_size > max_document_mb * 1e6:
             raise _Refused(_too_large(status.st_size, max_document_mb))
         data = file.read_bytes()
@@ -138,21 +172,23 @@ def _read(file: Path, source: str, max_document_mb: float) -> Document:
             f"it is not UTF-8: byte {data[error.start]:#04x} on line {line}. Convert it: "
             f"`iconv -f WINDOWS-1252 -t UTF-8 {source}`"
         ) from error
-    if reason := _objection(text, len(data), max_document_mb):
+    if reason := _objection(text, max_document_mb):
         raise _Refused(reason)
     updated_at = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds")
     return Document(source=source, text=text, updated_at=updated_at)
 
 
-def _objection(text: str, size: int, max_document_mb: float) -> str | None:
+def _objection(text: str, max_document_mb: float) -> str | None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "it holds half a character (a lone surrogate), which is not UTF-8: decode it again from its bytes"
     if size > max_document_mb * 1e6:
         return _too_large(size, max_document_mb)
     if not text or text.isspace():
         return "it is empty: write something, or leave it out"
     if "\0" in text:
         return "it is binary, not text: convert it, or leave it out"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "it holds half a character (a lone surrogate), which is not UTF-8: decode it again from its bytes"
     return None
 
 
@@ -166,8 +202,9 @@ def _too_large(size: int, limit_mb: float) -> str:
 # --- splitting -----------------------------------------------------------------------------
 
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
-_FENCE = re.compile(r"^\s*(```|~~~)")
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n")
+_FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
+# Chinese and Japanese write no space behind a sentence.
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +264,11 @@ def _blocks(text: str) -> Iterator[_Block]:
             section = False
         lines.clear()
 
-    for line in text.replace("\r\n", "\n").split("\n"):
+    for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
         if fence:
             lines.append(line)
-            if line.strip().startswith(fence):
+            # A longer fence may hold shorter ones, and a fence with a word behind it opens, never closes.
+            if len(line.strip()) >= len(fence) and not line.strip().strip(fence[0]):
                 fence = None
                 yield from block()
         elif found := _FENCE.match(line):
@@ -254,20 +292,23 @@ def _blocks(text: str) -> Iterator[_Block]:
 
 def _parts(text: str, size: int) -> Iterator[str]:
     """The text in pieces of at most `size`: whole, else by sentences, else by words, else anywhere."""
-    while len(text) > size:
-        cut = _last_break(text, size)
-        yield text[:cut].rstrip()
-        text = text[cut:].lstrip()
-    if text:
-        yield text
+    # By positions, since cutting off the rest again and again takes time quadratic in its length.
+    at = 0
+    while at < len(text):
+        end = _last_break(text, at, size) if len(text) - at > size else len(text)
+        if part := text[at:end].strip("\n").rstrip():
+            yield part
+        at = end
 
 
-def _last_break(text: str, size: int) -> int:
-    ends = [found.end() for found in _SENTENCE_END.finditer(text, size // 2, size)]
+def _last_break(text: str, at: int, size: int) -> int:
+    """Where to cut `text[at:]`: in the second half of the `size` characters that fit, if it can be helped."""
+    half, end = at + size // 2, at + size
+    ends = [found.end() for found in _SENTENCE_END.finditer(text, half, end) if found.end() > half]
     if ends:
         return ends[-1]
-    space = text.rfind(" ", size // 2, size)
-    return space + 1 if space > 0 else size
+    space = text.rfind(" ", half, end)
+    return space + 1 if space > at else end
 
 
 def _tail(text: str, overlap: int) -> list[str]:
