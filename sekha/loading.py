@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from sekha import yaml_file
 from sekha.config import ALSO_ACCEPTED, Config
 from sekha.errors import ConfigError, ConfigMissing, Problem, did_you_mean
-from sekha.registry import TASKS
+from sekha.registry import COLLECTION_NAME, TASKS
 from sekha.yaml_file import Place, Tree
 
 __all__ = ["Loaded", "find", "load", "parse"]
@@ -24,7 +24,6 @@ NOT_NEEDED = frozenset(
     {"celery_broker_url", "celery_result_backend", "redis_url", "celery", "broker_url", "result_backend"}
 )
 SEARCHED = ("sekha.yaml", "config/llm_providers.yaml", "config.yaml")
-COLLECTION_NAME = re.compile(r"[A-Za-z][_0-9A-Za-z]{0,200}")
 
 BlockReader: TypeAlias = Callable[[str], str]
 """Reads the value of a named Prefect Secret block. The domain knows no Prefect, so it is passed in."""
@@ -103,15 +102,16 @@ def parse(
     problems = list(tree.problems)
     data, lines, warnings = _renamed(data, tree.lines)
     tree = replace(tree, lines=lines)
-    for place, message in _registry_from(environ, data):
+    for place, message in _registry_from(environ, data, lines):
         problems.append(tree.problem(place, message))
-    data = _References(tree, environ, read_block, problems).fill(data)
+    written = data
+    data = _References(tree, environ, read_block, problems).fill(written)
 
     config: Config | None = None
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        problems += [tree.problem(place, message) for place, message in _explained(error)]
+        problems += [tree.problem(place, message) for place, message in _explained(error, written)]
     problems += [tree.problem(place, message) for place, message in _contradictions(data)]
     if problems or config is None:
         raise ConfigError(source, sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
@@ -243,11 +243,15 @@ def _renamed(data: dict[str, Any], lines: Mapping[Place, int]) -> tuple[dict[str
     return data, table, warnings
 
 
-def _registry_from(env: Mapping[str, str], data: dict[str, Any]) -> Iterator[tuple[Place, str]]:
-    """Let `SEKHA__LLM_PROVIDERS` and `SEKHA__DEFAULT_MODELS` replace their sections."""
+def _registry_from(
+    env: Mapping[str, str], data: dict[str, Any], lines: dict[Place, int]
+) -> Iterator[tuple[Place, str]]:
+    """Let `SEKHA__LLM_PROVIDERS` and `SEKHA__DEFAULT_MODELS` replace their sections, and their lines in the file."""
     for name, key in (("SEKHA__LLM_PROVIDERS", "providers"), ("SEKHA__DEFAULT_MODELS", "default_models")):
         if not env.get(name):
             continue
+        for place in [place for place in lines if place[:1] == (key,)]:
+            del lines[place]
         try:
             data[key] = json.loads(env[name])
         except json.JSONDecodeError as error:
@@ -258,6 +262,12 @@ def _registry_from(env: Mapping[str, str], data: dict[str, Any]) -> Iterator[tup
 
 
 _REFERENCE = re.compile(r"\$\{(?:block:(?P<block>[^}]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?)\}")
+
+
+def _is_reference(value: str) -> bool:
+    """Whether a value is nothing but a reference. A key as the default of one would be in the file all the same."""
+    found = _REFERENCE.fullmatch(value)
+    return found is not None and not found["default"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +286,7 @@ class _References:
             return [self.fill(inner, (*place, index)) for index, inner in enumerate(value)]
         if not isinstance(value, str):
             return value
-        if place and place[-1] == "api_key" and not _REFERENCE.fullmatch(value):
+        if place and place[-1] == "api_key" and not _is_reference(value):
             if value:
                 name = value if re.fullmatch(r"[A-Z][A-Z0-9_]+", value) else "NAME"
                 self._note(
@@ -308,13 +318,32 @@ class _References:
         self.problems.append(self.tree.problem(place, message))
 
 
-def _explained(error: ValidationError) -> Iterator[tuple[Place, str]]:
-    """Turn pydantic's errors into ours: the value, what was expected, the nearest valid one."""
+def _explained(error: ValidationError, written: Any) -> Iterator[tuple[Place, str]]:
+    """Turn pydantic's errors into ours: the value as it was written, what was expected, the nearest valid one."""
     for found in error.errors(include_url=False):
         place = tuple(step for step in found["loc"] if step != "[key]")
-        secret = any(step in ("api_key", "hash") for step in place)
-        shown = "" if secret else f", not {_short(found['input'])}"
-        yield place, _message(found["type"], place, found, shown)
+        yield place, _message(found["type"], place, found, _shown(place, written))
+
+
+def _shown(place: Place, written: Any) -> str:
+    """What stands there instead, never with what a reference to a secret stands for."""
+    if any(step in ("api_key", "hash") for step in place):
+        return ""
+    for step in place:
+        try:
+            written = written[step]
+        except (KeyError, IndexError, TypeError):
+            return ""
+    match written:
+        case dict():
+            return ", not a mapping"
+        case list():
+            return ", not a list"
+        case str():
+            # A password may stand in an address.
+            return f", not {_short(re.sub(r'(?<=//)[^/@]*@', '***@', written))}"
+        case _:
+            return f", not {_short(written)}"
 
 
 def _message(kind: str, place: Place, found: Any, shown: str) -> str:
@@ -384,9 +413,15 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
     for role, name in _dict(data.get("default_models")).items():
         if isinstance(name, str):
             yield from _unlisted(("default_models", role), name, models, embedding=role == "embedding")
+    first: dict[str, str] = {}
     for collection, section in _dict(data.get("collections")).items():
         if not COLLECTION_NAME.fullmatch(collection):
             yield ("collections", collection), "a collection's name is a letter, then letters, digits and underscores."
+        if (twin := first.setdefault(collection[:1].upper() + collection[1:], collection)) != collection:
+            yield (
+                ("collections", collection),
+                f"the store cannot tell it from {twin!r}: both begin with a capital there.",
+            )
         if isinstance(name := _dict(section).get("model"), str):
             yield from _unlisted(("collections", collection, "model"), name, models, embedding=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sekha.price_map import PriceMap
 
 __all__ = [
+    "COLLECTION_NAME",
     "TASKS",
     "Limits",
     "Model",
@@ -32,6 +34,7 @@ Task: TypeAlias = Literal["embedding", "chat_small", "chat_large", "chat_smart",
 TASKS: tuple[Task, ...] = get_args(Task)
 ProviderKind: TypeAlias = Literal["builtin", "ollama", "openai", "anthropic", "openrouter", "litellm"]
 
+COLLECTION_NAME = re.compile(r"[A-Za-z][_0-9A-Za-z]{0,200}")
 CHAT_TASKS: tuple[Task, ...] = ("chat_small", "chat_large", "chat_smart", "vision")
 
 

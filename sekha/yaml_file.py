@@ -51,26 +51,32 @@ def read(text: str) -> Tree:
     loader = yaml.SafeLoader(text)
     lines: dict[Place, int] = {}
     problems: list[Problem] = []
+    written_in: dict[int, set[int]] = {}
 
     def build(node: yaml.Node, place: Place) -> Any:
         lines.setdefault(place, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
+            # Keys merged in by `<<` come first, and the mapping's own replace them.
+            own = written_in.setdefault(id(node), {id(key_node) for key_node, _ in node.value})
             loader.flatten_mapping(node)
-            built: dict[Any, Any] = {}
+            built: dict[str, Any] = {}
+            written: dict[str, int] = {}
             for key_node, value_node in node.value:
                 key = loader.construct_object(key_node, deep=True)
                 line = key_node.start_mark.line + 1
                 if not isinstance(key, str | int | float | bool):
-                    problems.append(Problem(path_of(place), f"{key!r} cannot be a key", line))
+                    problems.append(Problem(path_of(place), f"{key!r} cannot be a key.", line))
                     continue
-                here = (*place, str(key))
-                if str(key) in built:
+                name, here = str(key), (*place, str(key))
+                if name in written:
                     problems.append(
-                        Problem(path_of(here), f"written twice, first on line {lines[here]}. Keep one of them.", line)
+                        Problem(path_of(here), f"written twice, first on line {written[name]}. Keep one.", line)
                     )
                     continue
+                if id(key_node) in own:
+                    written[name] = line
                 lines[here] = line
-                built[str(key)] = build(value_node, here)
+                built[name] = build(value_node, here)
             return built
         if isinstance(node, yaml.SequenceNode):
             return [build(child, (*place, index)) for index, child in enumerate(node.value)]
@@ -86,6 +92,8 @@ def read(text: str) -> Tree:
         return Tree(None, {}, (Problem("", f"not valid YAML: {what}", line),))
     except (yaml.YAMLError, ValueError) as error:
         return Tree(None, {}, (Problem("", f"not valid YAML: {str(error).splitlines()[0]}"),))
+    except RecursionError:
+        return Tree(None, {}, (Problem("", "not usable YAML: it is nested too deeply, or an anchor holds itself."),))
     finally:
         loader.dispose()
     return Tree(data, lines, tuple(problems))
