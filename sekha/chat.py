@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -14,8 +13,12 @@ from sekha.ledger import Hold, Scope
 from sekha.pricing import Usage
 from sekha.registry import Task
 from sekha.routing import Ask, Estimates, Plan
+from sekha.settling import let_go, reserved, to_the_end
 
-__all__ = ["ChatRequest", "ChatSteps", "Reply", "answer"]
+__all__ = ["REPLY_LIMITS", "ChatRequest", "ChatSteps", "Reply", "answer"]
+
+REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
+"""OpenAI's two names for the longest reply, the old and the new."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,25 @@ class ChatRequest:
         for at, message in enumerate(cast("tuple[object, ...]", self.messages)):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequest(f"`messages[{at}]` needs a `role` and `content`.", field=f"messages[{at}]")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidRequest(f"`max_tokens` is {self.max_tokens!r}; it must be 1 or more.", field="max_tokens")
+        counts = {"max_tokens": self.max_tokens} | {
+            name: self.options[name] for name in (*REPLY_LIMITS, "n") if self.options.get(name) is not None
+        }
+        for name, value in counts.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 or more.", field=name)
         if self.max_cost is not None and self.max_cost < 0:
             raise InvalidRequest(f"`max_cost` is {self.max_cost}; it must be 0 or more.", field="max_cost")
+
+    @property
+    def reply_limit(self) -> int | None:
+        """Tokens that the caller allows each reply, by whichever of OpenAI's names."""
+        limits = [self.max_tokens, *(self.options.get(name) for name in REPLY_LIMITS)]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def replies(self) -> int:
+        """How many replies the caller wants, and pays for."""
+        return int(self.options.get("n") or 1)
 
     @property
     def image_count(self) -> int:
@@ -102,11 +120,11 @@ async def answer(request: ChatRequest, steps: ChatSteps) -> Reply:
     """Answer one request. Money is held before anyone is called, and settled however it ends."""
     estimates = await steps.estimate(request)
     plan = await steps.select(request, estimates)
-    hold = await steps.reserve(plan)
+    hold = await reserved(steps.reserve, steps.settle, plan)
     try:
         reply = await steps.call(request, plan, hold)
     except BaseException:
-        await asyncio.shield(steps.settle(hold, None))
+        await let_go(steps.settle, hold)
         raise
-    await steps.settle(hold, reply)
+    await to_the_end(steps.settle(hold, reply))
     return reply

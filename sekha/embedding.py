@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -12,6 +11,7 @@ from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
 from sekha.pricing import Usage
 from sekha.routing import Ask, Estimates, Plan
+from sekha.settling import let_go, reserved, to_the_end
 from sekha.vectors.base import Vector
 
 __all__ = ["EmbedRequest", "EmbedSteps", "Embedded", "embed"]
@@ -77,13 +77,15 @@ class EmbedSteps:
 
 async def embed(request: EmbedRequest, steps: EmbedSteps) -> Embedded:
     """Embed the texts. Money is held before anyone is called, and settled however it ends."""
+    if not request.texts:
+        raise InvalidRequest("There is no text to embed: send at least one.", field="input")
     estimates = await steps.estimate(request)
     plan = await steps.select(request, estimates)
-    hold = await steps.reserve(plan)
+    hold = await reserved(steps.reserve, steps.settle, plan)
     try:
         embedded = await steps.embed(request, plan, hold)
     except BaseException:
-        await asyncio.shield(steps.settle(hold, None))
+        await let_go(steps.settle, hold)
         raise
-    await steps.settle(hold, embedded)
+    await to_the_end(steps.settle(hold, embedded))
     return embedded

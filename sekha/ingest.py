@@ -9,10 +9,12 @@ from decimal import Decimal
 
 from sekha.documents import Chunk, Document
 from sekha.embedding import EmbedRequest
-from sekha.errors import IngestIncomplete, SekhaError
+from sekha.errors import IngestIncomplete, InvalidRequest, ProviderRejected, SekhaError, VectorRefused
 from sekha.ledger import Hold
 from sekha.pricing import Usage
+from sekha.registry import COLLECTION_NAME
 from sekha.routing import Estimates, Plan
+from sekha.settling import let_go, reserved
 from sekha.vectors.base import Vector
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "IngestReport",
     "IngestRequest",
     "IngestSteps",
+    "Stale",
     "Stored",
     "ingest",
 ]
@@ -50,6 +53,24 @@ class IngestRequest:
     max_cost: Decimal | None = None
     tags: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        if not COLLECTION_NAME.fullmatch(self.collection):
+            raise InvalidRequest(
+                f"`collection` is {self.collection!r}; it must be a letter, then letters, digits and underscores.",
+                field="collection",
+            )
+        if not self.path and not self.documents:
+            raise InvalidRequest("There is nothing to ingest: give a `path`, or `documents`.", field="documents")
+        for name, least in (("chunk_size", 20), ("batch_size", 1)):
+            if (value := getattr(self, name)) < least:
+                raise InvalidRequest(f"`{name}` is {value!r}; it must be {least} or more.", field=name)
+        if not 0 <= self.chunk_overlap <= self.chunk_size // 2:
+            raise InvalidRequest(
+                f"`chunk_overlap` is {self.chunk_overlap!r}; it must be 0 to half of `chunk_size`, "
+                f"{self.chunk_size // 2}.",
+                field="chunk_overlap",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
@@ -68,6 +89,14 @@ class Batch:
     chunks: tuple[Chunk, ...] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stale:
+    """The stored chunks of a source from position `first` on, from when its document was longer."""
+
+    source: str
+    first: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Changes:
     """What has to be done so that the collection holds the documents, and nothing else of their sources."""
@@ -77,8 +106,8 @@ class Changes:
     """The store's name of the index, `Documents_768`."""
     to_embed: EmbedRequest
     batches: tuple[Batch, ...] = field(repr=False)
-    stale: tuple[str, ...] = field(default=(), repr=False)
-    """UUIDs of stored chunks that their documents no longer have."""
+    stale: tuple[Stale, ...] = ()
+    """What is stored of these sources and no longer in their documents."""
     unchanged: int = 0
 
 
@@ -178,13 +207,13 @@ async def ingest(
 
     estimates = await steps.estimate(changes.to_embed)
     plan = await steps.select(changes.to_embed, estimates)
-    hold = await steps.reserve(plan)
+    hold = await reserved(steps.reserve, steps.settle, plan)
     run = _Run(changes, plan, hold, steps, progress)
     try:
         await run.all_batches(concurrency)
     finally:
         # Every batch was charged when it came back; what the hold still has goes back.
-        await asyncio.shield(steps.settle(hold, None))
+        await let_go(steps.settle, hold)
     removed = 0
     if changes.stale and not run.failures:
         removed = await steps.remove(changes, tuple(run.stored))
@@ -236,16 +265,16 @@ class _Run:
 
     async def _one(self, batch: Batch) -> None:
         if self._stopped:
-            self._fail(batch, "not tried, since the provider or the store was failing.")
+            self._fail(batch, "not tried, since the one before it failed for a reason that would fail it too.")
             return
         try:
             embedded = await self.steps.embed(batch, self.plan, self.hold)
             self.embedded.append(_Spent(embedded.usage, embedded.cost, embedded.provider_id, embedded.model_id))
             stored = await self.steps.upsert(self.changes, embedded)
         except SekhaError as error:
-            # What failed for this batch alone leaves the others to be tried; a provider or a store
-            # that is down would fail each of them after all its retries.
-            if error.falls_back or error.retryable:
+            # What is wrong with these texts leaves the others to be tried. What is wrong with the
+            # provider, the store or the configuration would fail each of them, and some at a price.
+            if not isinstance(error, ProviderRejected | VectorRefused):
                 self._stopped = True
             if self.cause is None:
                 self.cause = error

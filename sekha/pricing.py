@@ -98,6 +98,7 @@ def estimate_chat(
     *,
     input_tokens: int,
     images: int = 0,
+    replies: int = 1,
     requested: int | None,
     model_limit: int | None,
     usual: int | None,
@@ -105,12 +106,13 @@ def estimate_chat(
 ) -> Estimate:
     """Price a chat before it is made.
 
-    `requested` is the caller's `max_tokens`, `usual` the length of this model's replies so far, and
-    `cap` the dollars that this call may cost. Under a cap, a reply whose length nobody limited is
-    limited to what the cap affords, so that the call cannot pass it.
+    `requested` is the caller's `max_tokens`, `replies` how many answers are wanted (`n`), `usual` the
+    length of this model's replies so far, and `cap` the dollars that this call may cost. Under a cap,
+    a reply whose length nobody limited is limited to what the cap affords, so that the call cannot
+    pass it.
     """
     before = cost(Usage(input_tokens=input_tokens, images=images), price)
-    each = price.output / _MILLION
+    each = price.output * replies / _MILLION
     limit: int | None = None
     if requested is not None:
         length = min(requested, usual) if usual else requested
@@ -122,14 +124,14 @@ def estimate_chat(
         length = min(usual or ASSUMED_REPLY, longest)
         limit = None if model_limit or not each else longest
         if cap is not None and each and before + longest * each > cap:
-            affordable = int((cap - before) / each) if cap > before else 0
+            affordable = int((cap - before) // each) if cap > before else 0
             # A limit below the usual length would not save the request but mutilate its reply.
             longest = limit = max(affordable, length)
     return Estimate(
         expected=before + length * each,
         worst_case=before + longest * each,
         input_tokens=input_tokens,
-        output_tokens=length,
+        output_tokens=length * replies,
         context_tokens=input_tokens + (requested or 0),
         reply_limit=limit,
         basis=basis,

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from sekha.calling import Clock, Retries
@@ -15,7 +16,7 @@ from sekha.loading import Loaded
 from sekha.price_map import PriceMap
 from sekha.providers.base import Provider
 from sekha.registry import Registry
-from sekha.routing import Rules
+from sekha.routing import Plan, Rules
 from sekha.vectors.base import VectorStore
 
 __all__ = ["WALL", "Resources", "utc_now"]
@@ -74,16 +75,20 @@ class Resources:
             self._providers[provider_id] = open_provider(self.registry.providers[provider_id])
         return self._providers[provider_id]
 
+    def patience_seconds(self, chosen: Plan) -> float:
+        """How long one request may take, all attempts together."""
+        # Twice the slowest, so that one provider that hangs leaves time to ask the next.
+        return 2 * max(self.registry.provider_of(each.model).timeout_seconds for each in chosen.candidates)
+
     async def aclose(self) -> None:
         providers, self._providers = self._providers, {}
         store, self._store = self._store, None
         ledger, self._ledger = self._ledger, None
-        for provider in providers.values():
-            await provider.aclose()
-        if store is not None:
-            await store.aclose()
-        if ledger is not None:
-            await ledger.aclose()
+        # Each is closed even when another fails to; the ledger last, since what closes may still charge.
+        async with AsyncExitStack() as closing:
+            for each in (ledger, store, *providers.values()):
+                if each is not None:
+                    closing.push_async_callback(each.aclose)
 
 
 def _budgets(config: Config) -> tuple[Budget, ...]:

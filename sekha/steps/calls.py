@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from sekha.calling import Answered, call_in_turn
-from sekha.chat import ChatRequest, Reply
+from sekha.chat import REPLY_LIMITS, ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest
 from sekha.ingest import Batch, BatchEmbedded
 from sekha.ledger import Hold
@@ -20,6 +20,7 @@ from sekha.providers.base import ChatCall, Completion, Embeddings
 from sekha.registry import Model, ProviderKind
 from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
+from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.money import spend_of
 
@@ -36,13 +37,13 @@ class Calls:
     def __init__(self, resources: Resources) -> None:
         self._open = resources
 
-    async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Reply:
+    async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Reply:  # noqa: ARG002 - held first
         """Ask the candidates in turn, with retries, until one answers."""
 
         async def once(candidate: Candidate, seconds: float) -> Completion:
             spec = self._open.registry.provider_of(candidate.model)
-            options = dict(request.options)
-            if limit := request.max_tokens or candidate.estimate.reply_limit:
+            options = {name: value for name, value in request.options.items() if name not in REPLY_LIMITS}
+            if limit := request.reply_limit or candidate.estimate.reply_limit:
                 options["max_tokens"] = limit
             call = ChatCall(
                 model=candidate.model,
@@ -93,7 +94,8 @@ class Calls:
             async with limit:
                 embedded = await self._embed_once(some, chosen)
                 spend = spend_of(embedded, identity=f"{hold.id}:{part}{number}", at=self._open.now())
-                await (await self._open.ledger()).charge(hold, spend)
+                ledger = await self._open.ledger()
+                await to_the_end(ledger.charge(hold, spend))
                 return embedded
 
         parts = [texts[at : at + size] for at in range(0, len(texts), size)]
@@ -111,17 +113,18 @@ class Calls:
             done[0],
             vectors=np.concatenate([each.vectors for each in done]),
             usage=sum((each.usage for each in done), Usage()),
+            estimated_cost=sum((each.estimated_cost for each in done), Decimal(0)),
             cost=sum((each.cost for each in done), Decimal(0)),
             attempts=tuple(attempt for each in done for attempt in each.attempts),
         )
 
     async def _in_turn(self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]]) -> Answered[T]:
-        slowest = max(
-            self._open.registry.provider_of(candidate.model).timeout_seconds for candidate in chosen.candidates
-        )
-        # Twice the slowest, so that one provider that hangs leaves time to ask the next.
         return await call_in_turn(
-            chosen.candidates, once, retries=self._open.retries, clock=self._open.clock, deadline_seconds=2 * slowest
+            chosen.candidates,
+            once,
+            retries=self._open.retries,
+            clock=self._open.clock,
+            deadline_seconds=self._open.patience_seconds(chosen),
         )
 
     async def _embed_once(self, texts: Sequence[str], chosen: Plan) -> Embedded:
@@ -132,16 +135,18 @@ class Calls:
 
         answered = await self._in_turn(chosen, once)
         model, embeddings = answered.candidate.model, answered.value
-        usage = embeddings.usage
-        if usage is None:
-            total, _ = await count_embedding(texts, model.id)
-            usage = Usage(input_tokens=total, counted=True)
+        usage, expected = embeddings.usage, Decimal(0)
+        if usage is None or not (model.price and model.price.is_free):
+            total, _ = await to_the_end(count_embedding(texts, model.id))
+            counted = Usage(input_tokens=total, counted=True)
+            usage, expected = usage or counted, _cost(counted, model)
         return Embedded(
             vectors=embeddings.vectors,
             provider_id=model.provider_id,
             model_id=model.id,
             usage=usage,
-            estimated_cost=answered.candidate.estimate.expected,
+            # Of these texts alone: the plan's estimate is for all that are embedded under it.
+            estimated_cost=expected,
             cost=_cost(usage, model),
             attempts=answered.attempts,
             charged_to=chosen.ask.scope(model),
@@ -150,7 +155,7 @@ class Calls:
     async def _counted_usage(self, request: ChatRequest, completion: Completion, model: Model) -> Usage:
         """What was used, counted by us because the provider did not say."""
         went_in = await count_chat(request, model.id)
-        came_out = await count_reply(completion.text, model.id)
+        came_out = await count_reply(completion.body, model.id)
         return Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
 
 

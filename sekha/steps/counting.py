@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from sekha import tokens
 from sekha.chat import ChatRequest
@@ -34,8 +35,16 @@ async def count_embedding(texts: Sequence[str], model_id: str) -> tuple[int, int
     return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
 
 
-async def count_reply(text: str, model_id: str) -> int:
-    """Tokens that came out."""
-    if len(text) <= INLINE:
-        return tokens.count_text(text, model_id)
-    return await asyncio.to_thread(tokens.count_text, text, model_id)
+async def count_reply(body: Mapping[str, Any], model_id: str) -> int:
+    """Tokens that came out, in every choice: text and calls of tools."""
+    said = [text for choice in body["choices"] for text in _said(choice["message"])]
+    if sum(map(len, said)) <= INLINE:
+        return sum(tokens.count_texts(said, model_id))
+    return sum(await asyncio.to_thread(tokens.count_texts, said, model_id))
+
+
+def _said(message: Mapping[str, Any]) -> Iterator[str]:
+    yield str(message.get("content") or "")
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        yield f"{function.get('name', '')}{function.get('arguments', '')}"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Container, Sequence
 from pathlib import Path
 
-from sekha.documents import Document, checked, read_folder, split
+from sekha.documents import Chunk, checked, read_folder, split
 from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import CollectionMissing, SpaceMismatch
-from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, Stored
+from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, Stale, Stored
 from sekha.registry import Space
 from sekha.resources import Resources
 from sekha.search import Found, SearchRequest
-from sekha.vectors.base import Collection, Record
+from sekha.vectors.base import AllOf, Collection, Compare, Record
 
 __all__ = ["Keeping"]
+
+SOURCES_AT_ONCE = 500
+"""Sources counted in one query."""
 
 
 class Keeping:
@@ -27,11 +30,9 @@ class Keeping:
         """Read every document and split it; refuse them all when one cannot be read."""
 
         def read() -> Chunks:
-            size = request.max_document_mb
-            documents: Sequence[Document] = checked(request.documents, max_document_mb=size)
-            if request.path:
-                found = read_folder(Path(request.path), max_document_mb=size, skip_refused=request.skip_refused)
-                documents = (*documents, *found)
+            size, skip = request.max_document_mb, request.skip_refused
+            found = read_folder(Path(request.path), max_document_mb=size, skip_refused=skip) if request.path else []
+            documents = checked([*request.documents, *found], max_document_mb=size, skip_refused=skip)
             chunks = tuple(
                 chunk
                 for document in documents
@@ -65,7 +66,7 @@ class Keeping:
                 Batch(number=number, chunks=changed[at : at + size])
                 for number, at in enumerate(range(0, len(changed), size))
             ),
-            stale=await self._stale(space, read.chunks),
+            stale=await self._stale(space, read.chunks, stored),
             unchanged=len(by_uuid) - len(changed),
         )
 
@@ -101,7 +102,8 @@ class Keeping:
 
     async def remove_stale(self, changes: Changes, stored: Sequence[Stored]) -> int:  # noqa: ARG002 - comes after them
         """Delete the chunks that their documents no longer have, once the new ones are stored."""
-        return await (await self._open.store()).delete(changes.space, changes.stale)
+        store = await self._open.store()
+        return sum([await store.delete_where(changes.space, _behind(stale)) for stale in changes.stale])
 
     async def prepare_query(self, request: SearchRequest) -> EmbedRequest:
         """Phrase the question for the model under which the collection is read."""
@@ -153,21 +155,31 @@ class Keeping:
                 found[uuid] = (properties.get("content_hash"), properties.get("embedding_fingerprint"))
         return found
 
-    async def _stale(self, space: Space, chunks: Sequence[Chunk]) -> tuple[str, ...]:
-        """The stored chunks behind each document's last one, from when it was longer."""
-        last: dict[str, Chunk] = {chunk.source: chunk for chunk in chunks}
-        step = 32
-        stale: list[str] = []
-        ahead = {source: chunk.index + 1 for source, chunk in last.items()}
-        while ahead:
-            asked = {
-                replace(last[source], index=index).uuid_in(space.collection): source
-                for source, start in ahead.items()
-                for index in range(start, start + step)
-            }
-            there = await self._stored(space, list(asked))
-            stale += there
-            # Positions are written without gaps, so a window with nothing in it is the end.
-            longer = {asked[uuid] for uuid in there}
-            ahead = {source: start + step for source, start in ahead.items() if source in longer}
-        return tuple(stale)
+    async def _stale(self, space: Space, chunks: Sequence[Chunk], stored: Container[str]) -> tuple[Stale, ...]:
+        """The sources that have more chunks stored than their documents have now.
+
+        Positions may have gaps where an earlier run failed, so nothing short of counting finds them all.
+        """
+        ends = {chunk.source: chunk.index + 1 for chunk in chunks}
+        there = Counter(chunk.source for chunk in chunks if chunk.uuid_in(space.collection) in stored)
+        store = await self._open.store()
+
+        async def among(sources: Sequence[str]) -> list[Stale]:
+            counted = await store.count(space.name, Compare("source", "in", tuple(sources)))
+            if counted == sum(there[source] for source in sources):
+                return []
+            if len(sources) == 1:
+                return [Stale(source=sources[0], first=ends[sources[0]])]
+            half = len(sources) // 2
+            return [*await among(sources[:half]), *await among(sources[half:])]
+
+        sources = list(ends)
+        try:
+            pages = [await among(sources[at : at + SOURCES_AT_ONCE]) for at in range(0, len(sources), SOURCES_AT_ONCE)]
+        except CollectionMissing:
+            return ()
+        return tuple(stale for page in pages for stale in page)
+
+
+def _behind(stale: Stale) -> AllOf:
+    return AllOf((Compare("source", "eq", stale.source), Compare("chunk", "ge", stale.first)))

@@ -18,7 +18,7 @@ from sekha.steps.counting import count_chat, count_embedding
 __all__ = ["HOLD_SECONDS", "Money", "spend_of"]
 
 HOLD_SECONDS = 900.0
-"""A hold outlives any call; only a process that died leaves one to expire."""
+"""A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
 
 
 class Money:
@@ -40,17 +40,16 @@ class Money:
 
     async def select_provider(self, request: ChatRequest | EmbedRequest, estimates: Estimates) -> Plan:
         """Choose who is asked, in which order, and note why the others are not."""
-        return plan(
-            self._ask(request), self._open.registry, estimates, rules=self._open.rules, budgets=self._open.budgets
-        )
+        ask, rules, budgets = self._ask(request), self._open.rules, self._open.budgets
+        return plan(ask, self._open.registry, estimates, rules=rules, budgets=budgets)
 
     async def reserve_budget(self, chosen: Plan) -> Hold:
         """Hold the worst case against every budget that the calls may count against."""
         amounts = chosen.holds(self._open.budgets)
         budgets = [budget for budget in self._open.budgets if budget.name in amounts]
-        return await (await self._open.ledger()).reserve(
-            budgets, amounts, at=self._open.now(), ttl_seconds=HOLD_SECONDS
-        )
+        lasts = max(HOLD_SECONDS, 2 * self._open.patience_seconds(chosen))
+        ledger = await self._open.ledger()
+        return await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=lasts)
 
     async def settle_cost(self, hold: Hold, outcome: Reply | Embedded | None) -> None:
         """Record what the call cost, and free what is left of the hold."""
@@ -99,7 +98,8 @@ class Money:
             model.price,
             input_tokens=counted,
             images=request.image_count,
-            requested=request.max_tokens,
+            replies=request.replies,
+            requested=request.reply_limit,
             model_limit=model.max_output_tokens,
             usual=usual,
             cap=min([*caps, most] if most is not None else caps, default=None),
