@@ -119,8 +119,10 @@ def _print_picture(loaded: Loaded, registry: Registry) -> None:
         facts.add_row(name, value)
     facts.show_header = False
     _section("Otherwise", facts)
-    for warning in (*loaded.warnings, *_without_effect(config)):
+    warnings = (*loaded.warnings, *_without_effect(config))
+    if warnings:
         say()
+    for warning in warnings:
         say(f"Note: {warning}", "yellow")
 
 
@@ -214,17 +216,20 @@ def _ledger(loaded: Loaded) -> str:
 
 
 def _without_effect(config: Config) -> list[str]:
-    said: list[str] = []
-    if waiting := [f"`{name}`" for name in NOT_YET if name in config.model_fields_set]:
-        said.append(f"{', '.join(waiting)}: checked, and without effect until the gateway runs.")
-    if planned := [f"`{name}`" for name in PLANNED if name in config.model_fields_set]:
-        said.append(f"{', '.join(planned)}: checked, and without effect in this version.")
+    """What the file declares and nothing acts on yet: said here, since silence would promise it."""
+    waiting = [name for name in NOT_YET if name in config.model_fields_set]
     if "circuit_breaker" in config.routing.model_fields_set:
-        said.append("`routing.circuit_breaker`: checked, and without effect until the gateway runs.")
-    limited = [section.id for section in config.providers if "limits" in section.model_fields_set]
-    if limited:
-        said.append(f"`limits` of {', '.join(limited)}: checked, and without effect until the gateway runs.")
-    return said
+        waiting.append("routing.circuit_breaker")
+    if any("limits" in provider.model_fields_set for provider in config.providers):
+        waiting.append("providers[].limits")
+    if any("weight" in model.model_fields_set for provider in config.providers for model in provider.models):
+        waiting.append("providers[].models[].weight")
+    planned = [name for name in PLANNED if name in config.model_fields_set]
+    return [
+        f"{', '.join(f'`{name}`' for name in names)}: checked, and without effect {when}."
+        for names, when in ((waiting, "until the gateway runs"), (planned, "in this version"))
+        if names
+    ]
 
 
 # --- for programs --------------------------------------------------------------------------

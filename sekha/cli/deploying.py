@@ -34,7 +34,8 @@ PORT = 4200
 def up(invocation: Invocation, port: int) -> None:
     """Run Prefect, a worker and the deployments here.
 
-    Ctrl-C ends them all. What they record stays in .sekha/prefect beside the configuration, `sekha run`'s flow runs too.
+    Ctrl-C ends them all. What they record stays in .sekha/prefect beside the configuration, and what
+    `sekha run` recorded is there too.
 
     \b
     Examples:
@@ -51,7 +52,8 @@ def up(invocation: Invocation, port: int) -> None:
 def deploy(invocation: Invocation) -> None:  # noqa: ARG001 - every command is given one
     """Register the flows on your Prefect server.
 
-    It is the one that PREFECT_API_URL names. Running it again updates what is there. A worker of the work pool `sekha` then runs them.
+    It is the one that PREFECT_API_URL names. Running it again updates what is there. A worker of the
+    work pool `sekha` then runs them.
 
     \b
     Examples:

@@ -51,8 +51,9 @@ LABEL = 10
 def run(invocation: Invocation, docs: str | None, questions: tuple[str, ...]) -> None:
     """Do the whole job once, each part a Prefect flow run.
 
-    Answers a chat request, keeps documents and searches them. Starts a Prefect server for as long as it takes, and ends it. What it recorded stays in
-    .sekha/prefect beside the configuration: `sekha up` shows it.
+    Answers a chat request, keeps documents and searches them. Starts a Prefect server for as long as
+    it takes, and ends it. What it recorded stays in .sekha/prefect beside the configuration:
+    `sekha up` shows it.
 
     \b
     Examples:
@@ -197,7 +198,8 @@ class _Job:
         self._blank()
         self._line("Cost", f"{dollars(total)} in all")
         self._blank()
-        self._line("Look", "`make up` starts the server again (or `sekha up`); then open, with every step drawn:")
+        again = f"sekha -c {self._config} up" if self._config else "sekha up"
+        self._line("Look", f"`{again}` starts the server again; then open, with every step drawn:")
         labelled = [("chat", reply.id), ("ingest", report.id), *(("search", found.id) for found in searches[:1])]
         for what, run_id in labelled:
             self._more(f"http://127.0.0.1:{PORT}/runs/flow-run/{run_id}  {what}")
