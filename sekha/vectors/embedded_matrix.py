@@ -111,13 +111,15 @@ class View:
             return self.ids[:0], None
         allowed = None if among is None else np.searchsorted(self.ids, among)
         margin = 2 * rounding(len(query))
-        if allowed is not None and len(allowed) * 4 < self.count:
-            return self.ids[allowed[best(self._scores_at(allowed, query), limit, margin)]], None
-        tried = self.first_pass is not None and _seeds(limit) <= self.count // WORTHWHILE_SHARE
+        few = allowed is not None and len(allowed) < FEW_ROWS
+        tried = not few and self.first_pass is not None and _seeds(limit) <= self.count // WORTHWHILE_SHARE
         if tried and (found := self._nearest_by_bound(query, limit, allowed, margin)) is not None:
             return self.ids[found], True
+        served = False if tried else None
+        if allowed is not None and len(allowed) * 4 < self.count:
+            return self.ids[allowed[best(self._scores_at(allowed, query), limit, margin)]], served
         scores = self._masked(self._products(self.blocks, query), allowed)
-        return self.ids[best(scores, limit, margin)], False if tried else None
+        return self.ids[best(scores, limit, margin)], served
 
     def rows(self, positions: Ids) -> Vector:
         """The vectors at ascending positions."""
