@@ -243,9 +243,11 @@ def _use_wal(db: sqlite3.Connection, busy_seconds: float) -> None:
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
-    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    # In this order: another process that makes the file ours meanwhile does all three at once.
+    used = db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is not None
     application: int = db.execute("PRAGMA application_id").fetchone()[0]
-    if application != APPLICATION_ID and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if used and application != APPLICATION_ID:
         raise StoreError(
             f"{str(path)!r} is another program's SQLite database. Name another file under `store:` in sekha.yaml."
         )
