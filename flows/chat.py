@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from sekha.chat import ChatRequest, ChatSteps, Reply, answer
 from tasks.calls import call_provider
 from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
+from tasks.receipts import with_receipt
 from tasks.resources import opened
+from tasks.results import RESULT
 
 __all__ = ["STEPS", "chat"]
 
@@ -20,8 +23,14 @@ STEPS = ChatSteps(
 )
 
 
-@flow(name="chat", persist_result=True, result_serializer="json")
+def run_name() -> str:
+    """The model that was asked for: what tells runs apart in Prefect's list, without a prompt."""
+    request: ChatRequest = flow_run.parameters["request"]
+    return request.preferred_model or request.model or request.task or "auto"
+
+
+@flow(name="chat", flow_run_name=run_name, persist_result=True, result_serializer=RESULT)
 async def chat(request: ChatRequest, config: str | None = None) -> Reply:
     """Answer one request: estimate, select, reserve, call, settle."""
     async with opened(config):
-        return await answer(request, STEPS)
+        return await with_receipt(answer(request, STEPS))

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import flow
+from prefect.runtime import flow_run
 
 from sekha.ingest import IngestReport, IngestRequest, IngestSteps
 from sekha.ingest import ingest as ingest_in_order
 from tasks.calls import embed_batch
 from tasks.keeping import find_changes, read_documents, remove_stale, upsert_batch
 from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
+from tasks.receipts import shown_progress, with_receipt
 from tasks.resources import opened
+from tasks.results import RESULT
+from tasks.whole import whole
 
 __all__ = ["STEPS", "ingest"]
 
 STEPS = IngestSteps(
     read=read_documents,
-    compare=find_changes,
-    estimate=estimate_cost,
-    select=select_provider,
+    compare=whole(find_changes),
+    estimate=whole(estimate_cost),
+    select=whole(select_provider),
     reserve=reserve_budget,
-    embed=embed_batch,
-    upsert=upsert_batch,
+    embed=whole(embed_batch),
+    upsert=whole(upsert_batch),
     settle=settle_cost,
     remove=remove_stale,
 )
 
 
-@flow(name="ingest", persist_result=True, result_serializer="json")
+def run_name() -> str:
+    """What goes where: `docs → documents`."""
+    request: IngestRequest = flow_run.parameters["request"]
+    what = Path(request.path).name or request.path if request.path else f"{len(request.documents)} documents"
+    return f"{what} → {request.collection}"
+
+
+@flow(name="ingest", flow_run_name=run_name, persist_result=True, result_serializer=RESULT)
 async def ingest(request: IngestRequest, config: str | None = None) -> IngestReport:
     """Make a collection hold the documents, embedding only what changed."""
-    async with opened(config):
-        return await ingest_in_order(request, STEPS)
+    async with opened(config), shown_progress() as progress:
+        return await with_receipt(ingest_in_order(request, STEPS, progress=progress))

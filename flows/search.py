@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from sekha.embedding import EmbedSteps
 from sekha.search import Found, SearchRequest, SearchSteps
@@ -10,7 +11,9 @@ from sekha.search import search as search_in_order
 from tasks.calls import embed_texts
 from tasks.keeping import prepare_query, search_space
 from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
+from tasks.receipts import with_receipt
 from tasks.resources import opened
+from tasks.results import RESULT
 
 __all__ = ["STEPS", "search"]
 
@@ -27,8 +30,14 @@ STEPS = SearchSteps(
 )
 
 
-@flow(name="search", persist_result=True, result_serializer="json")
+def run_name() -> str:
+    """The collection that is searched; never the question."""
+    request: SearchRequest = flow_run.parameters["request"]
+    return f"in {request.collection}"
+
+
+@flow(name="search", flow_run_name=run_name, persist_result=True, result_serializer=RESULT)
 async def search(request: SearchRequest, config: str | None = None) -> Found:
     """Embed a question as its collection was embedded, and look up what is nearest."""
     async with opened(config):
-        return await search_in_order(request, STEPS)
+        return await with_receipt(search_in_order(request, STEPS))

@@ -1,0 +1,103 @@
+"""What share of an ingest flow's time goes into embedding and storing: `python benchmarks/ingest_flow.py`.
+
+Ten thousand chunks run through the builtin provider and the embedded store as a Prefect flow, against a
+server that this starts. Time in `embed_batch` and `upsert_batch` is counted once where they overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sekha.stack import LocalPrefect
+
+WORDS = [
+    f"{a}{b}{c}"
+    for a in ("pro", "con", "re", "de", "in")
+    for b in ("vid", "struct", "solv", "form")
+    for c in ("e", "er", "ing", "al")
+]
+
+
+class Busy:
+    """When at least one of the watched steps was at work."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.by_step: dict[str, float] = {}
+        self._at_work = 0
+        self._since = 0.0
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        if self._at_work == 0:
+            self._since = begun
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            ended = time.perf_counter()
+            self._at_work -= 1
+            self.by_step[name] = self.by_step.get(name, 0.0) + ended - begun
+            if self._at_work == 0:
+                self.seconds += ended - self._since
+
+
+def documents(chunks: int) -> Iterator[tuple[str, str]]:
+    chance = random.Random(7)
+    for number in range(chunks // 10):
+        paragraphs = (" ".join(chance.choices(WORDS, k=100)) for _ in range(10))
+        yield f"document-{number}.md", "\n\n".join(paragraphs)
+
+
+async def measure(chunks: int, home: Path) -> None:
+    async with LocalPrefect(home / "prefect", progress=print) as prefect:
+        os.environ.update(prefect.environment)
+        os.environ["SEKHA_HOME"] = str(home)
+        os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
+
+        from flows.ingest import ingest
+        from sekha.documents import Document
+        from sekha.ingest import IngestRequest
+        from sekha.steps.calls import Calls
+        from sekha.steps.keeping import Keeping
+
+        busy = Busy()
+        for owner, name in ((Calls, "embed_batch"), (Keeping, "upsert_batch")):
+            plain = getattr(owner, name)
+
+            async def watched(*args: object, _plain: object = plain, _name: str = name) -> object:
+                with busy.step(_name):
+                    return await _plain(*args)  # type: ignore[operator]
+
+            setattr(owner, name, watched)
+
+        folder = home / "documents"
+        folder.mkdir()
+        for source, text in documents(chunks):
+            (folder / source).write_text(text)
+
+        await ingest(IngestRequest(documents=(Document(source="warm-up.md", text="One document first."),)))
+        busy.seconds, busy.by_step = 0.0, {}
+        started = time.perf_counter()
+        report = await ingest(IngestRequest(path=str(folder)))
+        wall = time.perf_counter() - started
+
+    steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in busy.by_step.items())
+    print(f"{report.embedded} chunks in {wall:.2f} s: {report.embedded / wall:.0f}/s")
+    print(f"embedding and storing {busy.seconds:.2f} s ({steps}), {busy.seconds / wall:.0%} of the flow run")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chunks", type=int, default=10_000)
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(measure(parser.parse_args().chunks, Path(folder)))
