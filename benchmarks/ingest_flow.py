@@ -50,6 +50,9 @@ class Busy:
             if self._at_work == 0:
                 self.seconds += ended - self._since
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.by_step.items())
+
 
 def documents(chunks: int) -> Iterator[tuple[str, str]]:
     chance = random.Random(7)
@@ -69,13 +72,21 @@ async def measure(chunks: int, home: Path) -> None:
         from sekha.ingest import IngestRequest
         from sekha.steps.calls import Calls
         from sekha.steps.keeping import Keeping
+        from sekha.steps.money import Money
 
         busy = Busy()
-        for owner, name in ((Calls, "embed_batch"), (Keeping, "upsert_batch")):
+        before = Busy()
+        watch = [(Calls, "embed_batch", busy), (Keeping, "upsert_batch", busy), (Keeping, "read_documents", before)]
+        watch += [
+            (Keeping, "find_changes", before),
+            (Money, "estimate_cost", before),
+            (Money, "reserve_budget", before),
+        ]
+        for owner, name, spent in watch:
             plain = getattr(owner, name)
 
-            async def watched(*args: object, _plain: object = plain, _name: str = name) -> object:
-                with busy.step(_name):
+            async def watched(*args: object, _plain: object = plain, _name: str = name, _spent: Busy = spent) -> object:
+                with _spent.step(_name):
                     return await _plain(*args)  # type: ignore[operator]
 
             setattr(owner, name, watched)
@@ -86,14 +97,17 @@ async def measure(chunks: int, home: Path) -> None:
             (folder / source).write_text(text)
 
         await ingest(IngestRequest(documents=(Document(source="warm-up.md", text="One document first."),)))
-        busy.seconds, busy.by_step = 0.0, {}
+        for spent in (busy, before):
+            spent.seconds, spent.by_step = 0.0, {}
         started = time.perf_counter()
         report = await ingest(IngestRequest(path=str(folder)))
         wall = time.perf_counter() - started
 
-    steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in busy.by_step.items())
+    rest = wall - busy.seconds - before.seconds
     print(f"{report.embedded} chunks in {wall:.2f} s: {report.embedded / wall:.0f}/s")
-    print(f"embedding and storing {busy.seconds:.2f} s ({steps}), {busy.seconds / wall:.0%} of the flow run")
+    print(f"embedding and storing {busy.seconds:.2f} s, {busy.seconds / wall:.0%} ({busy})")
+    print(f"reading, comparing, pricing {before.seconds:.2f} s, {before.seconds / wall:.0%} ({before})")
+    print(f"orchestration {rest:.2f} s, {rest / wall:.0%}")
 
 
 if __name__ == "__main__":
