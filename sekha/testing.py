@@ -108,6 +108,8 @@ class StandIn:
         """The models that exist; None means every one does."""
         self.cached_tokens = 0
         """How many input tokens each answer says it found in a cache."""
+        self.arrived = asyncio.Event()
+        """Set once a request has come in; clear it to wait for another."""
         self.abandoned = asyncio.Event()
         """Set when a client closed its connection before its answer was whole."""
         self._port = port
@@ -240,6 +242,7 @@ class StandIn:
             body = await request.read()
             sent = orjson.loads(body) if body else None
             self.requests.append(Received(request.method, request.path, dict(request.headers), sent))
+            self.arrived.set()
             fault = self._next_fault() if request.method == "POST" and request.path != "/api/show" else None
             try:
                 return await self._respond(request, protocol, sent or {}, fault, handler)

@@ -46,19 +46,18 @@ class BuiltinProvider:
         self._spec = spec
 
     async def complete(self, call: ChatCall) -> Completion:
-        text, usage = self._echo(call)
-        body = _body(
-            call, "chat.completion", {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        )
+        text, usage, reason = self._echo(call)
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        body = _body(call, "chat.completion", choice)
         return Completion(body=body | {"usage": _openai_usage(usage)}, usage=usage)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
-        text, usage = self._echo(call)
+        text, usage, reason = self._echo(call)
         role: dict[str, Any] = {"role": "assistant"}
         for piece in re.findall(r"\S+\s*|\s+", text):
             yield Chunk(body=_chunk(call, role | {"content": piece}, None))
             role = {}
-        yield Chunk(body=_chunk(call, role, "stop") | {"usage": _openai_usage(usage)}, usage=usage)
+        yield Chunk(body=_chunk(call, role, reason) | {"usage": _openai_usage(usage)}, usage=usage)
 
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:  # noqa: ARG002
         dimension = self._dimension(model)
@@ -68,7 +67,7 @@ class BuiltinProvider:
     async def aclose(self) -> None:
         pass
 
-    def _echo(self, call: ChatCall) -> tuple[str, Usage]:
+    def _echo(self, call: ChatCall) -> tuple[str, Usage, str]:
         if call.model.id != ECHO:
             raise self._unknown(call.model)
         words = sum(len(_text(message.get("content")).split()) for message in call.messages)
@@ -81,11 +80,12 @@ class BuiltinProvider:
             "I am Sekha's builtin echo model, and I only repeat your last message. "
             f"Name a real provider in sekha.yaml for real answers. You said: {said[-1]}"
         )
-        kept = reply.split()
+        reason = "stop"
         limit = call.options.get("max_completion_tokens") or call.options.get("max_tokens")
-        if isinstance(limit, int) and len(kept) > limit:
-            reply = " ".join(kept[:limit])
-        return reply, Usage(input_tokens=words, output_tokens=len(reply.split()))
+        if isinstance(limit, int) and len(reply.split()) > limit:
+            reply = " ".join(reply.split()[:limit])
+            reason = "length"
+        return reply, Usage(input_tokens=words, output_tokens=len(reply.split())), reason
 
     def _dimension(self, model: Model) -> int:
         name = model.id.removeprefix(HASHED)

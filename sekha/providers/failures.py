@@ -72,6 +72,7 @@ BY_CLASS: Mapping[str, type[ProviderError]] = {
     "TransportError": ProviderUnavailable,
     "ClientError": ProviderUnavailable,
     "OSError": ProviderUnavailable,
+    "ImportError": ProviderError,
     "JSONDecodeError": BadReply,
     "ValidationError": BadReply,
     "LookupError": BadReply,
@@ -151,10 +152,8 @@ def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = No
     value = headers.get("retry-after")
     if value is None:
         return None
-    try:
+    if re.fullmatch(r"-?\d+(\.\d+)?", value.strip()):
         return max(float(value), 0.0)
-    except ValueError:
-        pass
     try:
         at = parsedate_to_datetime(value)
     except ValueError:

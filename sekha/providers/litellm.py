@@ -24,7 +24,7 @@ from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
 from sekha.providers.failures import failure_of
 from sekha.registry import Model, ProviderKind, ProviderSpec
 
-__all__ = ["LiteLLMProvider", "base_url_of"]
+__all__ = ["LiteLLMProvider", "base_url_of", "litellm_module"]
 
 _CHAT_PREFIX: Mapping[ProviderKind, str] = {
     "ollama": "ollama_chat/",
@@ -108,7 +108,7 @@ class LiteLLMProvider:
             # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
             arguments["logger_fn"] = reported.append
         try:
-            litellm = await asyncio.to_thread(_litellm)
+            litellm = await asyncio.to_thread(_opened, arguments["model"])
             async with asyncio.timeout(call.timeout_seconds):
                 reply = await litellm.acompletion(**arguments)
         except Exception as error:
@@ -128,7 +128,7 @@ class LiteLLMProvider:
         pieces: Any = None
         started = False
         try:
-            litellm = await asyncio.to_thread(_litellm)
+            litellm = await asyncio.to_thread(_opened, arguments["model"])
             async with asyncio.timeout(call.timeout_seconds):
                 pieces = await litellm.acompletion(**arguments)
             envelope: dict[str, Any] | None = None
@@ -156,12 +156,12 @@ class LiteLLMProvider:
             raise self._unfinished(call.model, started=started)
 
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
-        arguments = self._connection(timeout_seconds) | {"input": list(texts)}
         prefix = "ollama/" if self._spec.kind == "ollama" else _CHAT_PREFIX.get(self._spec.kind, "")
+        arguments = self._connection(timeout_seconds) | {"model": prefix + model.id, "input": list(texts)}
         try:
-            litellm = await asyncio.to_thread(_litellm)
+            litellm = await asyncio.to_thread(_opened, arguments["model"])
             async with asyncio.timeout(timeout_seconds):
-                reply = await litellm.aembedding(model=prefix + model.id, **arguments)
+                reply = await litellm.aembedding(**arguments)
         except Exception as error:
             raise self._failure(error, model, texts) from error
         return Embeddings(vectors=self._vectors(reply, model, len(texts)), usage=_usage(getattr(reply, "usage", None)))
@@ -202,8 +202,13 @@ class LiteLLMProvider:
         self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
         messages = deepcopy([dict(message) for message in call.messages])
-        prefix = _CHAT_PREFIX.get(kind, "")
-        return self._connection(call.timeout_seconds) | known | {"model": prefix + call.model.id, "messages": messages}
+        return self._connection(call.timeout_seconds) | {
+            **known,
+            "model": _CHAT_PREFIX.get(kind, "") + call.model.id,
+            "messages": messages,
+            # With tools it would load its proxy for MCP, whose packages are not installed.
+            "_skip_mcp_handler": True,
+        }
 
     def _connection(self, timeout_seconds: float) -> dict[str, Any]:
         # Without a key of its own, LiteLLM would look in the environment, and send what it finds there.
@@ -270,7 +275,7 @@ def base_url_of(kind: ProviderKind, declared: str | None) -> str | None:
 
 
 @cache
-def _litellm() -> Any:
+def litellm_module() -> Any:
     """Import LiteLLM, quiet and offline. Takes seconds: call it from a thread."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     os.environ.setdefault("LITELLM_MODE", "PRODUCTION")  # any other reads `.env` into the environment
@@ -290,6 +295,20 @@ def _litellm() -> Any:
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         # It logs whole requests with its errors.
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    return litellm
+
+
+def _opened(model_name: str) -> Any:
+    """LiteLLM, ready for a call to this model."""
+    litellm = litellm_module()
+    if model_name.startswith(("ollama/", "ollama_chat/")):
+        # Of an Ollama model that it does not know LiteLLM asks the server after each call, blocking the
+        # event loop meanwhile.
+        name = model_name.partition("/")[2]
+        litellm.model_cost.setdefault(
+            f"ollama/{name}",
+            {"litellm_provider": "ollama", "mode": "chat", "input_cost_per_token": 0.0, "output_cost_per_token": 0.0},
+        )
     return litellm
 
 

@@ -1,0 +1,173 @@
+import inspect
+from datetime import UTC, datetime
+
+import httpx
+import openai
+import pytest
+
+from sekha.errors import (
+    ContextExceeded,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RateLimited,
+    StreamBroken,
+)
+from sekha.providers.failures import BY_CLASS, failure_of, retry_after_seconds
+from sekha.providers.litellm import litellm_module
+
+REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
+
+
+def answered(status: int, body: object, **headers: str) -> httpx.HTTPStatusError:
+    response = httpx.Response(status, json=body, headers=headers, request=REQUEST)
+    return httpx.HTTPStatusError("no", request=REQUEST, response=response)
+
+
+def meaning(error: Exception, **more: object) -> ProviderError:
+    return failure_of(error, provider_id="one", model_id="m", **more)  # type: ignore[arg-type]
+
+
+def test_every_exception_of_litellm_is_mapped() -> None:
+    exceptions = litellm_module().exceptions
+
+    theirs = [
+        name
+        for name, found in inspect.getmembers(exceptions, inspect.isclass)
+        if issubclass(found, Exception) and found.__module__ == "litellm.exceptions"
+    ]
+
+    assert len(theirs) > 20
+    assert [name for name in theirs if name not in BY_CLASS] == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(),
+        httpx.ReadTimeout("slow", request=REQUEST),
+        httpx.ConnectTimeout("slow", request=REQUEST),
+        openai.APITimeoutError(REQUEST),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_librarys_timeout_is_one(error: Exception) -> None:
+    assert type(meaning(error)) is ProviderTimeout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("refused", request=REQUEST),
+        openai.APIConnectionError(request=REQUEST),
+        ConnectionResetError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lost_connection_is_an_outage(error: Exception) -> None:
+    assert type(meaning(error)) is ProviderUnavailable
+
+
+def test_once_a_piece_is_out_a_failure_breaks_the_stream() -> None:
+    assert type(meaning(httpx.ReadError("cut", request=REQUEST), streaming=True)) is StreamBroken
+    assert type(meaning(httpx.ReadTimeout("slow", request=REQUEST), streaming=True)) is ProviderTimeout
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}},
+        {"error": {"message": "Your credit balance is too low to access the API."}},
+    ],
+)
+@pytest.mark.parametrize("status", [400, 429])
+def test_an_empty_account_is_neither_retried_nor_the_callers_fault(status: int, body: object) -> None:
+    error = meaning(answered(status, body))
+
+    assert type(error) is ProviderError
+    assert not error.retryable
+    assert error.falls_back
+
+
+def test_the_providers_status_counts_and_not_the_one_litellm_made_up() -> None:
+    wrapper = litellm_module().exceptions.InternalServerError("no", llm_provider="openai", model="m")
+    wrapper.__context__ = answered(429, {"error": {"message": "Slow down."}}, **{"Retry-After": "2.5"})
+
+    error = meaning(wrapper)
+
+    assert type(error) is RateLimited
+    assert (error.status, error.retry_after_seconds, error.detail) == (429, 2.5, "Slow down.")
+
+
+def test_without_an_answer_litellms_own_class_decides() -> None:
+    unsupported = litellm_module().exceptions.UnsupportedParamsError(
+        "anthropic does not support parameters: ['seed']", llm_provider="anthropic", model="m"
+    )
+
+    error = meaning(unsupported)
+
+    assert type(error) is ProviderRejected
+    assert error.status is None
+    assert error.detail == "anthropic does not support parameters: ['seed']"
+
+
+def test_a_key_never_shows() -> None:
+    said = "Incorrect API key provided: sk-abcd***wxyz. You sent my-own-secret-key and sk-proj-0123456789."
+
+    error = meaning(answered(401, {"error": {"message": said}}), secret="my-own-secret-key")
+
+    for piece in ("my-own-secret-key", "abcd", "wxyz", "0123456789"):
+        assert piece not in str(error)
+    assert "Incorrect API key provided" in error.detail
+
+
+def test_the_prompt_never_shows() -> None:
+    prompt = "Our unannounced product is a flying bicycle that costs a fortune"
+    said = f"Invalid value in messages: {prompt!r}"
+
+    error = meaning(answered(400, {"error": {"message": said}}), texts=[prompt])
+
+    assert "bicycle" not in str(error)
+    assert "Invalid value in messages" in error.detail
+
+
+@pytest.mark.parametrize(
+    "body", [[], "text", None, {"detail": "No."}, {"error": None}, {"error": {"type": "overloaded"}}]
+)
+def test_any_body_makes_an_error(body: object) -> None:
+    assert type(meaning(answered(503, body))) is ProviderUnavailable
+
+
+def test_a_long_page_is_cut_and_loses_its_markup() -> None:
+    page = httpx.Response(502, text=f"<html><b>Bad gateway</b>{'x' * 5000}</html>", request=REQUEST)
+
+    error = meaning(httpx.HTTPStatusError("no", request=REQUEST, response=page))
+
+    assert error.detail.startswith("Bad gateway")
+    assert len(error.detail) <= 200
+
+
+def test_a_request_too_long_is_told_from_its_words() -> None:
+    body = {"type": "error", "error": {"message": "prompt is too long: 210000 tokens > 200000 maximum"}}
+
+    assert type(meaning(answered(400, body))) is ContextExceeded
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", 30.0),
+        ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
+        ("soon", None),
+        ("nan", None),
+        (None, None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
+    now = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
+
+    assert retry_after_seconds({} if value is None else {"retry-after": value}, now=now) == seconds

@@ -1,0 +1,130 @@
+import logging
+import subprocess
+import sys
+
+import pytest
+from pydantic import SecretStr
+
+from sekha.errors import BadReply, ProviderRejected
+from sekha.providers.base import ChatCall
+from sekha.providers.litellm import base_url_of
+from sekha.providers.opening import open_provider
+from sekha.registry import Model, ProviderKind, ProviderSpec
+from sekha.testing import StandIn
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "used"),
+    [
+        ("ollama", None, "http://localhost:11434"),
+        ("ollama", "http://box:11434/", "http://box:11434"),
+        ("ollama", "http://box:11434/v1", "http://box:11434"),
+        ("ollama", "http://box:11434/api", "http://box:11434"),
+        ("ollama", "http://box:11434/api/chat", "http://box:11434"),
+        ("openai", None, "https://api.openai.com/v1"),
+        ("openai", "https://api.openai.com", "https://api.openai.com/v1"),
+        ("openai", "https://api.openai.com/v1/", "https://api.openai.com/v1"),
+        ("openai", "http://box:8000/v1/chat/completions", "http://box:8000/v1"),
+        ("openai", "https://box/openai/deployments/x", "https://box/openai/deployments/x"),
+        ("anthropic", None, "https://api.anthropic.com"),
+        ("anthropic", "https://api.anthropic.com/v1", "https://api.anthropic.com"),
+        ("anthropic", "https://api.anthropic.com/v1/messages", "https://api.anthropic.com"),
+        ("openrouter", None, "https://openrouter.ai/api/v1"),
+        ("openrouter", "https://openrouter.ai", "https://openrouter.ai/api/v1"),
+        ("openrouter", "https://openrouter.ai/api", "https://openrouter.ai/api/v1"),
+        ("openrouter", "https://openrouter.ai/api/v1/", "https://openrouter.ai/api/v1"),
+        ("litellm", None, None),
+        ("litellm", "https://box/anything", "https://box/anything"),
+    ],
+)
+def test_an_address_may_be_written_as_people_write_it(
+    kind: ProviderKind, written: str | None, used: str | None
+) -> None:
+    assert base_url_of(kind, written) == used
+
+
+def call(name: str, content: object = "Hello", **options: object) -> ChatCall:
+    return ChatCall(
+        model=Model(id=name, provider_id="one", tasks=("chat_small",)),
+        messages=[{"role": "user", "content": content}],
+        options=options,
+        timeout_seconds=20,
+    )
+
+
+async def test_any_model_of_litellm_goes_by_its_own_name() -> None:
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind="litellm", base_url=standin.openai_url, api_key=SecretStr("secret"))
+
+        reply = await open_provider(spec).complete(call("openai/gpt-4o-mini"))
+
+    assert reply.text == "You said: Hello"
+    assert standin.requests[0].json["model"] == "gpt-4o-mini"
+
+
+async def test_a_key_from_the_environment_is_never_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
+
+    async with StandIn() as standin:
+        await open_provider(ProviderSpec(id="one", kind="openai", base_url=standin.openai_url)).complete(call("chat"))
+
+    assert "sk-from-the-environment" not in str(standin.requests[0].headers)
+
+
+@pytest.mark.parametrize("field", ["api_base", "mock_response", "fallbacks", "num_retries", "extra_headers"])
+async def test_a_caller_cannot_give_litellm_orders(field: str) -> None:
+    async with StandIn() as standin:
+        anthropic = ProviderSpec(id="a", kind="anthropic", base_url=standin.url, api_key=SecretStr("k"))
+        openai = ProviderSpec(id="o", kind="openai", base_url=standin.openai_url, api_key=SecretStr("k"))
+
+        with pytest.raises(ProviderRejected, match=field):
+            await open_provider(anthropic).complete(call("claude-sonnet-4-5", **{field: "x"}))
+        await open_provider(openai).complete(call("gpt-4o-mini", **{field: "x"}))
+
+    (received,) = standin.requests
+    assert received.json[field] == "x"
+
+
+@pytest.mark.parametrize(("kind", "url"), [("ollama", "https://host/cat.png"), ("anthropic", "http://host/cat.png")])
+async def test_an_address_in_a_message_is_never_fetched(kind: ProviderKind, url: str) -> None:
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
+
+        with pytest.raises(ProviderRejected, match="base64"):
+            await open_provider(spec).complete(call("m", [{"type": "image_url", "image_url": {"url": url}}]))
+
+    assert standin.requests == []
+
+
+async def test_a_failure_is_not_logged_with_its_prompt(caplog: pytest.LogCaptureFixture, capfd) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async with StandIn() as standin:
+        standin.garbage()
+        spec = ProviderSpec(id="one", kind="ollama", base_url=standin.url)
+        with pytest.raises(BadReply):
+            await open_provider(spec).complete(call("llama3", "a most secret prompt"))
+
+    printed = capfd.readouterr()
+    assert "secret prompt" not in caplog.text + printed.out + printed.err
+
+
+async def test_ollama_is_asked_nothing_besides() -> None:
+    async with StandIn() as standin:
+        provider = open_provider(ProviderSpec(id="one", kind="ollama", base_url=standin.url))
+
+        await provider.complete(call("never-heard-of:7b"))
+        await provider.embed(
+            Model(id="unheard-embedder", provider_id="one", tasks=("embedding",)), ["text"], timeout_seconds=20
+        )
+
+    assert [request.path for request in standin.requests] == ["/api/chat", "/api/embed"]
+
+
+def test_litellm_is_imported_by_the_first_call_only() -> None:
+    program = (
+        "import sys; from sekha.providers.opening import open_provider; from sekha.registry import ProviderSpec; "
+        "open_provider(ProviderSpec(id='one', kind='openai')); assert 'litellm' not in sys.modules"
+    )
+
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,114 @@
+import base64
+import struct
+
+import pytest
+
+from sekha.errors import InvalidRequest
+from sekha.images import Image, data_in_url, image_tokens, read_image
+
+
+def png(width: int, height: int) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height)
+
+
+def gif(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HH", width, height)
+
+
+def jpeg(width: int, height: int) -> bytes:
+    exif = b"\xff\xe1" + struct.pack(">H", 100) + bytes(98)
+    frame = b"\xff\xff\xc2" + struct.pack(">HBHHB", 11, 8, height, width, 1)  # padded, progressive
+    return b"\xff\xd8" + exif + frame + bytes(3)
+
+
+def webp_lossy(width: int, height: int) -> bytes:
+    return b"RIFF\0\0\0\0WEBPVP8 " + bytes(10) + struct.pack("<HH", width, height)
+
+
+def webp_lossless(width: int, height: int) -> bytes:
+    return b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14)
+
+
+def webp_extended(width: int, height: int) -> bytes:
+    sizes = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF\0\0\0\0WEBPVP8X" + bytes(8) + sizes
+
+
+@pytest.mark.parametrize(
+    ("make", "format_"),
+    [
+        (png, "png"),
+        (gif, "gif"),
+        (jpeg, "jpeg"),
+        (webp_lossy, "webp"),
+        (webp_lossless, "webp"),
+        (webp_extended, "webp"),
+    ],
+)
+def test_format_and_size_are_read_from_the_bytes(make, format_) -> None:
+    assert read_image(make(1234, 567)) == Image(format_, 1234, 567)
+
+
+@pytest.mark.parametrize("make", [png, gif, jpeg, webp_lossy, webp_lossless, webp_extended])
+def test_an_image_cut_anywhere_in_its_head_is_refused(make) -> None:
+    whole = make(1234, 567)
+
+    for length in range(len(whole)):
+        try:
+            image = read_image(whole[:length])
+        except InvalidRequest:
+            continue
+        assert (image.width, image.height) == (1234, 567)
+
+
+@pytest.mark.parametrize("data", [b"", b"%PDF-1.7", b"<svg/>", png(0, 10)])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="PNG, JPEG, GIF nor WebP"):
+        read_image(data)
+
+
+def test_the_bytes_of_a_data_url() -> None:
+    assert data_in_url("data:image/png;base64," + base64.b64encode(b"bytes").decode()) == b"bytes"
+    assert data_in_url("https://example.com/cat.png") is None
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,???", "data:image/png,plain", "data:nothing"])
+def test_a_data_url_that_is_not_base64_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest):
+        data_in_url(url)
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "height", "detail", "tokens"),
+    [
+        # The examples of OpenAI's guide.
+        ("gpt-4o", 1024, 1024, "high", 765),
+        ("gpt-4o", 2048, 4096, "high", 1105),
+        ("gpt-4o", 4096, 8192, "low", 85),
+        ("gpt-4.1-mini", 1024, 1024, "high", 1659),  # 1024 patches × 1.62
+        ("gpt-4.1-mini", 1800, 2400, "high", 2353),  # 1452 patches × 1.62
+        ("gpt-4o", 512, 512, "auto", 255),
+        ("gpt-4o-mini", 512, 512, "high", 2833 + 5667),
+        ("openai/gpt-5", 1024, 1024, "high", 630),
+        ("gpt-5.5", 2560, 1440, "high", 2931),
+        ("gpt-5.5", 4032, 3024, "auto", 11868),
+        # Patches of 28 pixels.
+        ("claude-haiku-4-5", 1024, 1024, "auto", 1369),
+        ("anthropic/claude-sonnet-4.5", 200, 200, "auto", 64),
+        ("claude-haiku-4-5", 4032, 3024, "auto", 1568),
+        ("claude-opus-4-7", 1920, 1080, "auto", 2691),
+        ("a-model-of-another-house", 1024, 1024, "high", 765),
+    ],
+)
+def test_images_cost_what_the_providers_publish(model: str, width: int, height: int, detail: str, tokens: int) -> None:
+    assert image_tokens(model, Image("png", width, height), detail=detail) == tokens
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "gpt-4o-mini", "gpt-5-mini", "gpt-5.5", "o1", "claude-opus-4-8", "other"])
+@pytest.mark.parametrize("detail", ["low", "high", "auto"])
+def test_no_image_costs_more_than_one_of_unknown_size(model: str, detail: str) -> None:
+    most = image_tokens(model, None, detail=detail)
+
+    for width in (1, 31, 512, 768, 1000, 2048, 5000, 8000):
+        for height in (1, 33, 512, 769, 1536, 2049, 8000):
+            assert 0 < image_tokens(model, Image("png", width, height), detail=detail) <= most

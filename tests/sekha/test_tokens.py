@@ -1,0 +1,139 @@
+import base64
+import os
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sekha.images import image_tokens
+from sekha.providers.litellm import litellm_module
+from sekha.tokens import count_messages, count_text, count_texts, tokenizer_of
+
+TEXT = "The quick brown fox jumps over the lazy dog; naïve café, 東京, 12345.67 and `code()`.\n" * 20
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a word up in the dictionary.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}},
+    },
+}
+CHAT = [
+    {"role": "system", "content": "You are terse."},
+    {"role": "user", "name": "ada", "content": TEXT},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": [{"type": "text", "text": "And now?"}]},
+]
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "gpt-4", "gpt-3.5-turbo", "claude-sonnet-4-5", "a-model-of-another-house"])
+def test_texts_count_as_litellm_counts_them(model: str) -> None:
+    # LiteLLM splits a long text every 1,024 characters, which adds at most a token at each seam.
+    seams = len(TEXT) // 1024
+
+    assert litellm_module().token_counter(model=model, text=TEXT) - seams <= count_text(TEXT, model)
+    assert count_text(TEXT, model) <= litellm_module().token_counter(model=model, text=TEXT)
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "gpt-4"])
+def test_chats_count_as_litellm_counts_them(model: str) -> None:
+    seams = len(TEXT) // 1024
+
+    theirs = litellm_module().token_counter(model=model, messages=CHAT)
+
+    assert theirs - seams <= count_messages(CHAT, model) <= theirs
+
+
+def test_tools_count_as_no_less_than_litellm_says() -> None:
+    # We count their JSON; OpenAI renders them as TypeScript, which LiteLLM imitates.
+    ours = count_messages(CHAT, "gpt-4o", tools=[TOOL]) - count_messages(CHAT, "gpt-4o")
+
+    theirs = litellm_module().token_counter(
+        model="gpt-4o", messages=CHAT, tools=[TOOL]
+    ) - litellm_module().token_counter(model="gpt-4o", messages=CHAT)
+
+    assert theirs <= ours <= 3 * theirs
+
+
+def test_known_counts() -> None:
+    assert count_text("hello world", "gpt-4o") == 2
+    assert count_texts(["hello world", "", "hello"], "gpt-4o") == [2, 0, 1]
+    assert count_messages([{"role": "user", "content": "hello world"}], "gpt-4o") == 9
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "exact"),
+    [
+        ("gpt-4o", "o200k_base", True),
+        ("openrouter/openai/gpt-5-mini", "o200k_base", True),
+        ("gpt-9-not-yet-made", "o200k_base", False),
+        ("text-embedding-3-small", "cl100k_base", True),
+        ("claude-2.1", "claude", True),
+        ("anthropic/claude-sonnet-4-5", "claude", False),
+        ("llama3.1:8b", "cl100k_base", False),
+    ],
+)
+def test_a_count_says_whether_it_is_exact(model: str, name: str, exact: bool) -> None:
+    tokenizer = tokenizer_of(model)
+
+    assert (tokenizer.name, tokenizer.exact) == (name, exact)
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "gpt-4", "claude-sonnet-4-5"])
+@pytest.mark.parametrize(
+    "text", ["<|endoftext|><|fim_prefix|>", "half a pair \ud800", "\0", "\n\nHuman:", "a" * 200_000]
+)
+def test_no_text_is_too_strange_to_count(model: str, text: str) -> None:
+    assert count_text(text, model) > 0
+
+
+def test_a_tool_call_and_its_result_are_counted() -> None:
+    called = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "' + TEXT + '"}'}}
+    chat = [
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "1", "content": TEXT},
+    ]
+
+    assert count_messages(chat, "gpt-4o") > 2 * count_text(TEXT, "gpt-4o")
+
+
+def test_an_image_counts_by_its_size_and_one_behind_a_url_as_the_largest() -> None:
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 512, 512)
+    inline = {"url": "data:image/png;base64," + base64.b64encode(data).decode(), "detail": "high"}
+
+    def with_image(reference: object) -> int:
+        part = {"type": "image_url", "image_url": reference}
+        return count_messages([{"role": "user", "content": [part]}], "gpt-4o") - count_messages(
+            [{"role": "user", "content": ""}], "gpt-4o"
+        )
+
+    assert with_image(inline) == 255
+    assert with_image({"url": "https://example.com/cat.png"}) == image_tokens("gpt-4o", None)
+    assert with_image("https://example.com/cat.png") == image_tokens("gpt-4o", None)
+    assert with_image({"url": "data:image/png;base64,broken"}) == image_tokens("gpt-4o", None)
+
+
+def test_threads_may_count_at_once() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        counts = set(pool.map(lambda _: count_text(TEXT, "gpt-4"), range(32)))
+
+    assert len(counts) == 1
+
+
+def test_counting_needs_neither_litellm_nor_the_network(tmp_path) -> None:
+    program = (
+        "import socket, sys, os\n"
+        "def refuse(*_): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "from sekha.tokens import count_text\n"
+        "for model in ('gpt-4o', 'gpt-4', 'text-davinci-003', 'claude-3'):\n"
+        "    assert count_text('hello world', model) > 0\n"
+        "assert 'litellm' not in sys.modules\n"
+        f"assert os.environ['TIKTOKEN_CACHE_DIR'] == {str(tmp_path)!r}\n"
+        f"assert not os.listdir({str(tmp_path)!r})\n"
+    )
+
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
