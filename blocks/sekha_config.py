@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 from prefect.blocks.core import Block
 from pydantic import Field
 
+from blocks.answering import prefect_answers
 from blocks.budget import Budget
 from blocks.provider import LLMProvider
 from blocks.store import VectorStore
@@ -67,7 +68,7 @@ def block_name(config: str, part: str) -> str:
 def push(loaded: Loaded, name: str = "sekha") -> list[Pushed]:
     """Store a validated configuration as blocks; what is there already and equal is left alone.
 
-    Blocking; call it from a thread where an event loop runs.
+    Blocking; call it from a thread where an event loop runs. Raises `PrefectUnavailable`.
     """
     config = loaded.config
     providers = {
@@ -98,10 +99,11 @@ def push(loaded: Loaded, name: str = "sekha") -> list[Pushed]:
         ),
         folder=str(loaded.folder),
     )
-    for kind in (LLMProvider, VectorStore, Budget, SekhaConfig):
-        kind.register_type_and_schema()
     documents: dict[str, Block] = {**providers, block_name(name, "store"): store, **budgets, name: whole}
-    return [_saved(document, document_name) for document_name, document in documents.items()]
+    with prefect_answers():
+        for kind in (LLMProvider, VectorStore, Budget, SekhaConfig):
+            kind.register_type_and_schema()
+        return [_saved(document, document_name) for document_name, document in documents.items()]
 
 
 def load_config(name: str) -> Loaded:
@@ -137,7 +139,8 @@ def _content(block: Block) -> dict[str, Any]:
 
 def _load(kind: type[B], name: str) -> B:
     try:
-        return cast(B, kind.load(name))
+        with prefect_answers():
+            return cast(B, kind.load(name))
     except ValueError as error:
         message = f"there is no {kind.get_block_type_slug()} block of that name. Store one: `sekha blocks push`."
         raise ConfigMissing(f"Prefect block {name!r}", [Problem("", message)]) from error

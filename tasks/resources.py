@@ -12,6 +12,7 @@ from typing import cast
 from prefect.blocks.system import Secret
 
 from blocks import load_config
+from blocks.answering import prefect_answers
 from sekha.loading import Loaded, load
 from sekha.resources import Resources
 from sekha.runtime import Runtime
@@ -55,4 +56,5 @@ def configuration(config: str | None = None) -> Loaded:
 
 
 def _secret(name: str) -> str:
-    return str(cast("Secret[str]", Secret.load(name)).get())
+    with prefect_answers():
+        return str(cast("Secret[str]", Secret.load(name)).get())
