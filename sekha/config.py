@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, W
 
 from sekha.registry import ProviderKind, Task
 
-__all__ = ["ALSO_ACCEPTED", "Config", "json_schema"]
+__all__ = ["ALSO_ACCEPTED", "NOT_NEEDED", "Config", "json_schema"]
 
 
 class Section(BaseModel):
@@ -204,14 +204,44 @@ class Config(Section):
 ALSO_ACCEPTED: Mapping[str, str] = {"config_version": "version", "llm_providers": "providers"}
 
 
+NOT_NEEDED = frozenset(
+    {"celery_broker_url", "celery_result_backend", "redis_url", "celery", "broker_url", "result_backend"}
+)
+"""Keys of the original that load with a warning."""
+
+_REFERENCE = {"type": "string", "pattern": r"\$\{[^}]+\}"}
+
+
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of `sekha.yaml`, for editors."""
+    """The JSON Schema of `sekha.yaml`, for editors: it takes what `load` takes, as people write it."""
     schema = Config.model_json_schema()
-    schema["title"] = "sekha.yaml"
-    properties = schema["properties"]
+    for section in (schema, *schema["$defs"].values()):
+        section["properties"] = {name: _or_reference(field) for name, field in section.get("properties", {}).items()}
+    # A section with nothing under it says nothing, like one left out.
+    properties: dict[str, Any] = {
+        name: {"anyOf": [field, {"type": "null"}]} for name, field in schema["properties"].items()
+    }
+    properties["version"] = {
+        "type": ["string", "number", "null"],
+        "description": schema["properties"]["version"]["description"],
+    }
     properties |= {other: properties[name] for other, name in ALSO_ACCEPTED.items()}
+    properties |= {name: {"deprecated": True, "description": "Not needed, and ignored."} for name in sorted(NOT_NEEDED)}
     provider = schema["$defs"]["ProviderSection"]
     provider["properties"]["type"] = provider["properties"]["provider_type"]
     provider["required"] = ["id"]
     provider["anyOf"] = [{"required": ["provider_type"]}, {"required": ["type"]}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sekha.yaml"}
+    return title | {key: value for key, value in schema.items() if key != "title"} | {"properties": properties}
+
+
+def _or_reference(field: dict[str, Any]) -> dict[str, Any]:
+    """A single value, or `${NAME}` in its place."""
+    single = any(
+        part.get("type") in ("integer", "number", "boolean") or part.keys() & {"enum", "const", "pattern"}
+        for part in (field, *field.get("anyOf", ()))
+    )
+    if not single:
+        return field
+    kept = {key: field[key] for key in ("description", "default") if key in field}
+    return kept | {"anyOf": [{key: value for key, value in field.items() if key not in kept}, _REFERENCE]}

@@ -13,16 +13,13 @@ from typing import Any, TypeAlias, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from sekha import yaml_file
-from sekha.config import ALSO_ACCEPTED, Config
+from sekha.config import ALSO_ACCEPTED, NOT_NEEDED, Config
 from sekha.errors import ConfigError, ConfigMissing, Problem, did_you_mean
 from sekha.registry import COLLECTION_NAME, TASKS
 from sekha.yaml_file import Place, Tree
 
 __all__ = ["Loaded", "find", "load", "parse"]
 
-NOT_NEEDED = frozenset(
-    {"celery_broker_url", "celery_result_backend", "redis_url", "celery", "broker_url", "result_backend"}
-)
 SEARCHED = ("sekha.yaml", "config/llm_providers.yaml", "config.yaml")
 
 BlockReader: TypeAlias = Callable[[str], str]

@@ -23,8 +23,8 @@ class Tree:
     problems: tuple[Problem, ...] = ()
 
     def line(self, place: Place) -> int | None:
-        """The line of a place, or of the nearest thing around it."""
-        for length in range(len(place), -1, -1):
+        """The line of a place, or of the nearest thing around it; None for what is not in the file."""
+        for length in range(len(place), 0, -1):
             if (line := self.lines.get(place[:length])) is not None:
                 return line
         return None
