@@ -15,7 +15,7 @@ from sekha.ledger import Budget, Ledger
 from sekha.loading import Loaded
 from sekha.price_map import PriceMap
 from sekha.providers.base import Provider
-from sekha.registry import Registry
+from sekha.registry import ProviderSpec, Registry
 from sekha.routing import Plan, Rules
 from sekha.vectors.base import VectorStore
 
@@ -39,7 +39,9 @@ class Resources:
         clock: Clock = WALL,
         retries: Retries = PATIENT,
         now: Callable[[], datetime] = utc_now,
+        open_provider: Callable[[ProviderSpec], Provider] | None = None,
     ) -> None:
+        """`open_provider` opens providers of your own making; left out, those that the file can name."""
         self.loaded = loaded
         self.registry = Registry.from_config(loaded.config, PriceMap.bundled())
         self.budgets = _budgets(loaded.config)
@@ -47,6 +49,7 @@ class Resources:
         self.clock = clock
         self.retries = retries
         self.now = now
+        self._open_provider = open_provider
         self._providers: dict[str, Provider] = {}
         self._store: VectorStore | None = None
         self._ledger: Ledger | None = None
@@ -70,9 +73,11 @@ class Resources:
 
     def provider(self, provider_id: str) -> Provider:
         if provider_id not in self._providers:
-            from sekha.providers.opening import open_provider
+            if self._open_provider is None:
+                from sekha.providers.opening import open_provider
 
-            self._providers[provider_id] = open_provider(self.registry.providers[provider_id])
+                self._open_provider = open_provider
+            self._providers[provider_id] = self._open_provider(self.registry.providers[provider_id])
         return self._providers[provider_id]
 
     def patience_seconds(self, chosen: Plan) -> float:
