@@ -1,3 +1,75 @@
-"""What every test may ask for."""
+"""What holds for every test: no network but this machine's own, and nothing of the developer's environment."""
 
-pytest_plugins = ["tests.fixtures.postgres"]
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+pytest_plugins = ["tests.fixtures.postgres", "tests.fixtures.pipeline"]
+
+# Read by `sekha.loading`, by Prefect and by providers: a test that wants one sets it. Done here, before
+# anything is imported that reads them, and not in a fixture.
+_READ = {
+    "CHAT_MODEL",
+    "EMBEDDING_MODEL",
+    "HOST",
+    "LLM_CONFIG_PATH",
+    "LOG_LEVEL",
+    "OLLAMA_BASE_URL",
+    "OLLAMA_URL",
+    "PORT",
+    "SUMMARIZATION_MODEL",
+    "VISION_MODEL",
+}
+for _name in list(os.environ):
+    ours = _name.startswith(("SEKHA_", "PREFECT_")) and not _name.startswith("SEKHA_TEST_")
+    if ours or _name in _READ or _name.endswith("_API_KEY"):
+        del os.environ[_name]
+
+# The machine that runs this may be busy, and a failure must come back when it is looked for.
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=100)
+settings.load_profile("suite")
+
+_refused: list[str] = []
+
+
+def _is_here(host: object) -> bool:
+    if not isinstance(host, str):  # a Unix socket's path in bytes, or no host at all
+        return True
+    if host in ("", "localhost") or host.startswith("/"):
+        return True
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _refuse(event: str, args: tuple[object, ...]) -> None:
+    """An audit hook sees what any Python code does with a socket, whichever library it is."""
+    match event, args:
+        case "socket.connect" | "socket.sendto", (_, (host, *_)):
+            wanted: object = host
+        case "socket.getaddrinfo" | "socket.gethostbyname", (host, *_):
+            wanted = host
+        case _:
+            return
+    if not _is_here(wanted):
+        _refused.append(f"{event} {wanted!r}")
+        raise ConnectionRefusedError(f"tests reach nothing beyond this machine: {event} {wanted!r}")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.fixture(autouse=True)
+def refused_connections() -> Iterator[list[str]]:
+    """Fails the test that tried, even where the attempt was caught. One that tries on purpose clears the list."""
+    _refused.clear()
+    yield _refused
+    assert not _refused
