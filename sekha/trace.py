@@ -109,7 +109,9 @@ def _parts(value: object) -> Iterable[object]:
     elif isinstance(value, list | tuple):
         inner = value
     for part in inner:
-        if part is not None and not isinstance(part, bool | int | float | str) and part != ():
+        # One empty tuple serves all, so that it tells nothing.
+        nothing = isinstance(part, tuple) and not part
+        if part is not None and not nothing and not isinstance(part, bool | int | float | str):
             yield part
 
 
