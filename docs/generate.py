@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
 
+from sekha.chat import ChatRequest, answer
 from sekha.cli.app import STORY, sekha
 from sekha.cli.exits import EXITS
 from sekha.config import json_schema
+from sekha.documents import Document
+from sekha.ingest import IngestRequest, ingest
+from sekha.loading import BUILTIN, parse
+from sekha.resources import Resources
+from sekha.runtime import Runtime
+from sekha.search import SearchRequest, search
+from sekha.trace import Tracer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,8 +58,58 @@ def schema() -> str:
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def flows() -> str:
+    """Every flow as it ran, on the built-in models."""
+    with tempfile.TemporaryDirectory() as folder:
+        chart = asyncio.run(_charts(Path(folder)))
+    parts = [
+        "# The flows",
+        "Each flow is one line of steps, written once in `sekha/`. `import sekha` runs them in this process; "
+        "`flows/` runs the same line with each step as a Prefect task, so that Prefect shows what is drawn here. "
+        "An arrow means that a step was given the result of another; those that a longer path implies are left out.",
+    ]
+    for name, told in FLOWS.items():
+        parts += [f"## {name}", told, f"```mermaid\n{chart[name]}\n```"]
+    parts += [
+        "## In Prefect",
+        "A flow run is named by what tells it apart: the model that was asked for, `docs → documents`, `in documents`. "
+        "Its artifacts hold what it cost, who was asked and how each attempt ended, and how far a long ingest is. "
+        "Its tags name the provider and the model that served it, and `fallback` when another had failed first. "
+        "No prompt and no answer is in any of these; a run that is started through Prefect's API or with `--flow` "
+        "has its request among its parameters, as every Prefect run has.",
+        "The result is JSON in Prefect's result storage. A run that fails holds the error with its `code` and all that "
+        "it carries.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+FLOWS: Mapping[str, str] = {
+    "chat": "`flows.chat:chat` answers one request. The worst case is held against the budgets before a provider is "
+    "asked. Retries and fallback to the next candidate happen inside `call_provider`; whatever it ends in is settled.",
+    "ingest": "`flows.ingest:ingest` makes a collection hold the documents of a folder. Nothing is stored before "
+    "everything was read, compared with what is there, and priced. Each batch is one `embed_batch` and one "
+    "`upsert_batch`, two at a time. Here a document has become shorter, so that its last chunks are removed.",
+    "search": "`flows.search:search` embeds a question as its collection was embedded, and looks up what is nearest.",
+}
+
+
+async def _charts(folder: Path) -> dict[str, str]:
+    traced = {name: Tracer(clock=time.perf_counter) for name in FLOWS}
+    async with Runtime(Resources(parse(BUILTIN, source="the built-in models", folder=folder, environ={}))) as running:
+        before = Document(source="guide.md", text="A paragraph of the guide.\n\n" * 500)
+        now = Document(source="guide.md", text="A paragraph of the new guide.\n\n" * 300)
+        await running.ingest([before])
+        await answer(
+            ChatRequest(messages=({"role": "user", "content": "Hello"},)), traced["chat"].wrap(running.chat_steps)
+        )
+        await ingest(IngestRequest(documents=(now,), batch_size=2), traced["ingest"].wrap(running.ingest_steps))
+        await search(SearchRequest(query="Which guide?"), traced["search"].wrap(running.search_steps))
+    return {name: tracer.trace.mermaid() for name, tracer in traced.items()}
+
+
 GENERATED: Mapping[str, Callable[[], str]] = {
     "docs/cli.md": cli,
+    "docs/flows.md": flows,
     "docs/sekha.schema.json": schema,
 }
 """File, relative to the root → what writes it."""
