@@ -12,7 +12,7 @@ import click
 from sekha.cli.asking import chat, route
 from sekha.cli.checking import check, models
 from sekha.cli.deploying import blocks, deploy, up
-from sekha.cli.exits import EXITS, READER_GONE, report
+from sekha.cli.exits import EXITS, READER_GONE, installed_version, report
 from sekha.cli.invocation import Invocation, config_option
 from sekha.cli.keeping import ingest, search
 from sekha.cli.running import run
@@ -45,9 +45,7 @@ class Story(click.Group):
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:  # noqa: ARG001 - click's
     if wanted and not ctx.resilient_parsing:
-        from importlib.metadata import version
-
-        click.echo(f"sekha {version('sekha')}")
+        click.echo(f"sekha {installed_version()}")
         ctx.exit()
 
 
@@ -90,8 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _ended(given: Sequence[str]) -> int:
     try:
-        ended = sekha.main(list(given), prog_name="sekha", standalone_mode=False, obj=Invocation())
+        # Not `sekha.main`, which makes one `Abort` of every Ctrl-C and ends a broken pipe by itself.
+        with sekha.make_context("sekha", list(given), obj=Invocation()) as context:
+            sekha.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             # Python flushes stdout once more at its end, and must not fail again there.
@@ -102,4 +104,4 @@ def _ended(given: Sequence[str]) -> int:
         return 2
     except (Exception, KeyboardInterrupt) as error:  # the last line of defence: nothing leaves as a traceback
         return report(error, as_json="--json" in given)
-    return ended if isinstance(ended, int) else 0
+    return 0

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import Any
 
@@ -26,7 +26,7 @@ from sekha.errors import (
     StoreError,
 )
 
-__all__ = ["EXITS", "INTERRUPTED", "READER_GONE", "exit_code", "report"]
+__all__ = ["EXITS", "INTERRUPTED", "READER_GONE", "exit_code", "installed_version", "report"]
 
 INTERRUPTED = 130
 READER_GONE = 141
@@ -64,6 +64,13 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return INTERRUPTED
     return next((code for branch, code in _BRANCHES if isinstance(error, branch)), 1)
+
+
+def installed_version() -> str:
+    try:
+        return version("sekha")
+    except PackageNotFoundError:
+        return "from a checkout that is not installed"
 
 
 def report(error: BaseException, *, as_json: bool) -> int:
@@ -128,5 +135,5 @@ def _unexpected(error: BaseException) -> str:
     # What a foreign exception says may hold a prompt or a key, so only its kind is shown.
     return (
         f"This is a bug in Sekha: {type(error).__name__}. Please report it with what you ran, and with "
-        f"sekha {version('sekha')}, Python {python_version()}, {sys.platform}."
+        f"sekha {installed_version()}, Python {python_version()}, {sys.platform}."
     )

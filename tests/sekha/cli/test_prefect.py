@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import asyncio
+import signal
+import sqlite3
+
+import pytest
+
+pytestmark = [pytest.mark.prefect, pytest.mark.timeout(240)]
+
+DOCUMENT = "# Holds\n\nA hold sets money aside before a call.\n\n# Breakers\n\nA breaker leaves a provider alone.\n"
+
+
+async def test_run_answers_ingests_and_searches_as_flow_runs_and_leaves_nothing_running(sekha):
+    sekha.write("docs/a.md", DOCUMENT)
+
+    ended = await sekha("run", "--docs", "docs", "--json", timeout_seconds=180)
+
+    assert ended.code == 0, ended.err
+    done = ended.json
+    assert done["ingest"]["space"] == "Documents_768"
+    assert [search["question"] for search in done["searches"]] == ["Holds", "Breakers"]
+    assert all(search["hits"] == 2 for search in done["searches"])
+    recorded = sqlite3.connect(sekha.folder / ".sekha" / "prefect" / "prefect.db")
+    flow_runs = dict(recorded.execute("SELECT f.name, r.state_type FROM flow_run r JOIN flow f ON f.id = r.flow_id"))
+    steps = set(recorded.execute("SELECT state_type FROM task_run"))
+    recorded.close()
+    assert flow_runs == {"chat": "COMPLETED", "ingest": "COMPLETED", "search": "COMPLETED"}
+    assert steps == {("COMPLETED",)}
+
+
+async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
+    sekha.write("docs/a.md", DOCUMENT)
+    serving = await sekha.start("up", "--port", "0")
+    try:
+        assert serving.stdout is not None
+        async with asyncio.timeout(180):
+            while b"export PREFECT_API_URL=" not in (line := await serving.stdout.readline()):
+                assert line or serving.returncode is None
+        there = {"PREFECT_API_URL": line.decode().strip().partition("=")[2], "PREFECT_HOME": str(sekha.folder / "home")}
+
+        answered = await sekha("chat", "hi", "--flow", "--json", environment=there)
+        ingested = await sekha("ingest", "docs", "--flow", environment=there)
+        found = await sekha("search", "money", "--flow", "--json", environment=there)
+        pushed = await sekha("blocks", "push", "--json", environment=there)
+        again = await sekha("blocks", "push", "--json", environment=there)
+        from_block = await sekha("-c", "block:sekha", "check", environment=there)
+        missing = await sekha("-c", "block:nope", "check", environment=there)
+        deployed = await sekha("deploy", environment=there)
+    finally:
+        serving.send_signal(signal.SIGINT)
+        _, err = await asyncio.wait_for(serving.communicate(), 60)
+
+    assert answered.json["provider_id"] == "builtin"
+    assert "2 embedded" in ingested.out
+    assert len(found.json["hits"]) == 2
+    assert {block["outcome"] for block in pushed.json["blocks"]} == {"created"}
+    assert {block["outcome"] for block in again.json["blocks"]} == {"unchanged"}
+    assert "Documents_768" in from_block.out
+    assert missing.code == 3
+    assert "sekha blocks push" in missing.err
+    assert deployed.code == 0, deployed.err
+    assert serving.returncode == 0
+    assert b"Stopped." in err
+    assert b"Traceback" not in err
