@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from decimal import Decimal
+from itertools import count, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sekha.calling import Answered, Retries, call_in_turn
+from sekha.errors import (
+    BadReply,
+    ContentRefused,
+    DimensionMismatch,
+    ProviderAuthFailed,
+    ProviderError,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RateLimited,
+    StreamBroken,
+)
+from sekha.pricing import Estimate
+from sekha.registry import Model
+from sekha.routing import Candidate
+from tests.fixtures.pipeline import FakeTime
+
+NOTHING = Estimate(expected=Decimal(0), worst_case=Decimal(0), input_tokens=0, output_tokens=0, context_tokens=0)
+
+
+def candidates(names: str) -> list[Candidate]:
+    return [
+        Candidate(model=Model(id="m", provider_id=name, tasks=("chat_small",)), estimate=NOTHING, reason="")
+        for name in names
+    ]
+
+
+class Script:
+    """Plays what each provider does at each of its turns; who has nothing left answers."""
+
+    def __init__(self, time: FakeTime, **acts: Sequence[ProviderError]) -> None:
+        self.time = time
+        self.acts = {name: list(errors) for name, errors in acts.items()}
+        self.asked: list[tuple[str, float]] = []
+        self.seconds_each = 0.0
+        self.allowed: list[float] = []
+
+    async def call(self, candidate: Candidate, seconds: float) -> str:
+        name = candidate.model.provider_id
+        self.asked.append((name, self.time.seconds - 1000.0))
+        self.allowed.append(seconds)
+        self.time.seconds += min(self.seconds_each, seconds)
+        if self.acts.get(name):
+            raise self.acts[name].pop(0)
+        return f"{name} answers"
+
+    async def run(self, names: str, *, rounds: int = 3, deadline: float = 60.0) -> Answered[str]:
+        return await call_in_turn(
+            candidates(names),
+            self.call,
+            retries=Retries(rounds=rounds, base_wait_seconds=1.0, longest_wait_seconds=4.0),
+            clock=self.time.clock,
+            deadline_seconds=deadline,
+        )
+
+    @property
+    def order(self) -> str:
+        return "".join(name for name, _ in self.asked)
+
+
+def down(name: str, **fields: float) -> ProviderUnavailable:
+    return ProviderUnavailable(provider_id=name, **fields)  # type: ignore[arg-type]
+
+
+def limited(name: str, seconds: float | None = None) -> RateLimited:
+    return RateLimited(provider_id=name, retry_after_seconds=seconds)
+
+
+async def test_the_first_that_answers_ends_it() -> None:
+    script = Script(FakeTime(), a=[down("a")])
+
+    answered = await script.run("abc")
+
+    assert (answered.value, script.order) == ("b answers", "ab")
+    assert [(each.provider_id, each.error) for each in answered.attempts] == [
+        ("a", "provider_unavailable"),
+        ("b", None),
+    ]
+
+
+async def test_a_failed_provider_waits_until_every_other_had_its_turn() -> None:
+    script = Script(FakeTime(), a=[down("a")] * 2, b=[down("b")] * 2)
+
+    await script.run("ab")
+
+    assert script.order == "ababa"
+
+
+async def test_waits_grow_and_are_drawn_by_chance_up_to_the_longest() -> None:
+    time = FakeTime(random=0.5)
+    script = Script(time, a=[down("a")] * 9)
+
+    with pytest.raises(ProviderUnavailable):
+        await script.run("a", rounds=6)
+
+    assert time.slept == [0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ContentRefused(provider_id="a"),
+        StreamBroken(provider_id="a"),
+        DimensionMismatch(declared=1, returned=2, provider_id="a", model_id="m"),
+    ],
+)
+async def test_an_error_that_no_other_provider_would_mend_asks_nobody_else(error: ProviderError) -> None:
+    script = Script(FakeTime(), b=[down("b")], a=[error])
+
+    with pytest.raises(type(error)) as caught:
+        await script.run("bac")
+
+    assert script.order == "ba"
+    assert [each.error for each in caught.value.attempts] == ["provider_unavailable", error.code]
+
+
+async def test_what_would_fail_again_is_not_asked_again() -> None:
+    script = Script(FakeTime(), a=[ProviderAuthFailed(provider_id="a")], b=[down("b"), down("b")])
+
+    await script.run("ab")
+
+    assert script.order == "abbb"
+
+
+async def test_with_every_candidate_failing_the_error_lists_every_attempt() -> None:
+    script = Script(FakeTime(), a=[down("a")] * 9, b=[BadReply(provider_id="b")] * 9)
+
+    with pytest.raises(BadReply) as caught:
+        await script.run("ab", rounds=2)
+
+    assert [each.provider_id for each in caught.value.attempts] == ["a", "b", "a", "b"]
+
+
+async def test_the_error_of_who_may_yet_succeed_is_the_one_that_is_raised() -> None:
+    script = Script(FakeTime(), a=[limited("a", 3600)], b=[ProviderAuthFailed(provider_id="b")])
+
+    with pytest.raises(RateLimited) as caught:
+        await script.run("ab")
+
+    assert caught.value.retry_after_seconds == 3600
+    assert [each.error for each in caught.value.attempts] == ["rate_limited", "provider_auth_failed"]
+
+
+async def test_retry_after_is_waited_for() -> None:
+    script = Script(FakeTime(), a=[limited("a", 7)])
+
+    await script.run("a")
+
+    assert script.asked == [("a", 0.0), ("a", 7.0)]
+
+
+async def test_a_long_retry_after_holds_no_other_provider_up() -> None:
+    script = Script(FakeTime(), a=[limited("a", 3600)], b=[down("b")] * 2)
+
+    answered = await script.run("ab")
+
+    assert (answered.value, script.order) == ("b answers", "abbb")
+    assert script.time.seconds < 1010
+
+
+async def test_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
+    time = FakeTime()
+    script = Script(time, a=[limited("a", 61)])
+
+    with pytest.raises(RateLimited):
+        await script.run("a", deadline=60)
+
+    assert time.slept == []
+
+
+async def test_attempts_share_one_deadline() -> None:
+    script = Script(FakeTime(), a=[ProviderTimeout(provider_id="a")] * 9, b=[ProviderTimeout(provider_id="b")] * 9)
+    script.seconds_each = 40
+
+    with pytest.raises(ProviderTimeout):
+        await script.run("abc", deadline=60)
+
+    assert script.order == "ab"
+    assert script.allowed == [60, 20]
+
+
+async def test_a_cancelled_call_stops_at_once() -> None:
+    entered = asyncio.Event()
+
+    async def hang(candidate: Candidate, seconds: float) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(
+        call_in_turn(candidates("ab"), hang, retries=Retries(), clock=FakeTime().clock, deadline_seconds=1)
+    )
+    await entered.wait()
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+kinds = st.sampled_from(["down", "limited", "auth", "content"])
+
+
+@given(
+    acts=st.lists(st.lists(kinds, max_size=4), min_size=1, max_size=3),
+    waits=st.lists(st.floats(0, 100), min_size=12, max_size=12),
+    rounds=st.integers(1, 4),
+    deadline=st.floats(1, 120),
+    each=st.floats(0, 10),
+)
+def test_whatever_fails_the_rules_hold(
+    acts: list[list[str]], waits: list[float], rounds: int, deadline: float, each: float
+) -> None:
+    time = FakeTime()
+    names = "abc"[: len(acts)]
+    limits = count()
+
+    def error(kind: str, name: str) -> ProviderError:
+        match kind:
+            case "down":
+                return down(name)
+            case "limited":
+                return limited(name, waits[next(limits)])
+            case "auth":
+                return ProviderAuthFailed(provider_id=name)
+            case _:
+                return ContentRefused(provider_id=name)
+
+    script = Script(time, **{name: [error(kind, name) for kind in act] for name, act in zip(names, acts, strict=True)})
+    script.seconds_each = each
+    planned = {name: list(errors) for name, errors in script.acts.items()}
+
+    try:
+        attempts = asyncio.run(script.run(names, rounds=rounds, deadline=deadline)).attempts
+    except ProviderError as failure:
+        attempts = failure.attempts
+
+    assert len(attempts) == len(script.asked)
+    assert max(at for _, at in script.asked) <= deadline
+    assert min(script.allowed) > 0
+    for name in names:
+        turns = [at for asked, at in script.asked if asked == name]
+        assert len(turns) <= rounds
+        for number, (turn, following) in enumerate(pairwise(turns)):
+            failed = planned[name][number]
+            assert failed.retryable
+            assert following >= turn + (failed.retry_after_seconds or 0)
