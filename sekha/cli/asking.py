@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import click
 from sekha.cli.dollars import DOLLARS
 from sekha.cli.invocation import Invocation, config_option, flow_option, json_option
 from sekha.cli.opening import configuration, name_of, open_here, run_async
+from sekha.cli.server import in_flow
 from sekha.cli.terminal import columns, note, printable, say, show_table, waiting, write_json
 from sekha.errors import InvalidRequest, dollars
 from sekha.registry import TASKS, Task
@@ -91,7 +91,9 @@ def chat(invocation: Invocation, /, flow: bool, **request: Any) -> None:
     loaded = configuration(invocation)
     asked = _request(**request)
     with waiting("asking"):
-        reply = _in_flow(asked, name_of(loaded, invocation)) if flow else run_async(_answered(loaded, asked))
+        reply: Reply = (
+            in_flow("chat", asked, name_of(loaded, invocation)) if flow else run_async(_answered(loaded, asked))
+        )
     if invocation.as_json:
         return write_json(reply)
     say(printable(reply.text) if sys.stdout.isatty() else reply.text)
@@ -154,15 +156,6 @@ async def _plan(loaded: Loaded, request: ChatRequest) -> Plan:
 async def _answered(loaded: Loaded, request: ChatRequest) -> Reply:
     async with open_here(loaded) as sekha:
         return await sekha.chat(request)
-
-
-def _in_flow(request: ChatRequest, config: str | None) -> Reply:
-    from sekha.cli.server import answering
-
-    with answering():
-        from flows.chat import chat as chat_flow
-
-        return asyncio.run(chat_flow(request, config))
 
 
 # --- what is shown -------------------------------------------------------------------------

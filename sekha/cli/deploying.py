@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sekha.cli.invocation import BLOCK, Invocation, config_option, json_option
-from sekha.cli.opening import configuration, name_of
+from sekha.cli.opening import configuration, file_configuration, name_of
 from sekha.cli.terminal import columns, note, say, show_table, waiting, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def up(invocation: Invocation, port: int) -> None:
       sekha up
       sekha -c production.yaml up --port 4300
     """
-    loaded = configuration(invocation)
+    loaded = file_configuration(invocation)
     with named_for_children(loaded, invocation):
         asyncio.run(_up(loaded, port))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -101,9 +102,9 @@ def _described(error: BaseException) -> _Said:
     match error:
         case IngestIncomplete():
             listed = _missing(error)
-            return _Said(error.code, error.message, {"retryable": True, **_details(error)}, listed)
+            return _Said(error.code, error.message, _details(error), listed)
         case SekhaError():
-            return _Said(error.code, error.message, {"retryable": error.retryable, **_details(error)})
+            return _Said(error.code, error.message, _details(error))
         case click.UsageError():
             where = f"Try: {error.ctx.command_path} --help" if error.ctx else ""
             return _Said("usage", error.format_message(), {}, where)
@@ -118,7 +119,12 @@ def _described(error: BaseException) -> _Said:
 
 
 def _details(error: SekhaError) -> dict[str, Any]:
-    return {name: plain(value) for name, value in vars(error).items() if name != "retryable"}
+    details: dict[str, Any] = {}
+    for name, value in vars(error).items():
+        # An error must be reported whatever it carries.
+        with contextlib.suppress(TypeError):
+            details[name] = plain(value)
+    return details | {"retryable": error.retryable}
 
 
 def _missing(error: IngestIncomplete) -> str:

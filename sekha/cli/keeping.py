@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import click
 from sekha.cli.dollars import DOLLARS
 from sekha.cli.invocation import Invocation, config_option, flow_option, json_option
 from sekha.cli.opening import configuration, name_of, open_here, run_async
+from sekha.cli.server import in_flow
 from sekha.cli.terminal import columns, console, note, printable, say, show_table, waiting, write_json
 from sekha.errors import dollars
 
@@ -74,6 +74,7 @@ def ingest(invocation: Invocation, /, path: str, dry_run: bool, flow: bool, **fi
         raise click.UsageError("--dry-run calls nobody, so there is no flow run to record: leave out one of the two.")
     loaded = configuration(invocation)
     request = IngestRequest(path=path, **fields)
+    report: IngestReport
     if dry_run:
         read, changes, plan = run_async(_planned(loaded, request))
         if invocation.as_json:
@@ -81,7 +82,7 @@ def ingest(invocation: Invocation, /, path: str, dry_run: bool, flow: bool, **fi
         return _show_planned(read, changes, plan)
     if flow:
         with waiting("ingesting"):
-            report = _in_flow(request, name_of(loaded, invocation))
+            report = in_flow("ingest", request, name_of(loaded, invocation))
     else:
         report = _ingested(loaded, request, quiet=invocation.as_json)
     if invocation.as_json:
@@ -133,7 +134,9 @@ def search(
         max_cost=max_cost,
     )
     with waiting("searching"):
-        found = _search_in_flow(request, name_of(loaded, invocation)) if flow else run_async(_found(loaded, request))
+        found: Found = (
+            in_flow("search", request, name_of(loaded, invocation)) if flow else run_async(_found(loaded, request))
+        )
     if invocation.as_json:
         return write_json({**vars(found), "hits": [_hit_values(hit) for hit in found.hits]})
     return _show_found(found)
@@ -179,15 +182,6 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         with Progress(*layout, console=console(sys.stderr), transient=True) as bar:
             task = bar.add_task("reading", total=None)
             yield lambda stored, total: bar.update(task, description="embedding", completed=stored, total=total)
-
-
-def _in_flow(request: IngestRequest, config: str | None) -> IngestReport:
-    from sekha.cli.server import answering
-
-    with answering():
-        from flows.ingest import ingest as ingest_flow
-
-        return asyncio.run(ingest_flow(request, config))
 
 
 async def _planned(loaded: Loaded, request: IngestRequest) -> tuple[Chunks, Changes, Plan | None]:
@@ -260,15 +254,6 @@ def _from(sources: tuple[str, ...]) -> Filter | None:
 async def _found(loaded: Loaded, request: SearchRequest) -> Found:
     async with open_here(loaded) as sekha:
         return await sekha.search(request)
-
-
-def _search_in_flow(request: SearchRequest, config: str | None) -> Found:
-    from sekha.cli.server import answering
-
-    with answering():
-        from flows.search import search as search_flow
-
-        return asyncio.run(search_flow(request, config))
 
 
 def _hit_values(hit: Hit) -> dict[str, Any]:

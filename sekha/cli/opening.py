@@ -8,13 +8,15 @@ import os
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import click
+
 from sekha.cli.invocation import BLOCK, Invocation
 
 if TYPE_CHECKING:
     from sekha.loading import Loaded
     from sekha.runtime import Runtime
 
-__all__ = ["configuration", "name_of", "open_here", "run_async"]
+__all__ = ["configuration", "file_configuration", "name_of", "open_here", "run_async"]
 
 T = TypeVar("T")
 
@@ -32,6 +34,14 @@ def configuration(invocation: Invocation) -> Loaded:
 
             return load_config(named.removeprefix(BLOCK))
     return load(invocation.config, read_block=_secret)
+
+
+def file_configuration(invocation: Invocation) -> Loaded:
+    """The same for a command that starts a server of its own, where no block is stored yet."""
+    named = invocation.config or os.environ.get("SEKHA_CONFIG", "")
+    if named.startswith(BLOCK):
+        raise click.UsageError(f"{named!r} is on a Prefect server, and this starts one of its own: name a file.")
+    return configuration(invocation)
 
 
 def name_of(loaded: Loaded, invocation: Invocation) -> str | None:

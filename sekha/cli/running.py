@@ -9,14 +9,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sekha.cli.deploying import PORT, home_of
 from sekha.cli.invocation import Invocation, config_option, json_option
 from sekha.cli.keeping import heading_of, snippet
-from sekha.cli.opening import configuration, name_of, run_async
+from sekha.cli.opening import file_configuration, name_of, run_async
+from sekha.cli.server import Recorded, quiet, recorded_run
 from sekha.cli.terminal import note, printable, say, waiting, write_json
 from sekha.errors import dollars
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from sekha.search import Found
 
 __all__ = ["run"]
-
-T = TypeVar("T")
 
 PROMPT = "In one sentence: what does Sekha do?"
 QUESTIONS = (
@@ -61,22 +60,13 @@ def run(invocation: Invocation, docs: str | None, questions: tuple[str, ...]) ->
       sekha -c sekha.yaml run --docs handbook --ask "Who approves travel?"
     """
     began = time.monotonic()
-    loaded = configuration(invocation)
+    loaded = file_configuration(invocation)
     folder = Path(docs).expanduser().resolve() if docs else _own_documents()
     asked, whose = _questions(folder, questions, own=docs is None)
     shown = run_async(_Job(loaded, name_of(loaded, invocation), folder, asked, whose, quiet=invocation.as_json).done())
     if invocation.as_json:
         return write_json({**shown, "seconds": round(time.monotonic() - began, 1)})
     return note(f"Done in {time.monotonic() - began:.0f} s. The Prefect server was stopped.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Recorded(Generic[T]):
-    """What a flow run gave, and where Prefect shows it."""
-
-    value: T
-    id: str
-    name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,18 +112,20 @@ class _Job:
 
                 tell("answering")
                 request = ChatRequest(messages=({"role": "user", "content": PROMPT},))
-                reply: _Recorded[Reply] = await _recorded(flows.chat, request, self._config)
+                reply: Recorded[Reply] = await recorded_run(flows.chat, request, self._config)
                 self._say_reply(reply)
 
                 tell("ingesting")
                 ingest = IngestRequest(path=str(self._folder))
-                report: _Recorded[IngestReport] = await _recorded(flows.ingest, ingest, self._config)
+                report: Recorded[IngestReport] = await recorded_run(flows.ingest, ingest, self._config)
                 self._say_report(report)
 
                 tell("searching")
-                searches: list[_Recorded[Found]] = []
+                searches: list[Recorded[Found]] = []
                 for question in self._questions:
-                    searches.append(await _recorded(flows.search, SearchRequest(query=question, limit=3), self._config))
+                    searches.append(
+                        await recorded_run(flows.search, SearchRequest(query=question, limit=3), self._config)
+                    )
                     self._say_found(question, searches[-1])
 
                 tell("waiting until Prefect has recorded it all")
@@ -160,15 +152,15 @@ class _Job:
             self._more("An echo that repeats you, and embeddings from hashed words: free, offline, for a first look.")
             self._more("Your own providers: copy sekha.example.yaml to sekha.yaml.")
 
-    def _say_reply(self, reply: _Recorded[Reply]) -> None:
+    def _say_reply(self, reply: Recorded[Reply]) -> None:
         value = reply.value
         self._blank()
         self._line("Chat", PROMPT)
         self._more(f"“{snippet(value.text, 240)}”")
         tokens = f"{value.usage.input_tokens:,} tokens in, {value.usage.output_tokens:,} out"
-        self._cost(f"{value.provider_id}/{value.model_id} · {tokens}", value.cost, reply)
+        self._cost(f"{value.provider_id}/{value.model_id} · {tokens}", value.cost, "chat", reply)
 
-    def _say_report(self, report: _Recorded[IngestReport]) -> None:
+    def _say_report(self, report: Recorded[IngestReport]) -> None:
         value = report.value
         self._blank()
         self._line("Ingest", f"{value.documents:,} documents from {self._folder}")
@@ -176,9 +168,9 @@ class _Job:
         removed = f", {value.removed:,} removed" if value.removed else ""
         self._more(f"{value.chunks:,} chunks in {value.space}: {value.embedded:,} embedded{known}{removed}")
         who = f"{value.provider_id}/{value.model_id} · " if value.model_id else ""
-        self._cost(f"{who}{value.usage.input_tokens:,} tokens", value.cost, report)
+        self._cost(f"{who}{value.usage.input_tokens:,} tokens", value.cost, "ingest", report)
 
-    def _say_found(self, question: str, found: _Recorded[Found]) -> None:
+    def _say_found(self, question: str, found: Recorded[Found]) -> None:
         value = found.value
         self._blank()
         self._line("Search", f"{question}{self._whose}")
@@ -186,26 +178,25 @@ class _Job:
             self._more(f"{hit.similarity:.2f}  {heading_of(hit)}")
         if not value.hits:
             self._more("nothing found")
-        self._cost(f"{value.space} · {value.usage.input_tokens:,} tokens", value.cost, found)
+        self._cost(f"{value.space} · {value.usage.input_tokens:,} tokens", value.cost, "search", found)
 
     def _say_where(
         self,
         total: Decimal,
-        reply: _Recorded[Reply],
-        report: _Recorded[IngestReport],
-        searches: Sequence[_Recorded[Found]],
+        reply: Recorded[Reply],
+        report: Recorded[IngestReport],
+        searches: Sequence[Recorded[Found]],
     ) -> None:
         self._blank()
         self._line("Cost", f"{dollars(total)} in all")
         self._blank()
-        again = f"sekha -c {self._config} up" if self._config else "sekha up"
-        self._line("Look", f"`{again}` starts the server again; then open, with every step drawn:")
+        self._line("Look", f"`{_start_again(self._config)}` starts the server again; then open, with every step drawn:")
         labelled = [("chat", reply.id), ("ingest", report.id), *(("search", found.id) for found in searches[:1])]
         for what, run_id in labelled:
             self._more(f"http://127.0.0.1:{PORT}/runs/flow-run/{run_id}  {what}")
 
-    def _cost(self, facts: str, cost: Decimal, recorded: _Recorded[Any]) -> None:
-        self._more(f"{facts} · {dollars(cost)} · flow run {recorded.name!r}", "dim")
+    def _cost(self, facts: str, cost: Decimal, flow: str, recorded: Recorded[Any]) -> None:
+        self._more(f"{facts} · {dollars(cost)} · flow run {flow}/{recorded.name} ({recorded.id[:8]})", "dim")
 
     def _line(self, label: str, text: str) -> None:
         if not self._quiet:
@@ -245,6 +236,13 @@ def _questions(folder: Path, given: Sequence[str], *, own: bool) -> tuple[tuple[
     return tuple(headed[::step][:3]), "  (from your documents; ask your own with --ask)"
 
 
+def _start_again(config: str | None) -> str:
+    root = Path(__file__).resolve().parents[2]
+    if Path.cwd() == root and (root / "Makefile").exists():
+        return f"make up CONFIG={config}" if config else "make up"
+    return f"sekha -c {config} up" if config else "sekha up"
+
+
 def _title(chunk: Chunk) -> str:
     return chunk.heading.rsplit(" › ", 1)[-1] or snippet(chunk.text, 60)
 
@@ -253,8 +251,6 @@ def _title(chunk: Chunk) -> str:
 
 
 def _flows(environment: dict[str, str]) -> _Flows:
-    from sekha.cli.server import quiet
-
     # Prefect reads its settings when it is imported, so they come first.
     os.environ.update(quiet(environment))
     from flows.chat import chat
@@ -262,17 +258,6 @@ def _flows(environment: dict[str, str]) -> _Flows:
     from flows.search import search
 
     return _Flows(chat=chat, ingest=ingest, search=search)
-
-
-async def _recorded(flow: Callable[..., Awaitable[Any]], request: Any, config: str | None) -> _Recorded[T]:
-    """Run a flow to its end in this process. Raises what it raised."""
-    from prefect.client.orchestration import get_client
-
-    state = await flow(request, config, return_state=True)
-    value = cast(T, await state.aresult())
-    async with get_client() as client:
-        flow_run = await client.read_flow_run(state.state_details.flow_run_id)
-    return _Recorded(value=value, id=str(flow_run.id), name=flow_run.name)
 
 
 async def _all_recorded(flow_runs: Sequence[str]) -> None:
@@ -299,5 +284,5 @@ async def _all_recorded(flow_runs: Sequence[str]) -> None:
             await asyncio.sleep(1.1)
 
 
-def _values(recorded: _Recorded[Any], **facts: Any) -> dict[str, Any]:
+def _values(recorded: Recorded[Any], **facts: Any) -> dict[str, Any]:
     return {"flow_run_id": recorded.id, "flow_run_name": recorded.name, **facts}

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar, cast
 
+from sekha.cli.terminal import note
 from sekha.errors import PrefectUnavailable
 
-__all__ = ["answering", "quiet"]
+__all__ = ["Recorded", "answering", "in_flow", "quiet", "recorded_run"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded(Generic[T]):
+    """What a flow run gave, and under which name Prefect shows it."""
+
+    value: T
+    id: str
+    name: str
 
 
 def quiet(environment: Mapping[str, str]) -> dict[str, str]:
@@ -48,3 +63,23 @@ def answering() -> Iterator[str]:
         raise PrefectUnavailable(f"The Prefect server at {api_url} refused the call: HTTP {status}.") from error
     except httpx.TransportError as error:
         raise PrefectUnavailable(f"The Prefect server at {api_url} stopped answering.") from error
+
+
+async def recorded_run(flow: Callable[..., Awaitable[Any]], request: object, config: str | None) -> Recorded[T]:
+    """Run a flow to its end in this process, on the record. Raises what it raised."""
+    from prefect.client.orchestration import get_client
+
+    state = await flow(request, config, return_state=True)
+    value = cast(T, await state.aresult())
+    async with get_client() as client:
+        flow_run = await client.read_flow_run(state.state_details.flow_run_id)
+    return Recorded(value=value, id=str(flow_run.id), name=flow_run.name)
+
+
+def in_flow(name: str, request: object, config: str | None) -> Any:
+    """Run the flow of that name on the server that the environment names, and say where to look."""
+    with answering() as api_url:
+        flow = getattr(import_module(f"flows.{name}"), name)
+        recorded: Recorded[Any] = asyncio.run(recorded_run(flow, request, config))
+    note(f"flow run {recorded.name!r}: {api_url.removesuffix('/api')}/runs/flow-run/{recorded.id}")
+    return recorded.value

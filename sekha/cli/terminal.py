@@ -108,6 +108,8 @@ def waiting(what: str, *, lines: bool = False) -> Iterator[Callable[[str], None]
         TimeElapsedColumn(),
         console=console(sys.stderr),
         transient=True,
+        # What is said meanwhile goes above the spinner, but a file that takes the results still gets them.
+        redirect_stdout=sys.stdout.isatty(),
     )
     with shown:
         task = shown.add_task(what, total=None)
