@@ -9,7 +9,6 @@ deletion leaves a tombstone.
 from __future__ import annotations
 
 import logging
-import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from sekha.errors import StoreError
 from sekha.vectors import embedded_tables as tables
 from sekha.vectors.base import Collection, Filter, Hit, Record, Vector
+from sekha.vectors.checks import canonical, canonical_all, check_alias, check_collection, unit
 from sekha.vectors.embedded_file import StoreFile
 from sekha.vectors.embedded_filter import sql
 from sekha.vectors.embedded_matrix import Ids, Matrices, Matrix, View, best, rounding
@@ -89,13 +88,7 @@ class EmbeddedStore:
         await self.aclose()
 
     async def ensure_collection(self, collection: Collection) -> None:
-        if not re.fullmatch(r"[A-Z][_0-9A-Za-z]{0,254}", collection.name):
-            raise StoreError(
-                f"{collection.name!r} cannot name a collection. Begin with a capital letter, and go on with "
-                "letters, digits and underscores."
-            )
-        if collection.dimension < 1:
-            raise StoreError(f"Collection {collection.name!r} needs a dimension of 1 or more.")
+        check_collection(collection)
         await self._file.write(lambda db: tables.ensure(db, collection))
 
     async def describe(self, name: str) -> Collection:
@@ -121,12 +114,12 @@ class EmbeddedStore:
         return {}
 
     async def get(self, name: str, uuids: Sequence[str], *, vectors: bool = False) -> dict[str, Record]:
-        wanted = tables.canonical_all(uuids)
+        wanted = canonical_all(uuids)
         return await self._file.read(lambda db: tables.get(db, name, wanted, vectors=vectors))
 
     async def delete(self, name: str, uuids: Sequence[str]) -> int:
         condition = "uuid IN (SELECT value FROM json_each(?))"
-        wanted = tables.as_json(tables.canonical_all(uuids))
+        wanted = tables.as_json(canonical_all(uuids))
         return await self._file.write(lambda db: tables.delete(db, name, condition, [wanted]))
 
     async def delete_where(self, name: str, where: Filter, *, dry_run: bool = False) -> int:
@@ -177,8 +170,8 @@ class EmbeddedStore:
             raise ValueError(f"a page of {page} records never ends a scan")
         # An alias may move while the scan runs; it goes on in the collection where it began.
         physical = (await self.describe(name)).name
-        cursor = "" if after is None else tables.canonical(after)
-        last = "g" if until is None else tables.canonical(until)  # behind every hexadecimal digit
+        cursor = "" if after is None else canonical(after)
+        last = "g" if until is None else canonical(until)  # behind every hexadecimal digit
 
         def next_page(db: sqlite3.Connection) -> list[Record]:
             return tables.page(db, physical, (cursor, last), page, vectors=vectors)
@@ -188,10 +181,7 @@ class EmbeddedStore:
             cursor = records[-1].uuid
 
     async def point_alias(self, alias: str, target: str, *, expect: str | None = None) -> None:
-        if not re.fullmatch(r"[A-Za-z][_0-9A-Za-z]{0,254}", alias):
-            raise StoreError(
-                f"{alias!r} cannot name an alias. Begin with a letter, and go on with letters, digits and underscores."
-            )
+        check_alias(alias)
         await self._file.write(lambda db: tables.point(db, alias, target, expect))
 
     async def alias_target(self, alias: str) -> str | None:
@@ -213,7 +203,7 @@ class EmbeddedStore:
 
     def _search(self, db: sqlite3.Connection, name: str, vector: Vector, limit: int, where: Filter | None) -> list[Hit]:
         stored = tables.resolve(db, name)
-        query = tables.unit(stored, [(None, vector)]).astype(np.float64)[0]
+        query = unit(stored.name, stored.dimension, [(None, vector)]).astype(np.float64)[0]
         if limit < 1:
             return []
         query /= np.sqrt(query @ query)

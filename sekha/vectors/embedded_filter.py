@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Final, assert_never
 
 import orjson
 
-from sekha.errors import StoreError
 from sekha.vectors.base import AllOf, AnyOf, Compare, Filter, Not, Scalar
+from sekha.vectors.checks import check_compared
 
-__all__ = ["check_scalar", "sql"]
+__all__ = ["sql"]
 
 _ORDER: Final = {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_INT64: Final = range(-(2**63), 2**63)
 
 
 def sql(where: Filter) -> tuple[str, list[Scalar]]:
@@ -37,19 +35,6 @@ def sql(where: Filter) -> tuple[str, list[Scalar]]:
             assert_never(where)
 
 
-def check_scalar(value: object) -> str | None:
-    """Why a value can be neither stored nor compared; None when it can."""
-    if isinstance(value, str):
-        return None if value.isascii() or _encodes(value) else "it is no valid Unicode"
-    if value is None or isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return None if value in _INT64 else "it does not fit into 64 bits"
-    if isinstance(value, float):
-        return None if math.isfinite(value) else "it is not finite"
-    return f"it is a {type(value).__name__}, not a text, number, boolean or None"
-
-
 def _joined(filters: tuple[Filter, ...], operator: str, *, empty: str) -> tuple[str, list[Scalar]]:
     if not filters:
         return empty, []
@@ -58,37 +43,27 @@ def _joined(filters: tuple[Filter, ...], operator: str, *, empty: str) -> tuple[
 
 
 def _compared(compare: Compare) -> tuple[str, list[Scalar]]:
+    check_compared(compare)
     left, path = _property(compare.property)
-    if compare.operator == "in":
-        return _contained(compare, left, path)
     value = compare.value
     if isinstance(value, tuple):
-        raise StoreError(f"The filter on {compare.property!r} compares with {compare.operator!r}: give it one value.")
-    _check(compare.property, value)
-    match compare.operator:
-        case "eq":
-            return f"({left} IS ?)", [*path, value]
-        case "ne":
-            return f"({left} IS NOT ?)", [*path, value]
-        case "lt" | "le" | "gt" | "ge":
-            if value is None:
-                return "0", []
-            kinds = "('text')" if isinstance(value, str) else "('integer', 'real')"
-            order = _ORDER[compare.operator]
-            return f"(typeof({left}) IN {kinds} AND {left} {order} ?)", [*path, *path, value]
-        case _:
-            raise StoreError(f"The filter on {compare.property!r} has no operator {compare.operator!r}.")
+        return _contained(value, left, path)
+    if compare.operator == "eq":
+        return f"({left} IS ?)", [*path, value]
+    if compare.operator == "ne":
+        return f"({left} IS NOT ?)", [*path, value]
+    if value is None:
+        return "0", []
+    kinds = "('text')" if isinstance(value, str) else "('integer', 'real')"
+    order = _ORDER[compare.operator]
+    return f"(typeof({left}) IN {kinds} AND {left} {order} ?)", [*path, *path, value]
 
 
-def _contained(compare: Compare, left: str, path: list[Scalar]) -> tuple[str, list[Scalar]]:
-    if not isinstance(compare.value, tuple):
-        raise StoreError(f"The filter on {compare.property!r} compares with 'in': give it a tuple of values.")
-    for value in compare.value:
-        _check(compare.property, value)
-    present = orjson.dumps([value for value in compare.value if value is not None]).decode()
+def _contained(values: tuple[Scalar, ...], left: str, path: list[Scalar]) -> tuple[str, list[Scalar]]:
+    present = orjson.dumps([value for value in values if value is not None]).decode()
     # Both halves spell out what happens to an absent property, because `NULL IN (…)` is NULL.
     condition = f"({left} IS NOT NULL AND {left} IN (SELECT value FROM json_each(?)))"
-    if None in compare.value:
+    if None in values:
         return f"({left} IS NULL OR {condition})", [*path, *path, *path, present]
     return condition, [*path, *path, present]
 
@@ -99,16 +74,3 @@ def _property(name: str) -> tuple[str, list[Scalar]]:
         return f"json_extract(properties, '$.{name}')", []
     # A JSON path has no way to write every name, so the others are looked up by value.
     return "(SELECT value FROM json_each(properties) WHERE key = ?)", [name]
-
-
-def _check(name: str, value: object) -> None:
-    if why := check_scalar(value):
-        raise StoreError(f"The filter on {name!r} has a value that cannot be compared: {why}.")
-
-
-def _encodes(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

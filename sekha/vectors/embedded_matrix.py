@@ -13,16 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from sekha.vectors.base import Vector
+from sekha.vectors.checks import NORM_TOLERANCE
 
-__all__ = ["NORM_TOLERANCE", "Matrices", "Matrix", "View", "best", "rounding"]
+__all__ = ["Matrices", "Matrix", "View", "best", "rounding"]
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 
 BLOCK_ROWS: Final = 32_768
 """Rows of one allocation, of which the system backs only what is used."""
 FEW_ROWS: Final = 4096
-NORM_TOLERANCE: Final = 5e-7
-"""How far from 1 the length of a stored vector may be."""
 SAMPLE_ROWS: Final = 4096
 WORTHWHILE_SHARE: Final = 8
 """The first pass pays while it leaves less than one row in this many."""

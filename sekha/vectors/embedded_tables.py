@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
-from uuid import UUID
 
 import numpy as np
 import orjson
 
-from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, StoreError, VectorRefused
-from sekha.vectors.base import Collection, Record, Scalar, Vector
-from sekha.vectors.embedded_filter import check_scalar
-from sekha.vectors.embedded_matrix import NORM_TOLERANCE
+from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, StoreError
+from sekha.vectors.base import Collection, Record, Scalar
+from sekha.vectors.checks import canonical, properties_as_json, unit
 
 KEPT_DELETIONS: Final = 1000
 """Transactions whose tombstones are kept; a process further behind loads its matrix anew."""
-
-
-_CANONICAL: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +129,7 @@ def delete_alias(db: sqlite3.Connection, alias: str) -> bool:
 
 def upsert(db: sqlite3.Connection, name: str, records: Sequence[Record]) -> None:
     stored = resolve(db, name)
-    vectors = unit(stored, [(record.uuid, record.vector) for record in records])
+    vectors = unit(stored.name, stored.dimension, [(record.uuid, record.vector) for record in records])
     latest = {canonical(record.uuid): (record, row) for record, row in zip(records, vectors, strict=True)}
     present = {
         row[0]: row[1:]
@@ -154,7 +148,7 @@ def upsert(db: sqlite3.Connection, name: str, records: Sequence[Record]) -> None
     replaced: list[int] = []
     next_id = stored.next_id
     for uuid, (record, row) in latest.items():
-        text, properties, vector = record.text, _checked_properties(uuid, record), row.tobytes()
+        text, properties, vector = record.text, properties_as_json(uuid, record), row.tobytes()
         old = present.get(uuid)
         if old is not None and old[3] == vector:
             if old[1:3] != (text, properties):
@@ -224,54 +218,6 @@ def _record(row: tuple[str, str, str, bytes | None]) -> Record:
     uuid, text, properties, vector = row
     numbers = None if vector is None else np.frombuffer(vector, dtype=np.float32)
     return Record(uuid, text, numbers, orjson.loads(properties))
-
-
-# --- what may be written -------------------------------------------------------------------
-
-
-def unit(stored: Stored, vectors: Sequence[tuple[str | None, Vector | None]]) -> Vector:
-    """The vectors at unit length, or `VectorRefused` for the first that has no direction."""
-    for uuid, vector in vectors:
-        if vector is None:
-            raise VectorRefused(stored.name, uuid, "it is missing")
-        if np.shape(vector) != (stored.dimension,):
-            shape = " × ".join(map(str, np.shape(vector)))
-            raise VectorRefused(stored.name, uuid, f"it has {shape} numbers, not {stored.dimension}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
-        rows = np.empty((len(vectors), stored.dimension), dtype=np.float32)
-        for row, (_, vector) in zip(rows, vectors, strict=True):
-            row[:] = vector
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-    for index in np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))[:1].tolist():
-        why = "it is zero" if norms[index] == 0 else "it holds NaN or infinite numbers"
-        raise VectorRefused(stored.name, vectors[index][0], why)
-    # Unit vectors keep their bits, so that what was read can be written back and changes nothing.
-    longer = np.abs(norms - 1) > NORM_TOLERANCE
-    rows[longer] = rows[longer] / norms[longer, np.newaxis]
-    return rows
-
-
-def canonical(uuid: str) -> str:
-    try:
-        return uuid if _CANONICAL.fullmatch(uuid) else str(UUID(uuid))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise StoreError(f"{uuid!r} is no uuid. Write it as '9f1c…-…', 32 hexadecimal digits.") from error
-
-
-def canonical_all(uuids: Iterable[str]) -> list[str]:
-    return [canonical(uuid) for uuid in uuids]
-
-
-def _checked_properties(uuid: str, record: Record) -> str:
-    if why := check_scalar(record.text):
-        raise StoreError(f"The text of {uuid!r} cannot be stored: {why}.")
-    for name, value in record.properties.items():
-        if why := check_scalar(value):
-            raise StoreError(f"Property {name!r} of {uuid!r} cannot be stored: {why}.")
-    try:
-        return orjson.dumps(dict(record.properties), option=orjson.OPT_SORT_KEYS).decode()
-    except TypeError as error:
-        raise StoreError(f"The properties of {uuid!r} cannot be stored: {error}.") from error
 
 
 def as_json(values: Sequence[object]) -> str:
