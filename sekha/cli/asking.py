@@ -91,9 +91,7 @@ def chat(invocation: Invocation, /, flow: bool, **request: Any) -> None:
     loaded = configuration(invocation)
     asked = _request(**request)
     with waiting("asking"):
-        reply: Reply = (
-            in_flow("chat", asked, name_of(loaded, invocation)) if flow else run_async(_answered(loaded, asked))
-        )
+        reply: Reply = in_flow("chat", asked, name_of(invocation)) if flow else run_async(_answered(loaded, asked))
     if invocation.as_json:
         return write_json(reply)
     say(printable(reply.text) if sys.stdout.isatty() else reply.text)

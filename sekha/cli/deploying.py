@@ -43,7 +43,7 @@ def up(invocation: Invocation, port: int) -> None:
       sekha -c production.yaml up --port 4300
     """
     loaded = file_configuration(invocation)
-    with named_for_children(loaded, invocation):
+    with named_for_children(invocation):
         asyncio.run(_up(loaded, port))
 
 
@@ -116,10 +116,10 @@ def home_of(loaded: Loaded) -> Path:
 
 
 @contextmanager
-def named_for_children(loaded: Loaded, invocation: Invocation) -> Iterator[None]:
+def named_for_children(invocation: Invocation) -> Iterator[None]:
     """Let the worker that is started find the configuration that this command was given."""
     before = os.environ.get("SEKHA_CONFIG")
-    if name := name_of(loaded, invocation):
+    if name := name_of(invocation):
         os.environ["SEKHA_CONFIG"] = name
     try:
         yield

@@ -82,7 +82,7 @@ def ingest(invocation: Invocation, /, path: str, dry_run: bool, flow: bool, **fi
         return _show_planned(read, changes, plan)
     if flow:
         with waiting("ingesting"):
-            report = in_flow("ingest", request, name_of(loaded, invocation))
+            report = in_flow("ingest", request, name_of(invocation))
     else:
         report = _ingested(loaded, request, quiet=invocation.as_json)
     if invocation.as_json:
@@ -134,9 +134,7 @@ def search(
         max_cost=max_cost,
     )
     with waiting("searching"):
-        found: Found = (
-            in_flow("search", request, name_of(loaded, invocation)) if flow else run_async(_found(loaded, request))
-        )
+        found: Found = in_flow("search", request, name_of(invocation)) if flow else run_async(_found(loaded, request))
     if invocation.as_json:
         return write_json({**vars(found), "hits": [_hit_values(hit) for hit in found.hits]})
     return _show_found(found)
@@ -267,7 +265,7 @@ def _show_found(found: Found) -> None:
         if at:
             say()
         say(f"{hit.similarity:.3f}  {heading_of(hit)}", "bold")
-        say(f"       {snippet(hit.text)}")
+        say(snippet(hit.text), indent=7)
     tokens = f"{found.usage.input_tokens:,} tokens"
     note(f"{found.space} · {found.provider_id}/{found.model_id} · {tokens} · {dollars(found.cost)}")
 

@@ -44,7 +44,7 @@ def file_configuration(invocation: Invocation) -> Loaded:
     return configuration(invocation)
 
 
-def name_of(loaded: Loaded, invocation: Invocation) -> str | None:
+def name_of(invocation: Invocation) -> str | None:
     """How a flow run, which may start in another folder, finds the same configuration."""
     from sekha.loading import find
 
@@ -52,7 +52,7 @@ def name_of(loaded: Loaded, invocation: Invocation) -> str | None:
     if named.startswith(BLOCK):
         return named
     file = find(invocation.config, os.environ)
-    return None if file is None else str((loaded.folder / file).resolve() if not file.is_absolute() else file)
+    return None if file is None else str(file.resolve())
 
 
 def open_here(loaded: Loaded) -> Runtime:

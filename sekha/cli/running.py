@@ -63,7 +63,7 @@ def run(invocation: Invocation, docs: str | None, questions: tuple[str, ...]) ->
     loaded = file_configuration(invocation)
     folder = Path(docs).expanduser().resolve() if docs else _own_documents()
     asked, whose = _questions(folder, questions, own=docs is None)
-    shown = run_async(_Job(loaded, name_of(loaded, invocation), folder, asked, whose, quiet=invocation.as_json).done())
+    shown = run_async(_Job(loaded, name_of(invocation), folder, asked, whose, quiet=invocation.as_json).done())
     if invocation.as_json:
         return write_json({**shown, "seconds": round(time.monotonic() - began, 1)})
     return note(f"Done in {time.monotonic() - began:.0f} s. The Prefect server was stopped.")
@@ -193,18 +193,19 @@ class _Job:
         self._line("Look", f"`{_start_again(self._config)}` starts the server again; then open, with every step drawn:")
         labelled = [("chat", reply.id), ("ingest", report.id), *(("search", found.id) for found in searches[:1])]
         for what, run_id in labelled:
-            self._more(f"http://127.0.0.1:{PORT}/runs/flow-run/{run_id}  {what}")
+            # Whole, however narrow the terminal: half a link leads nowhere.
+            self._line("", f"http://127.0.0.1:{PORT}/runs/flow-run/{run_id}  {what}", "")
 
     def _cost(self, facts: str, cost: Decimal, flow: str, recorded: Recorded[Any]) -> None:
         self._more(f"{facts} · {dollars(cost)} · flow run {flow}/{recorded.name} ({recorded.id[:8]})", "dim")
 
-    def _line(self, label: str, text: str) -> None:
+    def _line(self, label: str, text: str, style: str = "bold") -> None:
         if not self._quiet:
-            say(f"{label:<{LABEL}}{printable(text)}", "bold")
+            say(f"{label:<{LABEL}}{printable(text)}", style)
 
     def _more(self, text: str, style: str = "") -> None:
         if not self._quiet:
-            say(f"{'':<{LABEL}}{printable(text)}", style)
+            say(printable(text), style, indent=LABEL)
 
     def _blank(self) -> None:
         if not self._quiet:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sekha.cli.values import plain
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["columns", "complain", "console", "note", "printable", "say", "show_table", "waiting", "write_json"]
 
+_above: ContextVar[Console | None] = ContextVar("above_the_spinner", default=None)
+"""Set while a spinner is shown: only its own console can write to that terminal without tearing it."""
 PIPED_WIDTH = 4096
 """Nothing wraps in a pipe: a line is a line to `grep` and `cut`."""
 
@@ -31,9 +34,15 @@ def printable(text: str) -> str:
     return "".join(each for each in text if each in "\n\t" or each.isprintable())
 
 
-def say(text: str = "", style: str = "") -> None:
-    """Print a line on stdout."""
-    _print(sys.stdout, text, style)
+def say(text: str = "", style: str = "", *, indent: int = 0) -> None:
+    """Print a line on stdout. On a terminal, an indented one keeps its indent where it wraps."""
+    if indent and sys.stdout.isatty():
+        from rich.padding import Padding
+        from rich.text import Text
+
+        console(sys.stdout).print(Padding(Text(text, style=style), (0, 0, 0, indent)))
+    else:
+        _print(sys.stdout, " " * indent + text, style)
 
 
 def note(text: str, style: str = "dim") -> None:
@@ -53,6 +62,12 @@ def complain(message: str, next_move: str = "") -> None:
 
 def console(file: TextIO) -> Console:
     """A console that prints what it is given: no markup, no emoji codes, no guesses at what to colour."""
+    if (above := _above.get()) is not None and file.isatty():
+        return above
+    return _new_console(file)
+
+
+def _new_console(file: TextIO) -> Console:
     from rich.console import Console
 
     colour = file.isatty() and not os.environ.get("NO_COLOR")
@@ -81,10 +96,11 @@ def columns(*headings: str, right: Sequence[str] = (), wrap: Sequence[str] = ())
 def show_table(table: Table) -> None:
     from rich.text import Text
 
-    out = console(sys.stdout)
     # Rich pads every row to the table's width; blanks at a line's end help nobody who reads a pipe.
-    with out.capture() as captured:
-        out.print(table)
+    drawn = _new_console(sys.stdout)
+    with drawn.capture() as captured:
+        drawn.print(table)
+    out = console(sys.stdout)
     for line in captured.get().splitlines():
         out.print(Text.from_ansi(line.rstrip()), soft_wrap=True)
 
@@ -108,12 +124,14 @@ def waiting(what: str, *, lines: bool = False) -> Iterator[Callable[[str], None]
         TimeElapsedColumn(),
         console=console(sys.stderr),
         transient=True,
-        # What is said meanwhile goes above the spinner, but a file that takes the results still gets them.
-        redirect_stdout=sys.stdout.isatty(),
     )
     with shown:
         task = shown.add_task(what, total=None)
-        yield lambda now: shown.update(task, description=now)
+        before = _above.set(shown.console)
+        try:
+            yield lambda now: shown.update(task, description=now)
+        finally:
+            _above.reset(before)
 
 
 def _silent(_: str) -> None:

@@ -67,6 +67,23 @@ async def test_a_reader_that_stops_early_ends_the_command_quietly(sekha):
     assert process.returncode == 141
 
 
+async def test_a_traceback_is_shown_when_it_is_asked_for(sekha):
+    process = await sekha.start("search", " ", environment={"SEKHA_DEBUG": "1"})
+
+    _, err = await process.communicate()
+
+    assert b"Traceback" in err
+    assert process.returncode == 4
+
+
+@pytest.mark.parametrize("command", ["run", "up"])
+async def test_a_block_cannot_configure_a_server_that_is_yet_to_start(sekha, command):
+    ended = await sekha("-c", "block:sekha", command)
+
+    assert ended.code == 2
+    assert "name a file" in ended.err
+
+
 async def test_an_unwritable_character_becomes_a_question_mark(sekha):
     ended = await sekha("chat", "naïve → 東京", environment={"PYTHONIOENCODING": "ascii"})
 

@@ -9,6 +9,7 @@ import pytest
 pytestmark = [pytest.mark.prefect, pytest.mark.timeout(240)]
 
 DOCUMENT = "# Holds\n\nA hold sets money aside before a call.\n\n# Breakers\n\nA breaker leaves a provider alone.\n"
+CONFIGURED = "providers:\n  - {id: ours, provider_type: builtin, models: [{model_id: echo, task: chat_small}]}\n"
 
 
 async def test_run_answers_ingests_and_searches_as_flow_runs_and_leaves_nothing_running(sekha):
@@ -31,6 +32,7 @@ async def test_run_answers_ingests_and_searches_as_flow_runs_and_leaves_nothing_
 
 async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
     sekha.write("docs/a.md", DOCUMENT)
+    sekha.write("elsewhere/sekha.yaml", CONFIGURED)
     serving = await sekha.start("up", "--port", "0")
     try:
         assert serving.stdout is not None
@@ -39,7 +41,7 @@ async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
                 assert line or serving.returncode is None
         there = {"PREFECT_API_URL": line.decode().strip().partition("=")[2], "PREFECT_HOME": str(sekha.folder / "home")}
 
-        answered = await sekha("chat", "hi", "--flow", "--json", environment=there)
+        answered = await sekha("-c", "elsewhere/sekha.yaml", "chat", "hi", "--flow", "--json", environment=there)
         ingested = await sekha("ingest", "docs", "--flow", environment=there)
         found = await sekha("search", "money", "--flow", "--json", environment=there)
         pushed = await sekha("blocks", "push", "--json", environment=there)
@@ -51,7 +53,8 @@ async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
         serving.send_signal(signal.SIGINT)
         _, err = await asyncio.wait_for(serving.communicate(), 60)
 
-    assert answered.json["provider_id"] == "builtin"
+    assert answered.json["provider_id"] == "ours"
+    assert f"{there['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/" in answered.err
     assert "2 embedded" in ingested.out
     assert len(found.json["hits"]) == 2
     assert {block["outcome"] for block in pushed.json["blocks"]} == {"created"}
