@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from sekha.embedding import EmbedRequest
+from sekha.errors import InvalidRequest, NoCandidate, ProviderRejected, ProviderUnavailable, UnknownModel
+from sekha.pricing import Usage
+from sekha.providers.builtin import hashed_embeddings
+from sekha.steps.calls import TEXTS_PER_CALL
+from tests.fixtures.pipeline import TWO_PROVIDERS, Opens
+
+MANY = [f"text {number}" for number in range(2 * TEXTS_PER_CALL["openai"] + 1)]
+
+
+def down(name: str) -> ProviderUnavailable:
+    return ProviderUnavailable(provider_id=name)
+
+
+async def test_vectors_come_in_the_order_of_the_texts_and_are_paid_for(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        embedded = await opened.runtime.embed(["one", "two"])
+
+        assert np.array_equal(embedded.vectors, hashed_embeddings(["one", "two"], 8))
+        assert (embedded.dimension, embedded.provider_id, embedded.model_id) == (8, "first", "vectors")
+        assert await opened.spent() == embedded.cost == Decimal("0.01")
+        assert await opened.held() == 0
+
+
+async def test_many_texts_are_sent_in_several_calls_and_come_back_in_order(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        embedded = await opened.runtime.embed(MANY)
+
+        assert [len(texts) for texts in opened.actors["first"].embedded] == [512, 512, 1]
+        assert np.array_equal(embedded.vectors, hashed_embeddings(MANY, 8))
+        assert await opened.spent() == embedded.cost == 3 * Decimal("0.01")
+
+
+async def test_each_call_is_estimated_for_its_own_texts(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        plan = await opened.runtime.route(EmbedRequest(texts=tuple(MANY), model="first/vectors"))
+
+        embedded = await opened.runtime.embed(MANY, model="first/vectors")
+
+        (line,) = await (await opened.runtime.resources.ledger()).report("provider")
+        assert line.estimated == embedded.estimated_cost == plan.first.estimate.expected
+
+
+async def test_what_was_embedded_before_a_failure_is_paid_for(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+
+        async def fail_late() -> None:
+            while await opened.spent() == 0:
+                pass
+            raise ProviderRejected(provider_id="first")
+
+        opened.actors["first"].acts = [lambda: None, fail_late, fail_late]
+
+        with pytest.raises(ProviderRejected):
+            await opened.runtime.embed(MANY)
+
+        assert await opened.spent() == Decimal("0.01")
+        assert await opened.held() == 0
+
+
+async def test_another_provider_of_the_same_model_stands_in(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        opened.actors["first"].acts = [down("first")]
+
+        embedded = await opened.runtime.embed("one")
+
+        assert embedded.provider_id == "second"
+        assert await opened.spent() == embedded.cost == Decimal("0.03")
+
+
+async def test_a_hold_is_released_when_every_candidate_fails(pipeline: Opens) -> None:
+    async with pipeline(rounds=1) as opened:
+        opened.actors["first"].acts = [down("first")]
+        opened.actors["second"].acts = [down("second")]
+
+        with pytest.raises(ProviderUnavailable):
+            await opened.runtime.embed("one")
+
+        assert await opened.held() == await opened.spent() == 0
+
+
+async def test_usage_that_nobody_reports_is_counted(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        opened.actors["first"].acts = [None]
+
+        embedded = await opened.runtime.embed("one two three")
+
+        assert embedded.usage == Usage(input_tokens=3, counted=True)
+        assert await opened.spent() == embedded.cost == Decimal("0.003")
+
+
+@pytest.mark.parametrize(("texts", "field"), [([], "input"), ([""], "input[0]"), (["a", " \n"], "input[1]")])
+async def test_nothing_cannot_be_embedded(texts: list[str], field: str, pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        with pytest.raises(InvalidRequest) as caught:
+            await opened.runtime.embed(texts)
+
+    assert caught.value.field == field
+
+
+async def test_a_chat_model_embeds_nothing(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        with pytest.raises(NoCandidate):
+            await opened.runtime.embed("one", model="chat")
+        with pytest.raises(UnknownModel, match="Did you mean 'vectors'"):
+            await opened.runtime.embed("one", model="vector")
+
+
+async def test_a_text_longer_than_the_context_window_is_refused_before_it_is_sent(pipeline: Opens) -> None:
+    narrow = TWO_PROVIDERS.replace("dimension: 8,", "dimension: 8, context_window: 5,")
+
+    async with pipeline(narrow) as opened:
+        with pytest.raises(NoCandidate, match="do not fit its context window of 5"):
+            await opened.runtime.embed(["short", "far too long a text for a window of five"])
+
+        assert opened.actors["first"].embedded == []
+
+
+def test_no_text_shows_when_a_request_is_printed() -> None:
+    assert "secret" not in repr(EmbedRequest(texts=("a secret",)))
