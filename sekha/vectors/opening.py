@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from sekha.loading import Loaded
 from sekha.vectors.base import VectorStore
 from sekha.vectors.embedded import EmbeddedStore
@@ -12,4 +14,4 @@ __all__ = ["open_store"]
 async def open_store(loaded: Loaded) -> VectorStore:
     """Open the store of a configuration. Raises `StoreError` when it cannot be opened."""
     store = loaded.config.store
-    return await EmbeddedStore.open(loaded.path(store.path))
+    return await asyncio.to_thread(EmbeddedStore.open, loaded.path(store.path))
