@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
 
+from sekha import errors as errors_module
 from sekha.chat import ChatRequest, answer
 from sekha.cli.app import STORY, sekha
 from sekha.cli.exits import EXITS
-from sekha.config import json_schema
+from sekha.config import Config, json_schema
 from sekha.documents import Document
+from sekha.errors import SekhaError
 from sekha.ingest import IngestRequest, ingest
 from sekha.loading import BUILTIN, parse
 from sekha.resources import Resources
@@ -107,7 +114,21 @@ async def _charts(folder: Path) -> dict[str, str]:
     return {name: tracer.trace.mermaid() for name, tracer in traced.items()}
 
 
+def configuration() -> str:
+    """The page as it is written, each of its tables drawn anew."""
+    sections = {section.__name__: section for section in _sections_of(Config)}
+    return _filled("docs/configuration.md", "fields of", {name: _fields(each) for name, each in sections.items()})
+
+
+def errors() -> str:
+    """The page as it is written, each of its tables drawn anew."""
+    branches = {branch.__name__: branch for branch in SekhaError.__subclasses__()}
+    return _filled("docs/errors.md", "errors under", {name: _errors(branch) for name, branch in branches.items()})
+
+
 GENERATED: Mapping[str, Callable[[], str]] = {
+    "docs/configuration.md": configuration,
+    "docs/errors.md": errors,
     "docs/cli.md": cli,
     "docs/flows.md": flows,
     "docs/sekha.schema.json": schema,
@@ -128,6 +149,100 @@ def _help(command: click.Command, path: str) -> str:
     context.help_option_names = ["-h", "--help"]
     lines = [line.rstrip() for line in command.get_help(context).splitlines()]
     return "\n".join(["```text", *lines, "```"])
+
+
+def _filled(path: str, what: str, tables: Mapping[str, str]) -> str:
+    """Put each table between its two marks; every table has its place, and every place its table."""
+    text = (ROOT / path).read_text("utf-8")
+    placed = re.findall(rf"<!-- {what} (\w+) -->", text)
+    if sorted(placed) != sorted(tables):
+        raise SystemExit(f"{path} must have `<!-- {what} NAME -->` once for each of {', '.join(sorted(tables))}")
+
+    def drawn(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{tables[found[2]]}\n<!-- end -->"
+
+    return re.sub(rf"(<!-- {what} (\w+) -->)\n.*?<!-- end -->", drawn, text, flags=re.DOTALL)
+
+
+def _sections_of(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield section
+    for field in section.model_fields.values():
+        for part in _parts(field.annotation):
+            yield from _sections_of(part)
+
+
+def _parts(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a type."""
+    if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)
+
+
+def _fields(section: type[BaseModel]) -> str:
+    rows = ["| key | value | left out | meaning |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def _type(annotation: Any) -> str:
+    inner = [each for each in get_args(annotation) if each not in (type(None), ...)]
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if get_origin(annotation) is tuple:
+        return f"list of {_type(inner[0])}"
+    if get_origin(annotation) is dict:
+        return f"mapping of names to {_type(inner[1])}"
+    if inner:
+        return _type(inner[0])
+    if next(_parts(annotation), None):
+        return "mapping"
+    return _TYPES[annotation]
+
+
+_TYPES: Mapping[Any, str] = {
+    str: "text",
+    SecretStr: "reference",
+    int: "whole number",
+    float: "number",
+    Decimal: "number",
+    bool: "`true`, `false`",
+}
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    match field.get_default(call_default_factory=True):
+        case None:
+            return ""
+        case BaseModel():
+            return "its defaults"
+        case () | {}:
+            return "none"
+        case tuple(values):
+            return ", ".join(f"`{value}`" for value in values)
+        case bool(value):
+            return f"`{str(value).lower()}`"
+        case value:
+            return f"`{value}`"
+
+
+def _errors(branch: type[SekhaError]) -> str:
+    when = dict(re.findall(r"[├└]── (\w+) +(.+)", errors_module.__doc__ or ""))
+    rows = ["| error | `code` | when | retryable | falls back |", "|---|---|---|---|---|"]
+
+    def walk(kind: type[SekhaError], depth: int) -> None:
+        name = "&nbsp;" * 4 * depth + f"`{kind.__name__}`"
+        what = "what has no name of its own below" if kind is branch and kind.__subclasses__() else when[kind.__name__]
+        retryable, falls_back = ("yes" if holds else "" for holds in (kind.retryable, kind.falls_back))
+        rows.append(f"| {name} | `{kind.code}` | {what} | {retryable} | {falls_back} |")
+        for child in kind.__subclasses__():
+            walk(child, depth + 1)
+
+    walk(branch, 0)
+    return "\n".join(rows)
 
 
 def main(arguments: list[str]) -> int:

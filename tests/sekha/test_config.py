@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,20 @@ def test_a_configuration_cannot_be_changed_once_loaded(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         load(file, environ={}).config.server_port = 2
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+EXAMPLES = [
+    example
+    for example in map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+    if example and example.keys() <= Config.model_fields.keys()
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=", ".join)
+def test_every_example_in_the_documentation_loads(example: dict[str, Any]) -> None:
+    providers = next(other["providers"] for other in EXAMPLES if len(other.get("providers", ())) > 1)
+
+    parse({"providers": providers, **example}, source="docs", folder=Path(), environ={"OPENAI_API_KEY": "x"})
+
+    SCHEMA.validate(example)
