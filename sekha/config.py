@@ -10,7 +10,28 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, W
 
 from sekha.registry import ProviderKind, Task
 
-__all__ = ["ALSO_ACCEPTED", "NOT_NEEDED", "Config", "json_schema"]
+__all__ = [
+    "ALSO_ACCEPTED",
+    "NOT_NEEDED",
+    "BudgetSection",
+    "CircuitBreaker",
+    "CollectionSection",
+    "Config",
+    "DefaultModels",
+    "KeySection",
+    "LedgerSection",
+    "LimitsSection",
+    "MemorySection",
+    "MigrationsSection",
+    "ModelSection",
+    "PriceSection",
+    "ProviderSection",
+    "RecordingSection",
+    "Routing",
+    "StoreSection",
+    "VisionCapabilities",
+    "json_schema",
+]
 
 
 class Section(BaseModel):

@@ -26,6 +26,7 @@ __all__ = [
     "IngestReport",
     "IngestRequest",
     "IngestSteps",
+    "Progress",
     "Stale",
     "Stored",
     "ingest",

@@ -19,7 +19,7 @@ from sekha.cli.terminal import columns, note, say, show_table, waiting, write_js
 if TYPE_CHECKING:
     from sekha.loading import Loaded
 
-__all__ = ["blocks", "deploy", "home_of", "named_for_children", "up"]
+__all__ = ["PORT", "blocks", "deploy", "home_of", "named_for_children", "up"]
 
 PORT = 4200
 """Where Prefect's documentation, and so everyone, looks for a server."""

@@ -31,7 +31,7 @@ from uuid import uuid4
 from sekha.errors import BudgetExceeded, LedgerError
 from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start, remaining
 
-__all__ = ["Database", "SqlLedger", "Transaction", "expand", "migrate"]
+__all__ = ["Database", "SqlLedger", "Transaction", "Value", "expand", "migrate"]
 
 T = TypeVar("T")
 Value: TypeAlias = str | int | tuple[str, ...] | list[str] | None

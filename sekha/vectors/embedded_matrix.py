@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sekha.vectors.base import Vector
 from sekha.vectors.checks import NORM_TOLERANCE
 
-__all__ = ["Matrices", "Matrix", "View", "best", "rounding"]
+__all__ = ["Ids", "Matrices", "Matrix", "View", "best", "rounding"]
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 

@@ -14,6 +14,24 @@ from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, Stor
 from sekha.vectors.base import Collection, Record, Scalar
 from sekha.vectors.checks import canonical, properties_as_json, unit
 
+__all__ = [
+    "Stored",
+    "aliases",
+    "as_json",
+    "collections",
+    "columns",
+    "count",
+    "delete",
+    "delete_alias",
+    "drop",
+    "ensure",
+    "get",
+    "page",
+    "point",
+    "resolve",
+    "upsert",
+]
+
 KEPT_DELETIONS: Final = 1000
 """Transactions whose tombstones are kept; a process further behind loads its matrix anew."""
 
