@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from uuid import UUID
 
 import numpy as np
@@ -14,17 +13,19 @@ import pytest
 from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, StoreError, VectorRefused
 from sekha.vectors.base import AllOf, AnyOf, Collection, Compare, Filter, Not, Record, Scalar, VectorStore
 from sekha.vectors.embedded import EmbeddedStore
+from tests.fixtures.weaviate import empty_store
 
-BACKENDS: dict[str, Callable[[Path], AbstractAsyncContextManager[VectorStore]]] = {
-    "embedded": lambda folder: EmbeddedStore.open(folder / "store.db"),
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[VectorStore]]] = {
+    "embedded": lambda request: EmbeddedStore.open(request.getfixturevalue("tmp_path") / "store.db"),
+    "weaviate": lambda request: empty_store(request.getfixturevalue("weaviate_server")),
 }
 TOLERANCE = 1e-3  # a backend may compare vectors in fewer bits
 DOCS = Collection("Docs_4", 4, "hash:4")
 
 
 @pytest.fixture(params=sorted(BACKENDS))
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[VectorStore]:
-    async with BACKENDS[request.param](tmp_path) as opened:
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[VectorStore]:
+    async with BACKENDS[request.param](request) as opened:
         await opened.ensure_collection(DOCS)
         yield opened
 
