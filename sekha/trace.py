@@ -109,8 +109,8 @@ def _parts(value: object) -> Iterable[object]:
     elif isinstance(value, list | tuple):
         inner = value
     for part in inner:
-        # One empty tuple serves all, so that it tells nothing.
-        nothing = isinstance(part, tuple) and not part
+        # One empty tuple and one empty set serve all, so that they tell nothing.
+        nothing = isinstance(part, tuple | frozenset) and not part
         if part is not None and not nothing and not isinstance(part, bool | int | float | str):
             yield part
 
