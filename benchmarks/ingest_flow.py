@@ -73,6 +73,7 @@ async def measure(chunks: int, home: Path) -> None:
         from sekha.steps.calls import Calls
         from sekha.steps.keeping import Keeping
         from sekha.steps.money import Money
+        from tasks.parting import tell_prefect_the_rest
 
         busy = Busy()
         before = Busy()
@@ -102,6 +103,7 @@ async def measure(chunks: int, home: Path) -> None:
         started = time.perf_counter()
         report = await ingest(IngestRequest(path=str(folder)))
         wall = time.perf_counter() - started
+        await tell_prefect_the_rest()
 
     rest = wall - busy.seconds - before.seconds
     print(f"{report.embedded} chunks in {wall:.2f} s: {report.embedded / wall:.0f}/s")

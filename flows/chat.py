@@ -11,15 +11,18 @@ from tasks.money import estimate_cost, reserve_budget, select_provider, settle_c
 from tasks.receipts import with_receipt
 from tasks.resources import opened
 from tasks.results import RESULT
+from tasks.whole import given_whole
 
 __all__ = ["STEPS", "chat"]
 
-STEPS = ChatSteps(
-    estimate=estimate_cost,
-    select=select_provider,
-    reserve=reserve_budget,
-    call=call_provider,
-    settle=settle_cost,
+STEPS = given_whole(
+    ChatSteps(
+        estimate=estimate_cost,
+        select=select_provider,
+        reserve=reserve_budget,
+        call=call_provider,
+        settle=settle_cost,
+    )
 )
 
 

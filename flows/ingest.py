@@ -15,20 +15,22 @@ from tasks.money import estimate_cost, reserve_budget, select_provider, settle_c
 from tasks.receipts import shown_progress, with_receipt
 from tasks.resources import opened
 from tasks.results import RESULT
-from tasks.whole import whole
+from tasks.whole import given_whole
 
 __all__ = ["STEPS", "ingest"]
 
-STEPS = IngestSteps(
-    read=read_documents,
-    compare=whole(find_changes),
-    estimate=whole(estimate_cost),
-    select=whole(select_provider),
-    reserve=reserve_budget,
-    embed=whole(embed_batch),
-    upsert=whole(upsert_batch),
-    settle=settle_cost,
-    remove=remove_stale,
+STEPS = given_whole(
+    IngestSteps(
+        read=read_documents,
+        compare=find_changes,
+        estimate=estimate_cost,
+        select=select_provider,
+        reserve=reserve_budget,
+        embed=embed_batch,
+        upsert=upsert_batch,
+        settle=settle_cost,
+        remove=remove_stale,
+    )
 )
 
 

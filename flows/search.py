@@ -14,19 +14,22 @@ from tasks.money import estimate_cost, reserve_budget, select_provider, settle_c
 from tasks.receipts import with_receipt
 from tasks.resources import opened
 from tasks.results import RESULT
+from tasks.whole import given_whole
 
 __all__ = ["STEPS", "search"]
 
-STEPS = SearchSteps(
-    prepare=prepare_query,
-    embedding=EmbedSteps(
-        estimate=estimate_cost,
-        select=select_provider,
-        reserve=reserve_budget,
-        embed=embed_texts,
-        settle=settle_cost,
-    ),
-    look_up=search_space,
+STEPS = given_whole(
+    SearchSteps(
+        prepare=prepare_query,
+        embedding=EmbedSteps(
+            estimate=estimate_cost,
+            select=select_provider,
+            reserve=reserve_budget,
+            embed=embed_texts,
+            settle=settle_cost,
+        ),
+        look_up=search_space,
+    )
 )
 
 

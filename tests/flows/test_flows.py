@@ -1,0 +1,252 @@
+"""The same line of steps through Prefect's engine as in-process: same results, same trace, and what Prefect shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import pytest
+from prefect.client.orchestration import get_client
+
+import sekha
+from flows.chat import chat
+from flows.ingest import ingest
+from flows.search import search
+from sekha.chat import ChatRequest, Reply, answer
+from sekha.documents import Document
+from sekha.errors import (
+    CollectionMissing,
+    ConfigMissing,
+    DocumentRefused,
+    IngestIncomplete,
+    ProviderAuthFailed,
+)
+from sekha.ingest import IngestRequest
+from sekha.ingest import ingest as ingest_in_order
+from sekha.search import SearchRequest
+from sekha.search import search as search_in_order
+from sekha.testing import StandIn
+from sekha.trace import Trace, Tracer
+from tests.fixtures.prefect import Server
+
+pytestmark = pytest.mark.prefect
+
+Writes: TypeAlias = Callable[..., str]
+
+SECRET = "the merger with Initech"
+HELLO = ChatRequest(messages=({"role": "user", "content": f"What of {SECRET}?"},))
+KEY = "sk-flows-0123456789abcdef"
+
+ONE_PROVIDER = """
+providers:
+  - id: away
+    provider_type: openai
+    base_url: {url}
+    api_key: ${{AWAY_KEY}}
+    models:
+      - {{model_id: gpt-4o-mini, task: chat_small}}
+      - {{model_id: text-embedding-3-small, task: embedding, dimension: 1536}}
+collections:
+  documents: {{model: text-embedding-3-small}}
+"""
+WITH_FALLBACK = ONE_PROVIDER.replace("    models:\n", "    priority: 1\n    models:\n", 1).replace(
+    "collections:",
+    "  - id: builtin\n    provider_type: builtin\n    models: [{{model_id: echo, task: chat_small}}]\ncollections:",
+)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWAY_KEY", KEY)
+
+
+def documents(count: int) -> tuple[Document, ...]:
+    return tuple(
+        Document(source=f"{number}.md", text=f"Note {number} on holds and budgets.") for number in range(count)
+    )
+
+
+def unhurried(reply: Reply) -> Reply:
+    """A reply without what differs from one time to the next."""
+    attempts = tuple(replace(attempt, seconds=0.0) for attempt in reply.attempts)
+    return replace(reply, attempts=attempts, body={**reply.body, "id": "", "created": 0})
+
+
+def steps_of(trace: Trace) -> list[str]:
+    return sorted(step.name for step in trace.steps)
+
+
+def name_of(task_run: dict[str, Any]) -> str:
+    """A task run's name without the letters by which Prefect tells it from others."""
+    return str(task_run["name"]).rpartition("-")[0]
+
+
+def edges_of(task_runs: list[dict[str, Any]]) -> frozenset[tuple[str, str]]:
+    names = {each["id"]: name_of(each) for each in task_runs}
+    return frozenset(
+        (names[given["id"]], name_of(each))
+        for each in task_runs
+        for parameter, inputs in each["task_inputs"].items()
+        if parameter != "__parents__"
+        for given in inputs
+        if given["input_type"] == "task_run"
+    )
+
+
+async def shown(prefect: Server, flow: str, trace: Trace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    run = (await prefect.runs(flow))[0]
+    return run, await prefect.steps(run["id"], ended=len(trace.steps))
+
+
+async def test_a_chat_through_prefect_gives_the_same_answer_and_trace(prefect: Server, config: Writes) -> None:
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(config(name="here")) as running:
+        expected = await answer(HELLO, tracer.wrap(running.chat_steps))
+
+    reply = await chat(HELLO, config=config(name="flow"))
+
+    run, task_runs = await shown(prefect, "chat", tracer.trace)
+    assert unhurried(reply) == unhurried(expected)
+    assert sorted(map(name_of, task_runs)) == steps_of(tracer.trace)
+    assert edges_of(task_runs) == tracer.trace.edges
+    assert (run["state_type"], run["name"]) == ("COMPLETED", "auto")
+
+
+async def test_an_ingest_of_several_batches_gives_the_same_report_and_trace(prefect: Server, config: Writes) -> None:
+    longer = (Document(source="0.md", text="\n\n".join(f"Paragraph {at}. " * 60 for at in range(6))),)
+    request = IngestRequest(documents=documents(7), batch_size=2)
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(here := config(name="here")) as running:
+        await running.ingest(longer)
+        expected = await ingest_in_order(request, tracer.wrap(running.ingest_steps))
+    there = config(name="flow")
+    async with sekha.open(there) as running:
+        await running.ingest(longer)
+
+    report = await ingest(request, config=there)
+
+    _, task_runs = await shown(prefect, "ingest", tracer.trace)
+    assert report == expected
+    assert report.embedded == 7
+    assert report.removed > 0
+    assert sorted(map(name_of, task_runs)) == steps_of(tracer.trace)
+    assert edges_of(task_runs) == tracer.trace.edges
+    assert here != there
+
+
+async def test_a_search_finds_the_same_with_the_same_trace(prefect: Server, config: Writes) -> None:
+    path = config()
+    request = SearchRequest(query="holds and budgets", limit=3)
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(path) as running:
+        await running.ingest(documents(5))
+        expected = await search_in_order(request, tracer.wrap(running.search_steps))
+
+    found = await search(request, config=path)
+
+    run, task_runs = await shown(prefect, "search", tracer.trace)
+    assert found == expected
+    assert len(found.hits) == 3
+    assert edges_of(task_runs) == tracer.trace.edges
+    assert run["name"] == "in documents"
+
+
+async def test_a_chat_that_fails_has_the_same_trace_and_settles(
+    prefect: Server, config: Writes, standin: StandIn
+) -> None:
+    standin.fail(401, times=None)
+    text = ONE_PROVIDER.format(url=standin.openai_url)
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(config(text, name="here")) as running:
+        with pytest.raises(ProviderAuthFailed):
+            await answer(HELLO, tracer.wrap(running.chat_steps))
+
+    with pytest.raises(ProviderAuthFailed) as raised:
+        await chat(HELLO, config=config(text, name="flow"))
+
+    run, task_runs = await shown(prefect, "chat", tracer.trace)
+    assert sorted(map(name_of, task_runs)) == steps_of(tracer.trace)
+    assert edges_of(task_runs) == tracer.trace.edges
+    assert {name_of(each): each["state_type"] for each in task_runs}["call_provider"] == "FAILED"
+    assert run["state_type"] == "FAILED"
+    assert str(raised.value) in run["state"]["message"]
+    assert KEY not in str(run)
+
+
+async def test_a_run_shows_who_was_asked_when_a_provider_failed(
+    prefect: Server, config: Writes, standin: StandIn
+) -> None:
+    standin.fail(401, times=None)
+
+    reply = await chat(HELLO, config=config(WITH_FALLBACK.format(url=standin.openai_url)))
+
+    run = (await prefect.runs("chat"))[0]
+    receipt = await prefect.receipt(run["id"])
+    assert reply.provider_id == "builtin"
+    assert "| 1 | away | gpt-4o-mini |" in receipt
+    assert "provider_auth_failed" in receipt
+    assert "| 2 | builtin | echo |" in receipt
+    assert {"fallback", "provider:builtin", "model:echo"} <= set(run["tags"])
+    assert SECRET not in receipt
+    assert reply.text not in receipt
+
+
+async def test_a_failed_run_is_read_back_as_the_error_that_it_was(
+    prefect: Server, config: Writes, standin: StandIn
+) -> None:
+    standin.fail(401, times=None)
+
+    state = await chat(HELLO, config=config(ONE_PROVIDER.format(url=standin.openai_url)), return_state=True)
+    async with get_client() as client:
+        run = await client.read_flow_run(state.state_details.flow_run_id)
+    assert run.state is not None
+    error = await run.state.aresult(raise_on_failure=False)
+
+    assert isinstance(error, ProviderAuthFailed)
+    assert error.provider_id == "away"
+    assert [attempt.error for attempt in error.attempts] == ["provider_auth_failed"]
+
+
+async def test_an_ingest_that_fails_on_the_way_says_what_is_missing(
+    prefect: Server, config: Writes, standin: StandIn
+) -> None:
+    path = config(ONE_PROVIDER.format(url=standin.openai_url))
+    standin.slow(0, times=1)
+    standin.fail(401, times=None)
+
+    with pytest.raises(IngestIncomplete):
+        await ingest(IngestRequest(documents=documents(4), batch_size=2), config=path)
+    run = (await prefect.runs("ingest"))[0]
+    receipt = await prefect.receipt(run["id"])
+    standin.heal()
+    again = await ingest(IngestRequest(documents=documents(4), batch_size=2), config=path)
+
+    assert run["state_type"] == "FAILED"
+    assert "2 chunks are stored and 2 are not" in run["state"]["message"]
+    assert "| Missing | 2 |" in receipt
+    assert (again.unchanged, again.embedded, again.failures) == (2, 2, ())
+
+
+async def test_a_refused_document_fails_the_run_and_stores_nothing(prefect: Server, config: Writes) -> None:
+    path = config()
+    request = IngestRequest(documents=(*documents(2), Document(source="empty.md", text=" ")))
+
+    with pytest.raises(DocumentRefused):
+        await ingest(request, config=path)
+
+    run = (await prefect.runs("ingest"))[0]
+    assert run["state_type"] == "FAILED"
+    assert "empty.md" in run["state"]["message"]
+    async with sekha.open(path) as running:
+        with pytest.raises(CollectionMissing):
+            await running.search("anything")
+
+
+async def test_a_configuration_that_is_not_there_fails_the_run_at_once(prefect: Server) -> None:
+    with pytest.raises(ConfigMissing):
+        await chat(HELLO, config="nowhere/sekha.yaml")
+
+    run = (await prefect.runs("chat"))[0]
+    assert "there is no such file" in run["state"]["message"]
