@@ -66,6 +66,18 @@ class ChatRequest:
         return int(self.options.get("n") or 1)
 
     @property
+    def writes_cache(self) -> bool:
+        """Whether the caller asks the provider to cache input, which some take more for."""
+        parts = (
+            part
+            for message in self.messages
+            if isinstance(message.get("content"), list | tuple)
+            for part in message["content"]
+        )
+        marked = (*self.messages, *(self.options.get("tools") or ()), *parts)
+        return any(isinstance(each, Mapping) and "cache_control" in each for each in marked)
+
+    @property
     def image_count(self) -> int:
         return sum(
             isinstance(part, Mapping) and part.get("type") == "image_url"

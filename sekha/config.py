@@ -52,6 +52,9 @@ class PriceSection(Section):
     cached_input_per_million: Decimal | None = Field(
         None, ge=0, description="US dollars for a million input tokens that the provider had cached."
     )
+    cache_write_per_million: Decimal | None = Field(
+        None, ge=0, description="US dollars for a million input tokens that the provider is asked to cache."
+    )
     per_image: Decimal | None = Field(None, ge=0, description="US dollars for an input image, where priced apart.")
 
 

@@ -6,8 +6,9 @@ or one that also charges by the request is an unknown price, never a free model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from sekha.registry import ProviderKind
 
 __all__ = ["ModelLimits", "PriceMap"]
 
+_ABOVE = re.compile(r"input_cost_per_token_above_(\d+)k_tokens")
 _MAP = "model_prices_and_context_window_backup.json"
 _MILLION = Decimal(1_000_000)
 _PRICED_BY_TOKEN = ("chat", "completion", "responses", "embedding")
@@ -151,13 +153,32 @@ def _price(entry: Mapping[str, Any]) -> Price | None:
     if not input_price or output_price is None:
         return None
     per_image = entry.get("input_cost_per_image")
-    return Price(
+    price = Price(
         input=input_price,
         output=output_price,
         cached_input=_per_million(entry.get("cache_read_input_token_cost")),
+        cache_write=_per_million(entry.get("cache_creation_input_token_cost")),
         per_image=Decimal(repr(per_image)) if per_image else None,
         source="price map",
     )
+    return replace(price, long_input=tuple(_long_input(entry, price)))
+
+
+def _long_input(entry: Mapping[str, Any], price: Price) -> Iterator[tuple[int, Price]]:
+    """The prices of long inputs, from names such as `input_cost_per_token_above_200k_tokens`."""
+    lengths = sorted(int(found[1]) for key in entry if (found := _ABOVE.fullmatch(key)))
+    for thousands in lengths:
+        tail = f"_above_{thousands}k_tokens"
+        yield (
+            thousands * 1000,
+            replace(
+                price,
+                input=_per_million(entry[f"input_cost_per_token{tail}"]) or price.input,
+                output=_per_million(entry.get(f"output_cost_per_token{tail}")) or price.output,
+                cached_input=_per_million(entry.get(f"cache_read_input_token_cost{tail}")) or price.cached_input,
+                cache_write=_per_million(entry.get(f"cache_creation_input_token_cost{tail}")) or price.cache_write,
+            ),
+        )
 
 
 def _per_million(per_token: float | None) -> Decimal | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from typing import Literal, TypeAlias
 
 __all__ = [
     "ASSUMED_REPLY",
     "FREE",
+    "INEXACT",
     "LONGEST_REPLY",
     "Estimate",
     "Price",
@@ -27,20 +28,28 @@ Basis: TypeAlias = Literal["max_tokens", "history", "assumed", "no reply"]
 class Price:
     """US dollars per million tokens of each sort.
 
-    `cached_input` is None when the provider has no discount for it: cached tokens then cost what
-    other input costs. An unknown price is not a `Price` but None, and never counts as zero.
+    `cached_input` is what a provider takes for input that it had cached, and `cache_write` for input
+    that it is asked to cache; None where that costs what other input costs. An unknown price is not
+    a `Price` but None, and never counts as zero.
     """
 
     input: Decimal = Decimal(0)
     output: Decimal = Decimal(0)
     cached_input: Decimal | None = None
+    cache_write: Decimal | None = None
     per_image: Decimal | None = None
     """US dollars for each input image, where a provider prices images apart from tokens."""
+    long_input: tuple[tuple[int, Price], ...] = ()
+    """Input longer than so many tokens costs another price, for all of its tokens and the reply's."""
     source: Literal["configured", "price map", "local"] = "configured"
 
     @property
     def is_free(self) -> bool:
         return not (self.input or self.output or self.per_image)
+
+    def at(self, input_tokens: int) -> Price:
+        """The price that holds for an input of this length."""
+        return next((price for above, price in reversed(self.long_input) if input_tokens > above), self)
 
 
 FREE = Price(source="local")
@@ -49,11 +58,12 @@ FREE = Price(source="local")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of one call. `cached_tokens` are part of `input_tokens`."""
+    """Tokens of one call. `cached_tokens` and `cache_write_tokens` are part of `input_tokens`."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
     images: int = 0
     counted: bool = False
     """True when the provider reported nothing and we counted."""
@@ -63,6 +73,7 @@ class Usage:
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
             cached_tokens=self.cached_tokens + other.cached_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
             images=self.images + other.images,
             counted=self.counted or other.counted,
         )
@@ -89,6 +100,8 @@ class Estimate:
 
 ASSUMED_REPLY = 512
 """Tokens of a reply from a model of which no reply has been seen yet."""
+INEXACT = Decimal("1.25")
+"""How many more tokens than we count a provider may count, where its tokenizer is not public."""
 LONGEST_REPLY = 4096
 """Tokens at which a reply is cut where nobody knows the model's own limit and its tokens cost money."""
 
@@ -103,16 +116,25 @@ def estimate_chat(
     model_limit: int | None,
     usual: int | None,
     cap: Decimal | None,
+    context_window: int | None = None,
+    exact: bool = True,
+    writes_cache: bool = False,
 ) -> Estimate:
     """Price a chat before it is made.
 
     `requested` is the caller's `max_tokens`, `replies` how many answers are wanted (`n`), `usual` the
     length of this model's replies so far, and `cap` the dollars that this call may cost. Under a cap,
     a reply whose length nobody limited is limited to what the cap affords, so that the call cannot
-    pass it.
+    pass it. The worst case counts input that is not `exact` as `INEXACT` times as long, and all of it
+    as written to the provider's cache when the request `writes_cache`.
     """
     before = cost(Usage(input_tokens=input_tokens, images=images), price)
-    each = price.output * replies / _MILLION
+    most = _most(input_tokens, exact=exact)
+    at_most = cost(Usage(input_tokens=most, images=images), price)
+    if writes_cache:
+        at_most = max(at_most, cost(Usage(input_tokens=most, cache_write_tokens=most, images=images), price))
+    each = price.at(input_tokens).output * replies / _MILLION
+    each_at_most = price.at(most).output * replies / _MILLION
     limit: int | None = None
     if requested is not None:
         length = min(requested, usual) if usual else requested
@@ -121,15 +143,19 @@ def estimate_chat(
     else:
         basis = "history" if usual else "assumed"
         longest = model_limit or LONGEST_REPLY
+        if context_window:
+            # Providers refuse a `max_tokens` that would not fit behind the input.
+            longest = min(longest, max(context_window - most, 1))
         length = min(usual or ASSUMED_REPLY, longest)
-        limit = None if model_limit or not each else longest
-        if cap is not None and each and before + longest * each > cap:
-            affordable = int((cap - before) // each) if cap > before else 0
+        # Where it matters a limit is sent, since the one that we know of the model may be out of date.
+        limit = longest if each_at_most and (cap is not None or not model_limit) else None
+        if cap is not None and each_at_most and at_most + longest * each_at_most > cap:
+            affordable = int((cap - at_most) // each_at_most) if cap > at_most else 0
             # A limit below the usual length would not save the request but mutilate its reply.
             longest = limit = max(affordable, length)
     return Estimate(
         expected=before + length * each,
-        worst_case=before + longest * each,
+        worst_case=at_most + longest * each_at_most,
         input_tokens=input_tokens,
         output_tokens=length * replies,
         context_tokens=input_tokens + (requested or 0),
@@ -138,22 +164,33 @@ def estimate_chat(
     )
 
 
-def estimate_embedding(price: Price, *, input_tokens: int, longest: int) -> Estimate:
+def estimate_embedding(price: Price, *, input_tokens: int, longest: int, exact: bool = True) -> Estimate:
     """Price an embedding before it is made: exact but for the tokenizer, since nothing comes back."""
-    dollars = cost(Usage(input_tokens=input_tokens), price)
     return Estimate(
-        expected=dollars, worst_case=dollars, input_tokens=input_tokens, output_tokens=0, context_tokens=longest
+        expected=cost(Usage(input_tokens=input_tokens), price),
+        worst_case=cost(Usage(input_tokens=_most(input_tokens, exact=exact)), price),
+        input_tokens=input_tokens,
+        output_tokens=0,
+        context_tokens=longest,
     )
 
 
+def _most(tokens: int, *, exact: bool) -> int:
+    return tokens if exact else int((tokens * INEXACT).to_integral_value(ROUND_CEILING))
+
+
 def cost(usage: Usage, price: Price) -> Decimal:
-    """Dollars for a call: input at its price, cached input at its own, output, images."""
+    """Dollars for a call: input, cached input and input written to a cache at their prices, output, images."""
+    price = price.at(usage.input_tokens)
     cached = min(usage.cached_tokens, usage.input_tokens)
-    cached_price = price.input if price.cached_input is None else price.cached_input
+    written = min(usage.cache_write_tokens, usage.input_tokens - cached)
     tokens = (
-        (usage.input_tokens - cached) * price.input + cached * cached_price + usage.output_tokens * price.output
-    ) / _MILLION
-    return tokens + usage.images * (price.per_image or Decimal(0))
+        (usage.input_tokens - cached - written) * price.input
+        + cached * (price.input if price.cached_input is None else price.cached_input)
+        + written * (price.input if price.cache_write is None else price.cache_write)
+        + usage.output_tokens * price.output
+    )
+    return tokens / _MILLION + usage.images * (price.per_image or Decimal(0))
 
 
 def price_of(configured: Price | None, mapped: Price | None, *, unknown_is_free: bool) -> Price | None:

@@ -221,6 +221,7 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
             input=written.input_per_million,
             output=written.output_per_million,
             cached_input=written.cached_input_per_million,
+            cache_write=written.cache_write_per_million,
             per_image=written.per_image,
         )
     sees = next((entry.vision_capabilities for entry in same if entry.vision_capabilities), None)

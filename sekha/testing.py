@@ -83,6 +83,7 @@ class _Answer:
     tool: tuple[str, dict[str, Any]] | None
     input_tokens: int
     cached_tokens: int
+    cache_write_tokens: int
     with_usage: bool
 
     @property
@@ -107,6 +108,8 @@ class StandIn:
         self.models: list[str] | None = None
         """The models that exist; None means every one does."""
         self.cached_tokens = 0
+        self.cache_write_tokens = 0
+        """Of the Anthropic protocol alone: tokens that it says it wrote to its cache."""
         """How many input tokens each answer says it found in a cache."""
         self.arrived = asyncio.Event()
         """Set once a request has come in; clear it to wait for another."""
@@ -277,7 +280,8 @@ class StandIn:
     async def _chat(
         self, request: web.Request, protocol: Protocol, sent: dict[str, Any], fault: Fault | None
     ) -> web.StreamResponse:
-        answer = _answer(sent, self.cached_tokens, with_usage=fault is None or fault.kind != "usage")
+        cached = (self.cached_tokens, self.cache_write_tokens)
+        answer = _answer(sent, cached, with_usage=fault is None or fault.kind != "usage")
         # Ollama alone streams unless it is told not to.
         if sent.get("stream", protocol == "ollama"):
             frames = list(_frames(protocol, answer, sent))
@@ -375,7 +379,7 @@ _HEADERS: Mapping[Protocol, Mapping[str, str]] = {
 }
 
 
-def _answer(sent: Mapping[str, Any], cached_tokens: int, *, with_usage: bool) -> _Answer:
+def _answer(sent: Mapping[str, Any], cached: tuple[int, int], *, with_usage: bool) -> _Answer:
     texts = [_text(message.get("content")) for message in sent["messages"]]
     last = next(
         (
@@ -398,7 +402,8 @@ def _answer(sent: Mapping[str, Any], cached_tokens: int, *, with_usage: bool) ->
         text="" if tool else f"You said: {last}",
         tool=tool,
         input_tokens=system + sum(len(text.split()) for text in texts),
-        cached_tokens=cached_tokens,
+        cached_tokens=cached[0],
+        cache_write_tokens=cached[1],
         with_usage=with_usage,
     )
 
@@ -495,11 +500,11 @@ def _anthropic_content(answer: _Answer) -> dict[str, Any]:
 
 
 def _anthropic_message(answer: _Answer) -> dict[str, Any]:
-    # Anthropic counts what it read from its cache apart from the other input.
+    # Anthropic counts what it read from its cache, and wrote to it, apart from the other input.
     usage = {
-        "input_tokens": answer.input_tokens - answer.cached_tokens,
+        "input_tokens": answer.input_tokens - answer.cached_tokens - answer.cache_write_tokens,
         "cache_read_input_tokens": answer.cached_tokens,
-        "cache_creation_input_tokens": 0,
+        "cache_creation_input_tokens": answer.cache_write_tokens,
         "output_tokens": answer.output_tokens,
     }
     return {

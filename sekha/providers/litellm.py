@@ -384,10 +384,12 @@ def _usage(reported: Any) -> Usage | None:
         return None
     details = getattr(reported, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None) or getattr(reported, "cache_read_input_tokens", None)
+    written = getattr(reported, "cache_creation_input_tokens", None)
     return Usage(
         input_tokens=reported.prompt_tokens or 0,
         output_tokens=reported.completion_tokens or 0,
         cached_tokens=cached or 0,
+        cache_write_tokens=written or 0,
     )
 
 

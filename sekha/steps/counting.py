@@ -8,11 +8,18 @@ from typing import Any
 
 from sekha import tokens
 from sekha.chat import ChatRequest
+from sekha.registry import Model
 
-__all__ = ["count_chat", "count_embedding", "count_reply"]
+__all__ = ["count_chat", "count_embedding", "count_reply", "counts_exactly"]
 
 INLINE = 20_000
 """Characters up to which counting is quicker than a thread."""
+
+
+def counts_exactly(model: Model) -> bool:
+    """Whether we count as the provider does; what is free need not be."""
+    free = model.price is not None and model.price.is_free
+    return free or tokens.tokenizer_of(model.id).exact
 
 
 async def count_chat(request: ChatRequest, model_id: str) -> int:

@@ -13,7 +13,7 @@ from sekha.pricing import Estimate, estimate_chat, estimate_embedding
 from sekha.registry import Model
 from sekha.resources import Resources
 from sekha.routing import Ask, Estimates, Plan, cap, considered, plan
-from sekha.steps.counting import count_chat, count_embedding
+from sekha.steps.counting import count_chat, count_embedding, counts_exactly
 
 __all__ = ["HOLD_SECONDS", "Money", "spend_of"]
 
@@ -64,7 +64,8 @@ class Money:
         if model.price is None:
             return None
         total, longest = await count_embedding(request.texts, model.id)
-        return estimate_embedding(model.price, input_tokens=total, longest=longest)
+        exact = counts_exactly(model)
+        return estimate_embedding(model.price, input_tokens=total, longest=longest, exact=exact)
 
     def _ask(self, request: ChatRequest | EmbedRequest) -> Ask:
         if isinstance(request, ChatRequest):
@@ -103,6 +104,9 @@ class Money:
             model_limit=model.max_output_tokens,
             usual=usual,
             cap=min([*caps, most] if most is not None else caps, default=None),
+            context_window=model.context_window,
+            exact=counts_exactly(model),
+            writes_cache=request.writes_cache,
         )
 
 

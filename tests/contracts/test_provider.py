@@ -270,6 +270,18 @@ async def test_cached_tokens_are_part_of_the_input(subject: Subject) -> None:
     assert pieces[-1].usage == reply.usage
 
 
+@every("anthropic")
+async def test_tokens_written_to_the_cache_are_part_of_the_input(subject: Subject) -> None:
+    subject.standin.cache_write_tokens = 3
+
+    reply = await subject.provider.complete(subject.call())
+    pieces = await pieces_of(subject.provider.stream(subject.call()))
+
+    assert reply.usage is not None
+    assert (reply.usage.input_tokens, reply.usage.cache_write_tokens) == (6, 3)
+    assert pieces[-1].usage == reply.usage
+
+
 @every("openai", "ollama", "openrouter")
 async def test_usage_that_was_not_reported_is_none(subject: Subject) -> None:
     subject.standin.omit_usage(times=2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from sekha.pricing import (
     ASSUMED_REPLY,
+    INEXACT,
     LONGEST_REPLY,
     Price,
     Usage,
@@ -18,6 +20,9 @@ from sekha.pricing import (
 )
 
 PRICE = Price(input=Decimal(2), output=Decimal(8), cached_input=Decimal("0.5"), per_image=Decimal("0.01"))
+LONG = Price(
+    input=Decimal(1), output=Decimal(1), long_input=((200_000, Price(input=Decimal(2), output=Decimal("2.999"))),)
+)
 
 dollars = st.decimals(0, 1000, places=6)
 tokens = st.integers(0, 10**7)
@@ -25,11 +30,22 @@ tokens = st.integers(0, 10**7)
 
 @st.composite
 def prices(draw: st.DrawFn) -> Price:
+    price = draw(flat_prices())
+    if draw(st.booleans()):
+        # Long inputs cost more, never less, wherever anybody asks another price for them.
+        dearer = replace(price, input=price.input + draw(dollars), output=price.output + draw(dollars))
+        price = replace(price, long_input=((draw(st.integers(1, 10**6)), dearer),))
+    return price
+
+
+@st.composite
+def flat_prices(draw: st.DrawFn) -> Price:
     of_input = draw(dollars)
     return Price(
         input=of_input,
         output=draw(dollars),
         cached_input=draw(st.none() | st.decimals(0, of_input, places=6)),
+        cache_write=draw(st.none() | st.decimals(of_input, of_input * 2 + 1, places=6)),
         per_image=draw(st.none() | st.decimals(0, 1, places=6)),
     )
 
@@ -44,6 +60,10 @@ def prices(draw: st.DrawFn) -> Price:
         (Usage(input_tokens=1_000_000, cached_tokens=400_000), Price(input=Decimal(2)), "2"),
         (Usage(input_tokens=10, cached_tokens=1_000_000), Price(cached_input=Decimal(1), input=Decimal(2)), "0.00001"),
         (Usage(images=3), PRICE, "0.03"),
+        (Usage(input_tokens=1_000_000, cache_write_tokens=400_000), PRICE, "2"),
+        (Usage(input_tokens=1_000_000, cache_write_tokens=400_000), replace(PRICE, cache_write=Decimal(3)), "2.4"),
+        (Usage(input_tokens=200_000, output_tokens=10), LONG, "0.20001"),
+        (Usage(input_tokens=200_001, output_tokens=1000), LONG, "0.403001"),
         (Usage(input_tokens=1), Price(input=Decimal("0.000001")), "1e-12"),
     ],
 )
@@ -71,7 +91,9 @@ def test_usage_adds_up() -> None:
         # $1 affords 1,000 tokens at $1,000 per million, and the input takes none of it.
         ({"cap": Decimal(1)}, ASSUMED_REPLY, 1000, "assumed", 1000),
         ({"cap": Decimal(1), "model_limit": 5000}, ASSUMED_REPLY, 1000, "assumed", 1000),
-        ({"cap": Decimal(1), "model_limit": 600}, ASSUMED_REPLY, None, "assumed", 600),
+        ({"cap": Decimal(1), "model_limit": 600}, ASSUMED_REPLY, 600, "assumed", 600),
+        # Nobody can say more than fits behind the input.
+        ({"cap": Decimal(1), "model_limit": 600, "context_window": 300}, 300, 300, "assumed", 300),
         ({"cap": Decimal("0.1")}, ASSUMED_REPLY, ASSUMED_REPLY, "assumed", ASSUMED_REPLY),
         ({"cap": Decimal("0.1"), "requested": 900}, 900, None, "max_tokens", 900),
     ],
@@ -116,6 +138,8 @@ def test_every_reply_of_several_is_paid_for() -> None:
     cap=st.none() | dollars,
     share=st.floats(0, 1),
     cached=st.floats(0, 1),
+    undercounted=st.sampled_from([Decimal(1), Decimal("1.1"), INEXACT]),
+    writes_cache=st.booleans(),
 )
 def test_no_call_within_its_limits_costs_more_than_its_worst_case(
     price: Price,
@@ -128,6 +152,8 @@ def test_no_call_within_its_limits_costs_more_than_its_worst_case(
     cap: Decimal | None,
     share: float,
     cached: float,
+    undercounted: Decimal,
+    writes_cache: bool,
 ) -> None:
     estimate = estimate_chat(
         price,
@@ -138,6 +164,8 @@ def test_no_call_within_its_limits_costs_more_than_its_worst_case(
         model_limit=model_limit,
         usual=usual,
         cap=cap,
+        exact=undercounted == 1,
+        writes_cache=writes_cache,
     )
 
     # What is sent as `max_tokens` holds, else what the model itself can say.
@@ -145,10 +173,12 @@ def test_no_call_within_its_limits_costs_more_than_its_worst_case(
     if sent is None:
         assert not price.output
         sent = 10**6
+    really = int(input_tokens * undercounted)
     usage = Usage(
-        input_tokens=input_tokens,
+        input_tokens=really,
         output_tokens=int(sent * share) * replies,
-        cached_tokens=int(input_tokens * cached),
+        cached_tokens=int(really * cached),
+        cache_write_tokens=really if writes_cache else 0,
         images=images,
     )
     assert cost(usage, price) <= estimate.worst_case
@@ -161,10 +191,7 @@ def test_a_reply_is_cut_at_what_the_cap_affords_and_never_below_its_usual_length
 ) -> None:
     estimate = estimate_chat(price, input_tokens=input_tokens, requested=None, model_limit=None, usual=usual, cap=cap)
 
-    if estimate.expected <= cap:
-        assert estimate.worst_case <= cap
-    else:
-        assert estimate.worst_case == estimate.expected
+    assert estimate.worst_case <= max(cap, estimate.expected)
 
 
 @given(price=prices(), input_tokens=tokens)
