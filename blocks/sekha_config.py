@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from prefect.blocks.core import Block
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from blocks.answering import prefect_answers
 from blocks.budget import Budget
 from blocks.provider import LLMProvider
 from blocks.store import VectorStore
-from sekha.errors import ConfigMissing, Problem
+from sekha.errors import ConfigError, ConfigMissing, Problem
 from sekha.loading import Loaded, parse
 
 B = TypeVar("B", bound=Block)
@@ -102,7 +102,7 @@ def push(loaded: Loaded, name: str = "sekha") -> list[Pushed]:
     documents: dict[str, Block] = {**providers, block_name(name, "store"): store, **budgets, name: whole}
     with prefect_answers():
         for kind in (LLMProvider, VectorStore, Budget, SekhaConfig):
-            kind.register_type_and_schema()
+            kind.register_type_and_schema(_sync=True)  # type: ignore[call-arg]
         return [_saved(document, document_name) for document_name, document in documents.items()]
 
 
@@ -124,12 +124,12 @@ def load_config(name: str) -> Loaded:
 def _saved(block: Block, name: str) -> Pushed:
     slug = str(block.get_block_type_slug())
     try:
-        there: Block | None = cast(Block, type(block).load(name))
+        there: Block | None = cast(Block, type(block).load(name, _sync=True))  # type: ignore[call-arg]
     except ValueError:
         there = None
     if there is not None and _content(there) == _content(block):
         return Pushed(slug, name, "unchanged")
-    block.save(name, overwrite=True)
+    block.save(name, overwrite=True, _sync=True)  # type: ignore[call-arg]
     return Pushed(slug, name, "created" if there is None else "updated")
 
 
@@ -140,7 +140,13 @@ def _content(block: Block) -> dict[str, Any]:
 def _load(kind: type[B], name: str) -> B:
     try:
         with prefect_answers():
-            return cast(B, kind.load(name))
+            # Inside an async flow Prefect would answer with a coroutine, in whatever thread it is asked.
+            return cast(B, kind.load(name, _sync=True))  # type: ignore[call-arg]
+    except RuntimeError as error:
+        if not isinstance(invalid := error.__cause__, ValidationError):
+            raise
+        wrong = [Problem(".".join(map(str, each["loc"])), each["msg"]) for each in invalid.errors(include_input=False)]
+        raise ConfigError(f"Prefect block {name!r}", wrong) from error
     except ValueError as error:
         message = f"there is no {kind.get_block_type_slug()} block of that name. Store one: `sekha blocks push`."
         raise ConfigMissing(f"Prefect block {name!r}", [Problem("", message)]) from error

@@ -57,4 +57,4 @@ def configuration(config: str | None = None) -> Loaded:
 
 def _secret(name: str) -> str:
     with prefect_answers():
-        return str(cast("Secret[str]", Secret.load(name)).get())
+        return str(cast("Secret[str]", Secret.load(name, _sync=True)).get())  # type: ignore[call-arg]

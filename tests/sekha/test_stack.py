@@ -1,0 +1,93 @@
+"""A server of our own: it says what is wrong, is found again, and ends with whoever started it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sekha.errors import PrefectUnavailable
+from sekha.stack import LocalPrefect, require_server
+
+STARTS_AND_WAITS = """
+import asyncio, sys
+from pathlib import Path
+from sekha.stack import LocalPrefect
+
+async def main():
+    async with LocalPrefect(Path(sys.argv[1])) as prefect:
+        print(prefect.api_url, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        with pytest.raises(PrefectUnavailable, match=rf"Port {port} .* is in use"):
+            async with LocalPrefect(tmp_path, port=port):
+                pass
+
+
+async def test_a_database_that_cannot_be_prepared_shows_what_prefect_said(tmp_path: Path) -> None:
+    (tmp_path / "prefect.db").write_bytes(b"no database, but long enough to be looked at " * 100)
+
+    with pytest.raises(PrefectUnavailable, match=r"database ended before it was ready. It said:[\s\S]*not a database"):
+        async with LocalPrefect(tmp_path):
+            pass
+
+
+@pytest.mark.prefect
+@pytest.mark.timeout(240)
+async def test_a_killed_owner_leaves_nothing_running_and_the_next_start_works(tmp_path: Path) -> None:
+    told: list[str] = []
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path), stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert owner.stdout is not None
+    api_url = (await owner.stdout.readline()).decode().strip()
+    await require_server(api_url)
+    with pytest.raises(PrefectUnavailable, match=f"started by process {owner.pid}"):
+        async with LocalPrefect(tmp_path):
+            pass
+
+    os.kill(owner.pid, signal.SIGKILL)
+    await owner.wait()
+    async with LocalPrefect(tmp_path, progress=told.append) as again:
+        await require_server(again.api_url)
+
+    assert again.api_url != api_url
+    assert "preparing Prefect's database" not in told, "the second start finds it prepared"
+    for url in (api_url, again.api_url):
+        with pytest.raises(PrefectUnavailable):
+            await require_server(url)
+
+
+@pytest.mark.prefect
+@pytest.mark.timeout(240)
+async def test_a_cancelled_start_leaves_nothing_running(tmp_path: Path) -> None:
+    starting = asyncio.Event()
+    prefect = LocalPrefect(tmp_path, progress=lambda told: starting.set() if "server" in told else None)
+
+    start = asyncio.create_task(prefect.__aenter__())
+    await starting.wait()
+    start.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await start
+
+    with pytest.raises(PrefectUnavailable):
+        await require_server(prefect.api_url)
+    async with LocalPrefect(tmp_path) as again:
+        await require_server(again.api_url)
