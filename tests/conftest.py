@@ -10,7 +10,12 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.fixtures.postgres", "tests.fixtures.pipeline", "tests.fixtures.weaviate"]
+pytest_plugins = [
+    "tests.fixtures.postgres",
+    "tests.fixtures.pipeline",
+    "tests.fixtures.prefect",
+    "tests.fixtures.weaviate",
+]
 
 # Read by `sekha.loading`, by Prefect and by providers: a test that wants one sets it. Done here, before
 # anything is imported that reads them, and not in a fixture.
