@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export UV_LINK_MODE ?= copy
 
 .DEFAULT_GOAL := help
-.PHONY: help run up test soak check fmt docs bench lock clean
+.PHONY: help run up test soak check fmt docs bench weaviate lock clean
 
 help: ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ docs: $(VENV)/ready-dev ## Generate the docs that are drawn from the code
 
 bench: $(VENV)/ready-dev ## Run every benchmark, as ratios measured in one run
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+weaviate: $(VENV)/ready-dev ## Run a Weaviate server for development, built once with Go; Ctrl-C ends it
+	@$(BIN)/python -m tests.fixtures.weaviate
 
 lock: $(VENV)/setup ## Resolve the locks anew: names, versions and hashes
 	@$(LOCK) --upgrade --output-file requirements.lock

@@ -652,7 +652,6 @@ _GONE: Final = (
     WeaviateClosedClientError,
     WeaviateConnectionError,
     WeaviateRetryError,
-    WeaviateStartUpError,
     WeaviateTimeoutError,
 )
 _PASSING: Final = frozenset({"ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"})
@@ -676,15 +675,16 @@ async def _answered(answer: Awaitable[_T], url: str, seconds: float) -> _T:
 
 
 def _translated(error: Any, url: str) -> StoreError:
-    cause = error.__cause__ or error.__context__
-    code = cause.code().name if hasattr(cause, "code") else ""
+    call = _grpc_call(error)
+    code = call.code().name if call else ""
     status = error.status_code if isinstance(error, UnexpectedStatusCodeError) else 0
     detail = _detail(error)
     if status == 401 or code == "UNAUTHENTICATED":
         return StoreError(f"Weaviate at {url} refuses our key. Check `api_key` under `store:` in sekha.yaml.")
     if isinstance(error, InsufficientPermissionsError):
         return StoreError(f"Weaviate at {url} does not let our key do this: {detail}.")
-    passing = isinstance(error, _GONE) or code in _PASSING or status == 429 or status >= 500
+    gone = isinstance(error, _GONE) or _failed_to_connect(error)
+    passing = gone or code in _PASSING or status == 429 or status >= 500
     if passing or _TROUBLE.search(detail):
         return StoreUnavailable(url, detail)
     return StoreError(f"Weaviate at {url} refuses: {detail}.")
@@ -692,9 +692,24 @@ def _translated(error: Any, url: str) -> StoreError:
 
 def _detail(error: Any) -> str:
     """What happened, without the client's boilerplate."""
-    cause = error.__cause__ or error.__context__
-    said = cause.details() if hasattr(cause, "details") else error.message
+    if isinstance(error, WeaviateConnectionError) or _failed_to_connect(error):
+        return "it cannot be reached"
+    if isinstance(error, WeaviateTimeoutError):
+        return "it did not answer in time"
+    call = _grpc_call(error)
+    said = call.details() if call else error.message
     return _short(str(said).removeprefix("Every object failed during insertion. Here is the set of all errors: "))
+
+
+def _failed_to_connect(error: Any) -> bool:
+    # Without a cause, it is the client that refuses a server as too old.
+    return isinstance(error, WeaviateStartUpError) and error.__cause__ is not None
+
+
+def _grpc_call(error: Any) -> Any:
+    """The gRPC call that failed; None when it was none. The client does not always name it as the cause."""
+    cause = error.__cause__ or error.__context__
+    return cause if hasattr(cause, "details") else None
 
 
 def _short(said: str) -> str:

@@ -44,7 +44,8 @@ def name_of(name: str, kind: Kind) -> str:
     """Under which name Weaviate indexes values of that kind."""
     if OURS.get(name) == kind:
         return name
-    if re.fullmatch(r"[_0-9A-Za-z]{1,200}", name):
+    # Two names that differ only in case are one to Weaviate.
+    if re.fullmatch(r"[_0-9a-z]{1,200}", name):
         return f"{kind}_{name}"
     return f"{kind}x_{sha256(name.encode()).hexdigest()[:32]}"
 

@@ -370,6 +370,26 @@ async def test_filters_compare_and_combine(store: VectorStore, where: Filter, ex
     assert await store.count("Docs_4", where) == len(expected)
 
 
+async def test_records_from_before_a_property_was_known_do_not_have_it(store: VectorStore) -> None:
+    await store.upsert("Docs_4", [record(1), record(2)])
+    await store.upsert("Docs_4", [record(3, colour="red")])
+
+    for where, expected in (
+        (Compare("colour", "eq", None), {1, 2}),
+        (Compare("colour", "ne", "red"), {1, 2}),
+        (Not(Compare("colour", "eq", None)), {3}),
+    ):
+        hits = await store.search("Docs_4", np.ones(4, dtype=np.float32), 10, where=where)
+        assert {hit.uuid for hit in hits} == {uuid(number) for number in expected}
+        assert await store.count("Docs_4", where) == len(expected)
+
+
+@pytest.mark.parametrize("name", ["current", "", "9", "Docs-4"])
+async def test_an_alias_that_not_every_store_takes_is_refused(store: VectorStore, name: str) -> None:
+    with pytest.raises(StoreError, match="cannot name an alias"):
+        await store.point_alias(name, "Docs_4")
+
+
 # --- scan ----------------------------------------------------------------------------------
 
 
