@@ -511,7 +511,9 @@ class IngestIncomplete(SekhaError):
     def __init__(self, report: IngestReport) -> None:
         self.report = report
         first = report.failures[0]
+        sources = list(dict.fromkeys(failure.source for failure in report.failures))
+        more = f" and {len(sources) - 10} more" if len(sources) > 10 else ""
         super().__init__(
-            f"{report.embedded} chunks are stored and {report.missing} are not. First failure, "
-            f"{first.source!r}: {first.error} Run the same ingest again: it does only what is missing."
+            f"{report.embedded} chunks are stored and {report.missing} are not, of {', '.join(sources[:10])}{more}. "
+            f"First failure, {first.source!r}: {first.error} Run the same ingest again: it does only what is missing."
         )

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from prefect.utilities.annotations import opaque
+
+from sekha.runtime import Runtime
+from tasks.resources import runtime
 
 __all__ = ["given_whole"]
 
 S = TypeVar("S")
+
+
+_kept: WeakKeyDictionary[Runtime, list[object]] = WeakKeyDictionary()
 
 
 def given_whole(steps: S) -> S:
@@ -33,9 +40,18 @@ def given_whole(steps: S) -> S:
 def _given_whole(task: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(task)
     async def call(*args: Any) -> Any:
-        return await task(*(_as_one(arg) for arg in args))
+        result = await task(*(_as_one(arg) for arg in args))
+        # Prefect knows a result by its address. It notices when one that can be referred to weakly is
+        # gone; the others, and they are small, are kept for the run, so that nothing new takes their place.
+        _kept.setdefault(runtime(), []).extend(_known_by_address(result))
+        return result
 
     return call
+
+
+def _known_by_address(result: object) -> Iterator[object]:
+    parts = [getattr(result, each.name) for each in fields(result)] if is_dataclass(result) else []
+    return (part for part in (result, *parts) if not type(part).__weakrefoffset__)
 
 
 def _as_one(value: Any) -> Any:
