@@ -127,7 +127,12 @@ def _shares(busy: Busy, before: Busy, wall: float) -> list[str]:
         f"embedding and storing {busy.seconds:.2f} s, {busy.seconds / wall:.0%} ({busy})",
         f"reading, comparing, pricing {before.seconds:.2f} s, {before.seconds / wall:.0%} ({before})",
         f"between the steps {rest:.2f} s, {rest / wall:.0%}",
+        f"embedding and storing against orchestration {_against(busy, rest):.0%}, bound 80%",
     ]
+
+
+def _against(busy: Busy, between: float) -> float:
+    return busy.seconds / (busy.seconds + between)
 
 
 if __name__ == "__main__":

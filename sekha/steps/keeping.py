@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from sekha.documents import Chunk, checked, read_folder, split
@@ -66,7 +66,7 @@ class Keeping:
                 Batch(number=number, chunks=changed[at : at + size])
                 for number, at in enumerate(range(0, len(changed), size))
             ),
-            stale=await self._stale(space, read.chunks, stored),
+            stale=await self._stale(space, by_uuid, stored),
             unchanged=len(by_uuid) - len(changed),
         )
 
@@ -155,13 +155,13 @@ class Keeping:
                 found[uuid] = (properties.get("content_hash"), properties.get("embedding_fingerprint"))
         return found
 
-    async def _stale(self, space: Space, chunks: Sequence[Chunk], stored: Container[str]) -> tuple[Stale, ...]:
+    async def _stale(self, space: Space, chunks: Mapping[str, Chunk], stored: Container[str]) -> tuple[Stale, ...]:
         """The sources that have more chunks stored than their documents have now.
 
         Positions may have gaps where an earlier run failed, so nothing short of counting finds them all.
         """
-        ends = {chunk.source: chunk.index + 1 for chunk in chunks}
-        there = Counter(chunk.source for chunk in chunks if chunk.uuid_in(space.collection) in stored)
+        ends = {chunk.source: chunk.index + 1 for chunk in chunks.values()}
+        there = Counter(chunk.source for uuid, chunk in chunks.items() if uuid in stored)
         store = await self._open.store()
 
         async def among(sources: Sequence[str]) -> list[Stale]:

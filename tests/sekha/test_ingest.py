@@ -283,7 +283,8 @@ async def test_a_caller_who_leaves_midway_leaves_no_hold_and_loses_nothing_store
 
         report = await ingest(opened, sections("a.md", 20))
 
-        assert report.unchanged == kept
+        # A batch that was being written when the caller left is whole, and may have come in since.
+        assert report.unchanged >= kept
         assert len(await stored(opened)) == 20
 
 
