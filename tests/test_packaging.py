@@ -159,6 +159,7 @@ def test_the_wheel_holds_the_four_packages_and_the_deployments_and_no_test(wheel
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert sources <= set(names)
     assert "sekha/deployments/prefect.yaml" in names
+    assert "sekha/py.typed" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {*PACKAGES, f"sekha-{PROJECT['project']['version']}.dist-info"}
 
@@ -197,3 +198,36 @@ def test_everything_imports_from_the_wheel_alone(wheel: Path, tmp_path: Path) ->
     )
 
     assert done.stdout.split() == [str(tmp_path / "installed" / "sekha" / "__init__.py"), "call_provider", "chat"]
+
+
+def test_a_users_type_checker_knows_what_the_wheel_gives(wheel: Path, tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    wrong = "async def wrong() -> None:\n    async with sekha.open() as s:\n        (await s.chat(7)).txet\n"
+    (tmp_path / "program.py").write_text(f"{program}\n\n{wrong}")
+    # On the interpreter's path, where a type checker believes only packages that ship `py.typed`.
+    site = tmp_path / "site-packages"
+    zipfile.ZipFile(wheel).extractall(site)
+
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--config-file=",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            "program.py",
+        ],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    said = sorted(line.partition(": error: ")[2] for line in done.stdout.splitlines() if ": error: " in line)
+    assert len(said) == 2, done.stdout
+    assert said[0].startswith('"Reply" has no attribute "txet"')
+    assert said[1].startswith('Argument 1 to "chat" of "Runtime" has incompatible type "int"')
