@@ -1,6 +1,6 @@
 """The embedded store against the bare thing: SQLite without us, and NumPy without us.
 
-    python -m benchmarks.store --rows 100000 --dimension 1536
+    python benchmarks/store.py --rows 100000 --dimension 1536
 
 Both sides of every ratio run in turns, batch by batch and query by query, so that a busy machine
 slows them alike. Exits with 1 when a bound is missed.
@@ -197,9 +197,9 @@ async def measure(rows: int, dimension: int) -> list[Figure]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--dimension", type=int, default=1536)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rows", type=int, default=100_000, help="vectors stored")
+    parser.add_argument("--dimension", type=int, default=1536, help="numbers in a vector")
+    parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args()
     figures = asyncio.run(measure(options.rows, options.dimension))
     if options.json:

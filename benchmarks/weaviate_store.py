@@ -1,6 +1,6 @@
 """The Weaviate store against the client without us: the same objects, the same server, in turns.
 
-    python -m benchmarks.weaviate_store --rows 5000 --dimension 768
+    python benchmarks/weaviate_store.py --rows 5000 --dimension 768
 
 Uses the server in `WEAVIATE_URL`, else starts one. Exits with 1 when a bound is missed, and with 0 and a
 note when there is no server to be had.
@@ -65,14 +65,15 @@ async def measure(server: Server, rows: int, dimension: int, queries: int) -> di
         for name in ("Ours", "Bare"):
             await store.ensure_collection(Collection(name, dimension, "hash:768"))
         bare = client.collections.use("Bare").with_consistency_level(ConsistencyLevel.QUORUM)
-        ours_seconds = bare_seconds = 0.0
+        ours_seconds: list[float] = []
+        bare_seconds: list[float] = []
         for start in range(0, rows, BATCH):
             batch = records[start : start + BATCH]
             for turn in (0, 1) if start // BATCH % 2 else (1, 0):
                 began = time.perf_counter()
                 if turn:
                     assert await store.upsert("Ours", batch) == {}
-                    ours_seconds += time.perf_counter() - began
+                    ours_seconds.append(time.perf_counter() - began)
                 else:
                     objects = [
                         DataObject(
@@ -81,11 +82,12 @@ async def measure(server: Server, rows: int, dimension: int, queries: int) -> di
                         for each in batch
                     ]
                     assert not (await bare.data.insert_many(objects)).has_errors
-                    bare_seconds += time.perf_counter() - began
+                    bare_seconds.append(time.perf_counter() - began)
         figures = {
-            "ingest, objects/s": rows / ours_seconds,
-            "bare insert_many, objects/s": rows / bare_seconds,
-            "ingest / bare": bare_seconds / ours_seconds,
+            "ingest, objects/s": rows / sum(ours_seconds),
+            "bare insert_many, objects/s": rows / sum(bare_seconds),
+            # Pair by pair, since a server that compacts in the middle of one batch would decide a sum.
+            "ingest / bare": median(bare / ours for bare, ours in zip(bare_seconds, ours_seconds, strict=True)),
         }
         ours = client.collections.use("Ours").with_consistency_level(ConsistencyLevel.QUORUM)
         plain: list[float] = []
@@ -125,15 +127,21 @@ def bare_client(server: Server) -> Any:
     )
 
 
+def bound(name: str) -> str:
+    if name == "ingest / bare":
+        return ">= 0.9"
+    return "<= 1" if name.startswith("search adds") else ""
+
+
 def missed(name: str, value: float) -> bool:
     return (name == "ingest / bare" and value < 0.9) or (name.startswith("search adds") and value > 1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--dimension", type=int, default=768)
-    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=5000, help="objects stored")
+    parser.add_argument("--dimension", type=int, default=768, help="numbers in a vector")
+    parser.add_argument("--queries", type=int, default=300, help="searches, filtered and not")
     options = parser.parse_args()
     if (named := named_server()) is not None:
         figures = asyncio.run(measure(named, options.rows, options.dimension, options.queries))
@@ -151,7 +159,7 @@ def main() -> int:
                 server.kill()
     print(f"{options.rows} x {options.dimension}, batches of {BATCH}, top {LIMIT}, {options.queries} queries")
     for name, value in figures.items():
-        print(f"{name:<40}{value:>10.2f}{'  MISSED' if missed(name, value) else ''}")
+        print(f"{name:<40}{value:>10.2f} {bound(name):<7}{'  MISSED' if missed(name, value) else ''}".rstrip())
     return int(any(missed(name, value) for name, value in figures.items()))
 
 
