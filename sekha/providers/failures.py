@@ -29,7 +29,7 @@ from sekha.errors import (
     StreamBroken,
 )
 
-__all__ = ["BY_CLASS", "failure_of", "retry_after_seconds"]
+__all__ = ["BY_CLASS", "Wordless", "failure_of", "retry_after_seconds", "wordless"]
 
 BY_CLASS: Mapping[str, type[ProviderError]] = {
     # LiteLLM's own, every one.
@@ -147,6 +147,23 @@ def failure_of(
     )
 
 
+class Wordless(Exception):
+    """An exception of somebody else, by its name: what it says may hold the key or the prompt."""
+
+
+def wordless(error: Exception) -> Wordless:
+    """The exception and its causes with their tracebacks and without their words.
+
+    Whoever logs our error logs what it was raised from as well, and Prefect keeps that in its database.
+    """
+    cause: Wordless | None = None
+    for link in reversed(list(_chain(error))):
+        named = Wordless(f"{type(link).__module__}.{type(link).__qualname__}").with_traceback(link.__traceback__)
+        named.__cause__ = cause
+        cause = named
+    return cause or Wordless()
+
+
 def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
     """`Retry-After` in seconds, whether it is written as seconds or as a date; None without one."""
     value = headers.get("retry-after")
@@ -158,6 +175,8 @@ def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = No
         at = parsedate_to_datetime(value)
     except ValueError:
         return None
+    # Without a zone, or with -0000, it comes back naive; HTTP's dates are all UTC.
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
     return max((at - (now or datetime.now(UTC))).total_seconds(), 0.0)
 
 

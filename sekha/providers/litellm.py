@@ -15,13 +15,14 @@ from copy import deepcopy
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, ProviderError, ProviderRejected, StreamBroken
 from sekha.pricing import Usage
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
-from sekha.providers.failures import failure_of
+from sekha.providers.failures import failure_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
 
 __all__ = ["LiteLLMProvider", "base_url_of", "litellm_module"]
@@ -99,6 +100,7 @@ class LiteLLMProvider:
         self._spec = spec
         self._secret = spec.api_key.get_secret_value() if spec.api_key else None
         self._base_url = base_url_of(spec.kind, spec.base_url)
+        _using_litellm.add(self)
 
     async def complete(self, call: ChatCall) -> Completion:
         texts = _texts(call.messages)
@@ -112,7 +114,7 @@ class LiteLLMProvider:
             async with asyncio.timeout(call.timeout_seconds):
                 reply = await litellm.acompletion(**arguments)
         except Exception as error:
-            raise self._failure(error, call.model, texts) from error
+            raise self._failure(error, call.model, texts) from wordless(error)
         if not getattr(reply, "choices", None):
             raise self._bad(call.model, "it has no choices")
         raw = str(reported[-1].get("original_response", "")) if reported else None
@@ -148,7 +150,7 @@ class LiteLLMProvider:
                 yield chunk
                 started = True
         except Exception as error:
-            raise self._failure(error, call.model, texts, streaming=started) from error
+            raise self._failure(error, call.model, texts, streaming=started) from wordless(error)
         finally:
             if pieces is not None:
                 await pieces.aclose()
@@ -163,11 +165,14 @@ class LiteLLMProvider:
             async with asyncio.timeout(timeout_seconds):
                 reply = await litellm.aembedding(**arguments)
         except Exception as error:
-            raise self._failure(error, model, texts) from error
+            raise self._failure(error, model, texts) from wordless(error)
         return Embeddings(vectors=self._vectors(reply, model, len(texts)), usage=_usage(getattr(reply, "usage", None)))
 
     async def aclose(self) -> None:
-        pass
+        """Close the connections, when no other provider of this process has any use for them."""
+        _using_litellm.discard(self)
+        if not _using_litellm and litellm_module.cache_info().currsize:
+            await _close_connections()
 
     def _vectors(self, reply: Any, model: Model, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         items = list(getattr(reply, "data", None) or ())
@@ -272,6 +277,17 @@ def base_url_of(kind: ProviderKind, declared: str | None) -> str | None:
             return url if url.endswith("/v1") else f"{url.removesuffix('/api')}/api/v1"
         case _:
             return url
+
+
+_using_litellm: WeakSet[LiteLLMProvider] = WeakSet()
+
+
+async def _close_connections() -> None:
+    from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
+
+    await close_litellm_async_clients()
+    # It closes what it had pooled and would hand it out again.
+    litellm_module().in_memory_llm_clients_cache.flush_cache()
 
 
 @cache

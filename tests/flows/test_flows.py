@@ -22,6 +22,7 @@ from sekha.errors import (
     DocumentRefused,
     IngestIncomplete,
     ProviderAuthFailed,
+    ProviderRejected,
 )
 from sekha.ingest import IngestRequest
 from sekha.ingest import ingest as ingest_in_order
@@ -29,6 +30,7 @@ from sekha.search import SearchRequest
 from sekha.search import search as search_in_order
 from sekha.testing import StandIn
 from sekha.trace import Trace, Tracer
+from tasks.parting import tell_prefect_the_rest
 from tests.fixtures.prefect import Server
 
 pytestmark = pytest.mark.prefect
@@ -173,6 +175,20 @@ async def test_a_chat_that_fails_has_the_same_trace_and_settles(
     assert run["state_type"] == "FAILED"
     assert str(raised.value) in run["state"]["message"]
     assert KEY not in str(run)
+
+
+async def test_no_log_of_a_run_holds_what_a_provider_quotes(prefect: Server, config: Writes, standin: StandIn) -> None:
+    standin.fail(400, times=None, message=f"The key {KEY} may not ask: What of {SECRET}?")
+
+    with pytest.raises(ProviderRejected):
+        await chat(HELLO, config=config(ONE_PROVIDER.format(url=standin.openai_url)))
+    await tell_prefect_the_rest()
+
+    run = (await prefect.runs("chat"))[0]
+    logs = (await prefect.ask("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})).text
+    assert "Wordless: litellm.exceptions.BadRequestError" in logs
+    assert KEY not in logs
+    assert SECRET not in logs
 
 
 async def test_a_run_shows_who_was_asked_when_a_provider_failed(

@@ -1,4 +1,5 @@
 import inspect
+import traceback
 from datetime import UTC, datetime
 
 import httpx
@@ -14,7 +15,7 @@ from sekha.errors import (
     RateLimited,
     StreamBroken,
 )
-from sekha.providers.failures import BY_CLASS, failure_of, retry_after_seconds
+from sekha.providers.failures import BY_CLASS, failure_of, retry_after_seconds, wordless
 from sekha.providers.litellm import litellm_module
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
@@ -162,6 +163,8 @@ def test_a_request_too_long_is_told_from_its_words() -> None:
         ("-3", 0.0),
         ("Wed, 21 Oct 2015 07:28:30 GMT", 30.0),
         ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
+        ("Wed, 21 Oct 2015 07:28:30 -0000", 30.0),
+        ("Wed, 21 Oct 2015 07:28:30", 30.0),
         ("soon", None),
         ("nan", None),
         (None, None),
@@ -171,3 +174,20 @@ def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | No
     now = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
 
     assert retry_after_seconds({} if value is None else {"retry-after": value}, now=now) == seconds
+
+
+def test_what_an_error_was_raised_from_is_named_with_its_place_and_without_its_words() -> None:
+    words = "the merger with Initech"
+
+    try:
+        try:
+            raise ValueError(words)
+        except ValueError as below:
+            raise openai.OpenAIError(words) from below
+    except openai.OpenAIError as error:
+        logged = "".join(traceback.format_exception(wordless(error)))
+
+    assert "openai.OpenAIError" in logged
+    assert "builtins.ValueError" in logged
+    assert logged.count(__file__) == 2, "the place of each"
+    assert words not in logged
