@@ -27,7 +27,7 @@ class Budget(Block):
 
     _block_type_name = "LLM Budget"
     _block_type_slug = "sekha-budget"
-    _documentation_url = "https://github.com/sekha-ai/sekha/blob/main/docs/configuration.md#budgets"  # type: ignore[assignment]
+    _documentation_url = "https://docs.prefect.io/v3/concepts/blocks"  # type: ignore[assignment]
     _description = "US dollars that Sekha may spend in an hour, a day, a month or in total, on calls that match."
 
     budget_name: str = Field(description="Its name; unique in a configuration.")

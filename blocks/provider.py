@@ -29,7 +29,7 @@ class LLMProvider(Block):
 
     _block_type_name = "LLM Provider"
     _block_type_slug = "sekha-llm-provider"
-    _documentation_url = "https://github.com/sekha-ai/sekha/blob/main/docs/configuration.md#providers"  # type: ignore[assignment]
+    _documentation_url = "https://docs.prefect.io/v3/concepts/blocks"  # type: ignore[assignment]
     _description = "An LLM provider that Sekha routes to: address, key, priority, rate limits and models."
 
     provider_id: str = Field(description="Your name for the provider; unique in a configuration.")

@@ -25,7 +25,7 @@ class VectorStore(Block):
 
     _block_type_name = "Vector Store"
     _block_type_slug = "sekha-vector-store"
-    _documentation_url = "https://github.com/sekha-ai/sekha/blob/main/docs/configuration.md#store"  # type: ignore[assignment]
+    _documentation_url = "https://docs.prefect.io/v3/concepts/blocks"  # type: ignore[assignment]
     _description = "The vector store that Sekha keeps embeddings in: an embedded SQLite file, or Weaviate."
 
     kind: Literal["embedded", "weaviate"] = Field(default="embedded", description="Which store it is.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,52 @@ async def test_a_key_is_encrypted_at_rest_and_masked_everywhere(prefect: Server,
     assert KEY not in str(block)
 
 
+async def test_a_ledgers_password_is_masked_and_comes_back(prefect: Server, tmp_path: Path, name: str) -> None:
+    url = "postgresql://sekha:hunter2@127.0.0.1/ledger"
+    (tmp_path / "sekha.yaml").write_text("ledger: {url: '${LEDGER_URL}'}\n", encoding="utf-8")
+
+    await asyncio.to_thread(push, load(tmp_path / "sekha.yaml", environ={"LEDGER_URL": url}), name)
+    back = await asyncio.to_thread(load_config, name)
+
+    shown = await prefect.ask("GET", f"/block_types/slug/sekha-config/block_documents/name/{name}")
+    assert "hunter2" not in shown.text
+    assert back.config.ledger.url == url
+
+
+async def test_a_provider_and_a_budget_of_one_name_are_two_blocks(prefect: Server, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(
+        "providers: [{id: store, provider_type: builtin}, {id: team, provider_type: builtin}]\n"
+        "budgets: [{name: team, limit: 1}]\n",
+        encoding="utf-8",
+    )
+
+    loaded = load(file, environ={})
+    pushed = await asyncio.to_thread(push, loaded, name)
+    back = await asyncio.to_thread(load_config, name)
+
+    assert len(pushed) == 5
+    assert back.config.providers == loaded.config.providers
+    assert back.config.budgets == loaded.config.budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "said"),
+    [
+        ("", "My Team", "lower case"),
+        ("providers: [{id: a.b, provider_type: builtin}, {id: a_b, provider_type: builtin}]", "team", "Rename one"),
+        ("budgets: [{name: '€', limit: 1}]", "team", "no letter or digit"),
+    ],
+)
+def test_names_that_blocks_cannot_have_are_refused_before_any_is_stored(
+    tmp_path: Path, text: str, named: str, said: str
+) -> None:
+    (tmp_path / "sekha.yaml").write_text(text, encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=said):
+        push(load(tmp_path / "sekha.yaml", environ={}), named)
+
+
 async def test_a_flow_uses_the_blocks_it_is_given(prefect: Server, tmp_path: Path, name: str, standin: StandIn) -> None:
     await asyncio.to_thread(push, declared(tmp_path, standin.openai_url), name)
 
@@ -155,6 +202,21 @@ async def test_an_edit_that_the_block_itself_refuses_is_no_missing_block(
     with pytest.raises(ConfigError, match="priority") as raised:
         await asyncio.to_thread(load_config, name)
     assert not isinstance(raised.value, ConfigMissing)
+    pushed = await asyncio.to_thread(push, declared(tmp_path, "http://127.0.0.1:9/v1"), name)
+    assert {each.name: each.outcome for each in pushed}[f"{name}-away"] == "updated"
+
+
+async def test_no_traceback_of_a_refused_block_holds_its_key(prefect: Server, tmp_path: Path, name: str) -> None:
+    await asyncio.to_thread(push, declared(tmp_path, "http://127.0.0.1:9/v1"), name)
+    path = f"/block_types/slug/{LLMProvider.get_block_type_slug()}/block_documents/name/{name}-away"
+    there = (await prefect.ask("GET", path)).json()
+    data = {"provider_id": "away", "api_key": KEY}
+    await prefect.ask("PATCH", f"/block_documents/{there['id']}", {"data": data, "merge_existing_data": False})
+
+    with pytest.raises(ConfigError, match="provider_type") as raised:
+        await asyncio.to_thread(load_config, name)
+
+    assert KEY not in "".join(traceback.format_exception(raised.value))
 
 
 async def test_a_block_that_is_not_there_is_named(prefect: Server) -> None:
