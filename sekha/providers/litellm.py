@@ -288,6 +288,10 @@ async def _close_connections() -> None:
     await close_litellm_async_clients()
     # It closes what it had pooled and would hand it out again.
     litellm_module().in_memory_llm_clients_cache.flush_cache()
+    # Streams of some providers go through one client for the whole process, which it forgets. Closing only
+    # its transport lets the next call open it again.
+    if (shared := vars(litellm_module()).get("module_level_aclient")) is not None:
+        await shared.client._transport.aclose()
 
 
 @cache

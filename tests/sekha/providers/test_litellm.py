@@ -1,13 +1,14 @@
 import logging
 import subprocess
 import sys
+from contextlib import aclosing
 
 import pytest
 from pydantic import SecretStr
 
 from sekha.errors import BadReply, ProviderRejected
-from sekha.providers.base import ChatCall
-from sekha.providers.litellm import base_url_of
+from sekha.providers.base import ChatCall, Completion
+from sekha.providers.litellm import base_url_of, litellm_module
 from sekha.providers.opening import open_provider
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.testing import StandIn
@@ -52,11 +53,16 @@ def call(name: str, content: object = "Hello", **options: object) -> ChatCall:
     )
 
 
+async def ask(spec: ProviderSpec, request: ChatCall) -> Completion:
+    async with aclosing(open_provider(spec)) as provider:
+        return await provider.complete(request)
+
+
 async def test_any_model_of_litellm_goes_by_its_own_name() -> None:
     async with StandIn() as standin:
         spec = ProviderSpec(id="one", kind="litellm", base_url=standin.openai_url, api_key=SecretStr("secret"))
 
-        reply = await open_provider(spec).complete(call("openai/gpt-4o-mini"))
+        reply = await ask(spec, call("openai/gpt-4o-mini"))
 
     assert reply.text == "You said: Hello"
     assert standin.requests[0].json["model"] == "gpt-4o-mini"
@@ -66,7 +72,7 @@ async def test_a_key_from_the_environment_is_never_sent(monkeypatch: pytest.Monk
     monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
 
     async with StandIn() as standin:
-        await open_provider(ProviderSpec(id="one", kind="openai", base_url=standin.openai_url)).complete(call("chat"))
+        await ask(ProviderSpec(id="one", kind="openai", base_url=standin.openai_url), call("chat"))
 
     assert "sk-from-the-environment" not in str(standin.requests[0].headers)
 
@@ -78,8 +84,8 @@ async def test_a_caller_cannot_give_litellm_orders(field: str) -> None:
         openai = ProviderSpec(id="o", kind="openai", base_url=standin.openai_url, api_key=SecretStr("k"))
 
         with pytest.raises(ProviderRejected, match=field):
-            await open_provider(anthropic).complete(call("claude-sonnet-4-5", **{field: "x"}))
-        await open_provider(openai).complete(call("gpt-4o-mini", **{field: "x"}))
+            await ask(anthropic, call("claude-sonnet-4-5", **{field: "x"}))
+        await ask(openai, call("gpt-4o-mini", **{field: "x"}))
 
     (received,) = standin.requests
     assert received.json[field] == "x"
@@ -91,7 +97,7 @@ async def test_an_address_in_a_message_is_never_fetched(kind: ProviderKind, url:
         spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
 
         with pytest.raises(ProviderRejected, match="base64"):
-            await open_provider(spec).complete(call("m", [{"type": "image_url", "image_url": {"url": url}}]))
+            await ask(spec, call("m", [{"type": "image_url", "image_url": {"url": url}}]))
 
     assert standin.requests == []
 
@@ -103,7 +109,7 @@ async def test_a_failure_is_not_logged_with_its_prompt(caplog: pytest.LogCapture
         standin.garbage()
         spec = ProviderSpec(id="one", kind="ollama", base_url=standin.url)
         with pytest.raises(BadReply):
-            await open_provider(spec).complete(call("llama3", "a most secret prompt"))
+            await ask(spec, call("llama3", "a most secret prompt"))
 
     printed = capfd.readouterr()
     assert "secret prompt" not in caplog.text + printed.out + printed.err
@@ -111,14 +117,28 @@ async def test_a_failure_is_not_logged_with_its_prompt(caplog: pytest.LogCapture
 
 async def test_ollama_is_asked_nothing_besides() -> None:
     async with StandIn() as standin:
-        provider = open_provider(ProviderSpec(id="one", kind="ollama", base_url=standin.url))
+        unheard = Model(id="unheard-embedder", provider_id="one", tasks=("embedding",))
 
-        await provider.complete(call("never-heard-of:7b"))
-        await provider.embed(
-            Model(id="unheard-embedder", provider_id="one", tasks=("embedding",)), ["text"], timeout_seconds=20
-        )
+        async with aclosing(open_provider(ProviderSpec(id="one", kind="ollama", base_url=standin.url))) as provider:
+            await provider.complete(call("never-heard-of:7b"))
+            await provider.embed(unheard, ["text"], timeout_seconds=20)
 
     assert [request.path for request in standin.requests] == ["/api/chat", "/api/embed"]
+
+
+async def test_the_last_provider_to_close_leaves_no_connection_open() -> None:
+    async with StandIn() as standin:
+        specs = [ProviderSpec(id=name, kind="openai", base_url=standin.openai_url) for name in ("one", "two")]
+        one, two = (open_provider(spec) for spec in specs)
+        await one.complete(call("gpt-4o-mini"))
+        await two.complete(call("gpt-4o-mini"))
+
+        await one.aclose()
+        assert (await two.complete(call("gpt-4o-mini"))).text
+        await two.aclose()
+
+        assert not litellm_module().in_memory_llm_clients_cache.cache_dict
+        assert (await ask(specs[0], call("gpt-4o-mini"))).text
 
 
 def test_litellm_is_imported_by_the_first_call_only() -> None:
