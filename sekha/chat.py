@@ -19,6 +19,10 @@ __all__ = ["REPLY_LIMITS", "ChatRequest", "ChatSteps", "Reply", "answer"]
 
 REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
 """OpenAI's two names for the longest reply, the old and the new."""
+ORDINARY_TIERS = (None, "auto", "default", "flex", "standard_only")
+"""Service tiers that cost no more than the price map says."""
+ORDINARY_TTLS = (None, "5m")
+"""How long input may stay cached at the price map's price of writing it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +72,39 @@ class ChatRequest:
     @property
     def writes_cache(self) -> bool:
         """Whether the caller asks the provider to cache input, which some take more for."""
-        parts = (
+        return bool(self._cached())
+
+    @property
+    def image_count(self) -> int:
+        return sum(part.get("type") == "image_url" for part in self._parts())
+
+    @property
+    def priced_apart(self) -> str | None:
+        """What in the request a provider bills otherwise than by the prices of its tokens; None if nothing is."""
+        if self.options.get("service_tier") not in ORDINARY_TIERS:
+            return "service_tier"
+        if self.options.get("web_search_options") is not None:
+            return "web_search_options"
+        if "audio" in (self.options.get("modalities") or ()):
+            return "modalities"
+        if any(part.get("type") == "input_audio" for part in self._parts()):
+            return "input_audio"
+        if any(isinstance(mark, Mapping) and mark.get("ttl") not in ORDINARY_TTLS for mark in self._cached()):
+            return "cache_control.ttl"
+        return None
+
+    def _parts(self) -> list[Mapping[str, Any]]:
+        return [
             part
             for message in self.messages
             if isinstance(message.get("content"), list | tuple)
             for part in message["content"]
-        )
-        marked = (*self.messages, *(self.options.get("tools") or ()), *parts)
-        return any(isinstance(each, Mapping) and "cache_control" in each for each in marked)
+            if isinstance(part, Mapping)
+        ]
 
-    @property
-    def image_count(self) -> int:
-        return sum(
-            isinstance(part, Mapping) and part.get("type") == "image_url"
-            for message in self.messages
-            if isinstance(message.get("content"), list | tuple)
-            for part in message["content"]
-        )
+    def _cached(self) -> list[object]:
+        marked = (*self.messages, *(self.options.get("tools") or ()), *self._parts())
+        return [each["cache_control"] for each in marked if isinstance(each, Mapping) and "cache_control" in each]
 
     def ask(self, *, images_need_vision: bool = True) -> Ask:
         """What routing has to know of the request."""
@@ -95,6 +115,7 @@ class ChatRequest:
             preferred_model=self.preferred_model,
             vision=self.require_vision or (images_need_vision and self.image_count > 0),
             max_cost=self.max_cost,
+            priced_apart=self.priced_apart,
             tags=self.tags,
         )
 

@@ -1,7 +1,7 @@
 """Public prices and limits of models, read from the map that LiteLLM ships, without importing LiteLLM.
 
 What the map says is believed only where it can be: an entry of zero, one with half of its prices,
-or one that also charges by the request is an unknown price, never a free model.
+or one that also charges by the request, or more for reasoning, is an unknown price, never a free model.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def _price(entry: Mapping[str, Any]) -> Price | None:
     output_price = _per_million(entry.get("output_cost_per_token"))
     if entry["mode"] == "embedding":
         output_price = output_price or Decimal(0)
-    elif not output_price:
-        return None
+    elif not output_price or (entry.get("output_cost_per_reasoning_token") or 0) > entry["output_cost_per_token"]:
+        return None  # replies do not say beforehand how much of them will be reasoning
     if not input_price or output_price is None:
         return None
     per_image = entry.get("input_cost_per_image")

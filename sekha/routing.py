@@ -30,6 +30,8 @@ class Ask:
     """Goes first, but unlike `model` other models of the task stand behind it."""
     vision: bool = False
     max_cost: Decimal | None = None
+    priced_apart: str | None = None
+    """A field of the request that providers bill otherwise than by the prices of their tokens."""
     bulk: bool = False
     """Many requests' worth of work: `max_cost_per_request` does not cap it, `max_cost` does."""
     key: str | None = None
@@ -213,7 +215,7 @@ def _objections(ask: Ask, model: Model, estimates: Estimates, limits: _Limits) -
         yield Dropped(model, "circuit", "its circuit is open after repeated failures")
     estimate = estimates.by_model.get(model.name)
     if estimate is None:
-        yield Dropped(model, "price", "its price is unknown: set `price:` for it, or `unknown_price: free`")
+        yield Dropped(model, "price", _unpriced(ask, model))
         return
     if model.context_window and estimate.context_tokens > model.context_window:
         needs, takes = f"{estimate.context_tokens:,}", f"{model.context_window:,}"
@@ -229,6 +231,12 @@ def _objections(ask: Ask, model: Model, estimates: Estimates, limits: _Limits) -
             yield Dropped(
                 model, "budget", f"budget {budget.name!r} has {dollars(left)} left of {dollars(budget.limit)}"
             )
+
+
+def _unpriced(ask: Ask, model: Model) -> str:
+    if model.price is not None and ask.priced_apart is not None:
+        return f"its price with `{ask.priced_apart}` is unknown: leave that out, or set `price:` for the model"
+    return "its price is unknown: set `price:` for it, or `unknown_price: free`"
 
 
 def cap(ask: Ask, rules: Rules) -> tuple[Decimal | None, str]:

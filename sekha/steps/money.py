@@ -88,6 +88,8 @@ class Money:
     ) -> Estimate | None:
         if model.price is None:
             return None
+        if ask.priced_apart is not None and model.price.source == "price map" and not model.price.is_free:
+            return None  # the map's price is another one, which would record too little
         counted = await count_chat(request, model.id)
         usual = None
         if model.price.output:

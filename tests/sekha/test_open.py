@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sekha
 from sekha.chat import ChatRequest
-from sekha.errors import ConfigError
+from sekha.errors import ConfigError, NoCandidate
 from tests.fixtures.pipeline import Opens
 
 
@@ -63,6 +65,40 @@ async def test_a_plan_can_be_seen_without_asking_anyone(pipeline: Opens) -> None
         assert [candidate.model.name for candidate in plan.candidates] == ["first/chat", "second/chat"]
         assert opened.actors["first"].chats == []
         assert await opened.held() == 0
+
+
+PRICE = "{input_per_million: 1, output_per_million: 2}"
+ORDINARY = ({"role": "user", "content": "Hello"},)
+CACHED = ({"role": "user", "content": "Hello", "cache_control": {"type": "ephemeral", "ttl": "1h"}},)
+HEARD = ({"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "field"),
+    [
+        (ORDINARY, {"service_tier": "priority"}, "service_tier"),
+        (ORDINARY, {"web_search_options": {}}, "web_search_options"),
+        (ORDINARY, {"modalities": ["text", "audio"]}, "modalities"),
+        (HEARD, {}, "input_audio"),
+        (CACHED, {}, "cache_control.ttl"),
+    ],
+)
+async def test_what_the_price_map_does_not_price_is_refused_until_the_file_does(
+    tmp_path: Path, messages: Any, options: dict[str, Any], field: str
+) -> None:
+    file = tmp_path / "sekha.yaml"
+    model = "model_id: gpt-4o-mini, task: chat_small"
+    asked = ChatRequest(messages=messages, options=options)
+
+    file.write_text(f"providers: [{{id: a, provider_type: openai, models: [{{{model}}}]}}]")
+    async with sekha.open(file) as s:
+        assert (await s.route(ChatRequest(messages=ORDINARY, options={"service_tier": "flex"}))).candidates
+        with pytest.raises(NoCandidate, match=f"its price with `{re.escape(field)}` is unknown"):
+            await s.route(asked)
+
+    file.write_text(f"providers: [{{id: a, provider_type: openai, models: [{{{model}, price: {PRICE}}}]}}]")
+    async with sekha.open(file) as s:
+        assert (await s.route(asked)).candidates
 
 
 async def test_everything_is_closed_even_when_a_provider_fails_to(pipeline: Opens) -> None:

@@ -70,6 +70,7 @@ def test_a_model_is_found_under_its_providers_name(kind: ProviderKind, model_id:
         ("anthropic", "gpt-4o"),
         ("litellm", "gemini/gemma-3-27b-it"),  # both prices are written as 0
         ("litellm", "perplexity/sonar-small-online"),  # charges by the request as well
+        ("litellm", "dashscope/qwen-turbo"),  # charges more for reasoning
         ("openai", "omni-moderation-latest"),
         ("openrouter", "meta-llama/llama-3.1-8b-instruct"),
         ("ollama", "gpt-oss:20b-cloud"),
