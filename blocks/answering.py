@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import httpx
 from prefect.settings import get_current_settings
 
+from sekha.address import without_secrets
 from sekha.errors import PrefectUnavailable
 
 __all__ = ["prefect_answers"]
@@ -19,12 +20,13 @@ def prefect_answers() -> Iterator[None]:
     settings = get_current_settings()
     if not settings.api.url and not settings.server.ephemeral.enabled:
         raise PrefectUnavailable("No Prefect server is named: start one with `sekha up`, or set PREFECT_API_URL.")
+    at = without_secrets(str(settings.api.url))
     try:
         yield
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
-        raise PrefectUnavailable(f"The Prefect server at {settings.api.url} refuses with HTTP {status}.") from error
+        raise PrefectUnavailable(f"The Prefect server at {at} refuses with HTTP {status}.") from error
     except (httpx.HTTPError, OSError) as error:
         raise PrefectUnavailable(
-            f"No Prefect server answers at {settings.api.url}: start one with `sekha up`, or correct PREFECT_API_URL."
+            f"No Prefect server answers at {at}: start one with `sekha up`, or correct PREFECT_API_URL."
         ) from error

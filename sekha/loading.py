@@ -285,7 +285,8 @@ class _References:
             return value
         if place and place[-1] == "api_key" and not _is_reference(value):
             if value:
-                name = value if re.fullmatch(r"[A-Z][A-Z0-9_]+", value) else "NAME"
+                # A key may be all capitals as well, and a name is only repeated if it can be nothing else.
+                name = value if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*_(KEY|TOKEN|SECRET)", value) else "NAME"
                 self._note(
                     place,
                     f"must name an environment variable as `${{{name}}}`, or a Prefect Secret block as "
@@ -356,6 +357,15 @@ def _message(kind: str, place: Place, found: Any, shown: str) -> str:
             return f"must be one of {', '.join(valid)}{shown}.{did_you_mean(found['input'], valid)}"
         case "string_pattern_mismatch" if found["ctx"]["pattern"] == "^https?://":
             return f"must start with http:// or https://{shown}."
+        case "string_pattern_mismatch" if place == ("ledger", "url"):
+            return f"must start with sqlite:/// or postgresql://{shown}."
+        case "float_parsing" | "float_type" | "decimal_parsing" | "decimal_type":
+            return f"must be a number{shown}."
+        case "int_parsing" | "int_type":
+            return f"must be a whole number{shown}."
+        case "string_type":
+            quotes = ": write it in quotes" if isinstance(found["input"], int | float) else ""
+            return f"must be text{shown}{quotes}."
         case "string_pattern_mismatch":
             return f"must match {found['ctx']['pattern']}{shown}."
         case "value_error":

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 from urllib.parse import SplitResult, urlsplit
 
+from sekha.address import without_secrets
 from sekha.errors import PrefectUnavailable, RecordError
 from sekha.loading import find
 
@@ -118,13 +119,16 @@ class LocalPrefect:
         await self._until(polls, worker, "worker")
 
     async def _start(self, starting: contextlib.AsyncExitStack) -> None:
-        self.home.mkdir(parents=True, exist_ok=True)
+        # For its owner alone: prompts and answers lie in there, as parameters and results.
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = starting.enter_context((self.home / "owner.json").open("a+", encoding="utf-8"))
         await self._own(owner)
         if self.port is None:
             self.port = _free_port()
         elif _in_use(self.port):
-            raise PrefectUnavailable(f"Port {self.port} of {HOST} is in use: choose another, or none for a free one.")
+            raise PrefectUnavailable(
+                f"Port {self.port} of {HOST} is in use: name another with `--port`, or 0 for any free one."
+            )
         owner.truncate(0)
         json.dump({"pid": os.getpid(), "url": self.ui_url}, owner)
         owner.flush()
@@ -214,7 +218,8 @@ async def require_server(api_url: str | None) -> None:
         raise PrefectUnavailable("No Prefect server is named: start one with `sekha up`, or set PREFECT_API_URL.")
     if await _get(api_url, "/health") is None:
         raise PrefectUnavailable(
-            f"No Prefect server answers at {api_url}: start one with `sekha up`, or correct PREFECT_API_URL."
+            f"No Prefect server answers at {without_secrets(api_url)}: start one with `sekha up`, or correct "
+            "PREFECT_API_URL."
         )
 
 

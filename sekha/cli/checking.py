@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import click
 
+from sekha.address import without_secrets
 from sekha.cli.invocation import Invocation, config_option, json_option
 from sekha.cli.opening import configuration
 from sekha.cli.terminal import columns, note, say, show_table, write_json
@@ -144,7 +144,7 @@ def _provider_table(loaded: Loaded, registry: Registry) -> Table:
 
 def _address(url: str | None, kind: str) -> str:
     if url:
-        return _without_secrets(url)
+        return without_secrets(url)
     return "in this process" if kind == "builtin" else "the provider's own"
 
 
@@ -204,7 +204,7 @@ def _facts(loaded: Loaded, registry: Registry) -> list[tuple[str, str]]:
 def _store(loaded: Loaded) -> str:
     store = loaded.config.store
     return (
-        str(loaded.path(store.path)) if store.kind == "embedded" else f"weaviate at {_without_secrets(store.url or '')}"
+        str(loaded.path(store.path)) if store.kind == "embedded" else f"weaviate at {without_secrets(store.url or '')}"
     )
 
 
@@ -212,7 +212,7 @@ def _ledger(loaded: Loaded) -> str:
     url = loaded.config.ledger.url
     if url.startswith("sqlite:///"):
         return str(loaded.path(url.removeprefix("sqlite:///")))
-    return _without_secrets(url)
+    return without_secrets(url)
 
 
 def _without_effect(config: Config) -> list[str]:
@@ -244,7 +244,7 @@ def _picture(loaded: Loaded, registry: Registry) -> dict[str, Any]:
             {
                 "id": spec.id,
                 "kind": spec.kind,
-                "base_url": _without_secrets(spec.base_url) if spec.base_url else None,
+                "base_url": without_secrets(spec.base_url) if spec.base_url else None,
                 "priority": spec.priority,
                 "timeout_seconds": spec.timeout_seconds,
                 "key_set": spec.api_key is not None,
@@ -305,14 +305,3 @@ def _written_keys(loaded: Loaded) -> Mapping[str, str]:
         for section in sections or ()
         if "id" in section and (found := _NAMED.match(str(section.get("api_key"))))
     }
-
-
-def _without_secrets(url: str) -> str:
-    """The address without a password, and without a query that may carry a key."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(cannot be shown)"
-    user, at, host = parts.netloc.rpartition("@")
-    shown = f"{user.partition(':')[0]}:***@{host}" if at else host
-    return urlunsplit((parts.scheme, shown, parts.path, "***" if parts.query else "", ""))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sekha.address import without_secrets
 from sekha.cli.invocation import BLOCK, Invocation, config_option, json_option
 from sekha.cli.opening import configuration, file_configuration, name_of
 from sekha.cli.terminal import columns, note, say, show_table, waiting, write_json
@@ -67,7 +68,7 @@ def deploy(invocation: Invocation) -> None:  # noqa: ARG001 - every command is g
     with answering() as api_url, waiting("registering the deployments"):
         settings = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
         asyncio.run(register({**settings, "PREFECT_API_URL": api_url}))
-    say(f"The flows chat, ingest and search are deployed to the work pool {POOL!r} at {api_url}.")
+    say(f"The flows chat, ingest and search are deployed to the work pool {POOL!r} at {without_secrets(api_url)}.")
     note(f"Run them with a worker: prefect worker start --pool {POOL}")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
+from sekha.address import without_secrets
 from sekha.cli.terminal import note
 from sekha.errors import PrefectUnavailable
 
@@ -59,10 +60,11 @@ def answering() -> Iterator[str]:
     try:
         yield str(api_url)
     except PrefectHTTPStatusError as error:
-        status = error.response.status_code
-        raise PrefectUnavailable(f"The Prefect server at {api_url} refused the call: HTTP {status}.") from error
+        status, at = error.response.status_code, without_secrets(str(api_url))
+        raise PrefectUnavailable(f"The Prefect server at {at} refused the call: HTTP {status}.") from error
     except httpx.TransportError as error:
-        raise PrefectUnavailable(f"The Prefect server at {api_url} stopped answering.") from error
+        at = without_secrets(str(api_url))
+        raise PrefectUnavailable(f"The Prefect server at {at} stopped answering.") from error
 
 
 async def recorded_run(flow: Callable[..., Awaitable[Any]], request: object, config: str | None) -> Recorded[T]:
@@ -81,5 +83,5 @@ def in_flow(name: str, request: object, config: str | None) -> Any:
     with answering() as api_url:
         flow = getattr(import_module(f"flows.{name}"), name)
         recorded: Recorded[Any] = asyncio.run(recorded_run(flow, request, config))
-    note(f"flow run {recorded.name!r}: {api_url.removesuffix('/api')}/runs/flow-run/{recorded.id}")
+    note(f"flow run {recorded.name!r}: {without_secrets(api_url).removesuffix('/api')}/runs/flow-run/{recorded.id}")
     return recorded.value

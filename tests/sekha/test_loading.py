@@ -13,6 +13,7 @@ from sekha.loading import Loaded, find, load, parse
 from sekha.registry import TASKS
 
 CANARY = "sk-canary-0123456789"
+CAPITALS = "AKIAIOSFODNN7EXAMPLE"
 VERSION_2_0 = """\
 version: "2.0"
 providers:
@@ -349,7 +350,7 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
         ),
         (
             "server_port: http\n",
-            "line 1: server_port: must be a valid integer, unable to parse string as an integer, not 'http'",
+            "line 1: server_port: must be a whole number, not 'http'",
         ),
         ("server_port: 70000\n", "line 1: server_port: must be less than or equal to 65535, not 70000."),
         (
@@ -401,6 +402,11 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
         ("collections: {a b: {model: m}}\n", "a collection's name is a letter, then letters, digits and underscores."),
         ("store: {kind: weaviate}\n", "line 1: store: a Weaviate store needs `url:`"),
         ("migrations: {window: all day}\n", "migrations.window: must match"),
+        (provider(timeout_secs="soon"), "providers[0].timeout_secs: must be a number, not 'soon'."),
+        ("routing: {max_cost_per_request: true}\n", "routing.max_cost_per_request: must be a number, not True."),
+        ("log_level: 3\n", "log_level: must be one of"),
+        ("providers:\n- {id: 3}\n", "line 2: providers[0].id: must be text, not 3: write it in quotes."),
+        ("ledger: {url: 'mysql://h/db'}\n", "ledger.url: must start with sqlite:/// or postgresql://, not"),
     ],
 )
 def test_what_is_wrong_is_said_with_line_key_value_and_the_nearest_valid_one(
@@ -466,6 +472,7 @@ budgets:
         "store: ['${KEY}']\n",
         "keys:\n- {name: a, hash: ['${KEY}']}\n",
         f"providers:\n- {{id: a, provider_type: ollama, api_key: {CANARY}}}\n",
+        f"providers:\n- {{id: a, provider_type: ollama, api_key: {CAPITALS}}}\n",
         f"providers:\n- [{{api_key: {CANARY}}}]\n",
         f"store: {{kind: weaviate, url: 'http://x', api_key: {CANARY}}}\n",
     ],
@@ -477,6 +484,7 @@ def test_no_secret_is_in_any_error(text: str, write: Write) -> None:
     error: BaseException | None = caught.value
     while error is not None:
         assert CANARY not in f"{error!s} {error!r}"
+        assert CAPITALS not in f"{error!s} {error!r}"
         error = error.__cause__ or error.__context__
 
 

@@ -37,8 +37,17 @@ async def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = other.getsockname()[1]
 
         with pytest.raises(PrefectUnavailable, match=rf"Port {port} .* is in use"):
-            async with LocalPrefect(tmp_path, port=port):
+            async with LocalPrefect(tmp_path / "home", port=port):
                 pass
+
+    assert (tmp_path / "home").stat().st_mode & 0o077 == 0, "it will hold prompts, for its owner alone"
+
+
+async def test_a_password_in_the_servers_address_is_not_repeated() -> None:
+    with pytest.raises(PrefectUnavailable, match=r"http://me:\*\*\*@127\.0\.0\.1:9/api") as raised:
+        await require_server("http://me:hunter2@127.0.0.1:9/api")
+
+    assert "hunter2" not in str(raised.value)
 
 
 async def test_a_database_that_cannot_be_prepared_shows_what_prefect_said(tmp_path: Path) -> None:
