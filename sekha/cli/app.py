@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ STORY: Mapping[str, tuple[click.Command, ...]] = {
     "Through Prefect": (run, up, deploy, blocks),
 }
 
+WHOLE = 1000
+"""Characters of a command's line in the list: it is wrapped, never cut."""
+
 
 class Story(click.Group):
     """A group whose help lists its commands under headings, in the order in which one uses them."""
@@ -35,10 +39,9 @@ class Story(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
         width = max(len(name) for name in self.commands)
-        limit = formatter.width - 6 - width
         for heading, commands in STORY.items():
             with formatter.section(heading):
-                formatter.write_dl([(str(each.name).ljust(width), each.get_short_help_str(limit)) for each in commands])
+                formatter.write_dl([(str(each.name).ljust(width), each.get_short_help_str(WHOLE)) for each in commands])
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code).ljust(width), meaning) for code, meaning in EXITS.items()])
 
@@ -79,6 +82,8 @@ for _commands in STORY.values():
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code. No error leaves as a traceback."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    # A log line that cannot reach Prefect's server, since Ctrl-C ended that first, is no news to anyone.
+    logging.raiseExceptions = False
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not an exception.
         if reconfigure := getattr(stream, "reconfigure", None):

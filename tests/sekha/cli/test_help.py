@@ -38,6 +38,12 @@ def test_the_help_lists_the_commands_in_the_order_of_their_use():
     assert at == sorted(at)
 
 
+async def test_a_narrow_terminal_shows_what_each_command_does_whole(sekha):
+    ended = await sekha("--help", environment={"COLUMNS": "50"})
+
+    assert "Validate the configuration and print what it comes to." in " ".join(ended.out.split())
+
+
 async def test_a_mistyped_command_is_answered_with_the_nearest(sekha):
     ended = await sekha("serach", "x")
 
