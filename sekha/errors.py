@@ -508,12 +508,14 @@ class IngestIncomplete(SekhaError):
     code = "ingest_incomplete"
     retryable = True
 
-    def __init__(self, report: IngestReport) -> None:
+    def __init__(self, report: IngestReport, *, retryable: bool = True) -> None:
         self.report = report
+        self.retryable = retryable
         first = report.failures[0]
         sources = list(dict.fromkeys(failure.source for failure in report.failures))
         more = f" and {len(sources) - 10} more" if len(sources) > 10 else ""
         super().__init__(
             f"{report.embedded} chunks are stored and {report.missing} are not, of {', '.join(sources[:10])}{more}. "
-            f"First failure, {first.source!r}: {first.error} Run the same ingest again: it does only what is missing."
+            f"First failure, {first.source!r}: {first.error} {'Run' if retryable else 'Mend that, then run'} the same "
+            "ingest again: it does only what is missing."
         )

@@ -231,7 +231,7 @@ async def ingest(
         failures=tuple(run.failures),
     )
     if report.failures:
-        raise IngestIncomplete(report) from run.cause
+        raise IngestIncomplete(report, retryable=run.cause is not None and run.cause.retryable) from run.cause
     return report
 
 

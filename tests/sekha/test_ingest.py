@@ -224,9 +224,10 @@ async def test_a_dimension_that_differs_stops_it_before_it_costs_more(pipeline: 
     async with pipeline() as opened:
         opened.actors["first"].acts = [wrong] * 99
 
-        with pytest.raises(IngestIncomplete, match="Write `dimension: 4` for this model"):
+        with pytest.raises(IngestIncomplete, match=r"Write `dimension: 4` for this model.* Mend that, then") as caught:
             await ingest(opened, sections("a.md", 40))
 
+        assert not caught.value.retryable
         assert len(opened.actors["first"].embedded) <= 2
         store = await opened.runtime.resources.store()
         assert await store.list_collections() == []
