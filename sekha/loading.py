@@ -344,6 +344,17 @@ def _shown(place: Place, written: Any) -> str:
             return f", not {_short(written)}"
 
 
+_EXPECTED = {
+    "decimal_parsing": "a number",
+    "decimal_type": "a number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+}
+"""What pydantic says at greater length, and of Python's types."""
+
+
 def _message(kind: str, place: Place, found: Any, shown: str) -> str:
     match kind:
         case "extra_forbidden":
@@ -359,10 +370,6 @@ def _message(kind: str, place: Place, found: Any, shown: str) -> str:
             return f"must start with http:// or https://{shown}."
         case "string_pattern_mismatch" if place == ("ledger", "url"):
             return f"must start with sqlite:/// or postgresql://{shown}."
-        case "float_parsing" | "float_type" | "decimal_parsing" | "decimal_type":
-            return f"must be a number{shown}."
-        case "int_parsing" | "int_type":
-            return f"must be a whole number{shown}."
         case "string_type":
             quotes = ": write it in quotes" if isinstance(found["input"], int | float) else ""
             return f"must be text{shown}{quotes}."
@@ -375,8 +382,8 @@ def _message(kind: str, place: Place, found: Any, shown: str) -> str:
         case "tuple_type" | "list_type":
             return f"must be a list{shown}: write each entry on a line of its own behind `- `."
         case _:
-            expected = found["msg"].removeprefix("Input ").removeprefix("should ").removeprefix("be ")
-            return f"must be {expected}{shown}."
+            said = found["msg"].removeprefix("Input ").removeprefix("should ").removeprefix("be ")
+            return f"must be {_EXPECTED.get(kind, said)}{shown}."
 
 
 def _short(value: object) -> str:
