@@ -17,7 +17,8 @@ from sekha.chat import ChatRequest
 from sekha.testing import StandIn
 from tests.fixtures.prefect import Server
 
-pytestmark = pytest.mark.prefect
+# A browser may have to be asked more than once.
+pytestmark = [pytest.mark.prefect, pytest.mark.timeout(330)]
 
 Writes: TypeAlias = Callable[..., str]
 Reads: TypeAlias = Callable[..., str]
