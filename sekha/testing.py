@@ -34,7 +34,19 @@ __all__ = ["Fault", "Received", "StandIn"]
 
 Protocol: TypeAlias = Literal["openai", "anthropic", "ollama", "openrouter"]
 FaultKind: TypeAlias = Literal[
-    "status", "content", "context", "hang", "slow", "drop", "garbage", "cut", "stall", "end", "dimension", "usage"
+    "status",
+    "content",
+    "context",
+    "hang",
+    "slow",
+    "trickle",
+    "drop",
+    "garbage",
+    "cut",
+    "stall",
+    "end",
+    "dimension",
+    "usage",
 ]
 
 _DIMENSIONS = {
@@ -197,6 +209,10 @@ class StandIn:
     def slow(self, seconds: float, *, times: int | None = 1) -> None:
         self._plan(Fault(kind="slow", seconds=seconds), times)
 
+    def trickle(self, seconds: float, *, times: int | None = 1) -> None:
+        """Stream whole, but wait before every event."""
+        self._plan(Fault(kind="trickle", seconds=seconds), times)
+
     def drop(self, *, times: int | None = 1) -> None:
         """Close the connection instead of answering."""
         self._plan(Fault(kind="drop"), times)
@@ -358,6 +374,8 @@ class StandIn:
         await response.prepare(request)
         breaks = fault is not None and fault.kind in ("cut", "stall", "end")
         for frame in frames[: fault.after] if fault is not None and breaks else frames:
+            if fault is not None and fault.kind == "trickle":
+                await asyncio.sleep(fault.seconds)
             await response.write(frame)
         match fault:
             case Fault(kind="cut"):

@@ -172,6 +172,17 @@ async def test_a_chat_is_answered_in_openais_shape_with_the_providers_usage(subj
     assert reply.body["usage"]["prompt_tokens"] == 6
 
 
+@every(*REMOTE)
+async def test_a_stream_that_takes_longer_than_the_timeout_but_never_pauses_as_long_is_whole(subject: Subject) -> None:
+    whole = await subject.provider.complete(subject.call())
+    subject.standin.trickle(0.3)
+
+    pieces = await pieces_of(subject.provider.stream(subject.call(timeout_seconds=1.0)))
+
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert len(pieces) * 0.3 > 1.0
+
+
 @every("builtin", *REMOTE)
 async def test_a_stream_adds_up_to_the_answer_and_ends_with_usage(subject: Subject) -> None:
     whole = await subject.provider.complete(subject.call())
