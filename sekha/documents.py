@@ -60,11 +60,14 @@ def content_hash(text: str) -> str:
 # --- reading -------------------------------------------------------------------------------
 
 
-def read_folder(path: Path, *, max_document_mb: float = MAX_DOCUMENT_MB, skip_refused: bool = False) -> list[Document]:
+def read_folder(
+    path: Path, *, home: Path | None = None, max_document_mb: float = MAX_DOCUMENT_MB, skip_refused: bool = False
+) -> list[Document]:
     """Read a file, or every Markdown and text file below a folder, in the order of their paths.
 
-    A source is named relative to the folder, so that moving the folder changes nothing. Raises
-    `DocumentRefused` with every file that cannot be read; with `skip_refused`, leaves them out.
+    Below `home`, a source is named relative to it, so that a file has one name by whichever folder
+    it is reached, and equal names in two folders stay apart; elsewhere, relative to the folder.
+    Raises `DocumentRefused` with every file that cannot be read; with `skip_refused`, leaves them out.
     """
     try:
         path.stat()
@@ -72,9 +75,10 @@ def read_folder(path: Path, *, max_document_mb: float = MAX_DOCUMENT_MB, skip_re
         raise DocumentRefused([(str(path), f"it cannot be read: {error.strerror}")]) from error
     refused: list[tuple[str, str]] = []
     root, files = (path, _files_below(path, refused)) if path.is_dir() else (path.parent, [path])
+    above = _below(root.resolve(), home.resolve()) if home else Path()
     documents: list[Document] = []
     for file in files:
-        source = file.relative_to(root).as_posix()
+        source = (above / file.relative_to(root)).as_posix()
         try:
             documents.append(_read(file, source, max_document_mb))
         except _Refused as reason:
@@ -123,6 +127,10 @@ def _is_unicode(text: str) -> bool:
 def _shown(source: str) -> str:
     """A name that can be printed, whatever bytes it has on the disk."""
     return source.encode(errors="replace").decode()
+
+
+def _below(folder: Path, home: Path) -> Path:
+    return folder.relative_to(home) if folder.is_relative_to(home) else Path()
 
 
 class _Refused(Exception):

@@ -120,7 +120,7 @@ def search(
     \b
     Examples:
       sekha search "How do I undo a migration?"
-      sekha search "retry" --collection handbook --source errors.md --json
+      sekha search "retry" --collection handbook --source docs/errors.md --json
     """
     from sekha.search import SearchRequest
 

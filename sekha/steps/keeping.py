@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from sekha.documents import Chunk, checked, read_folder, split
@@ -29,9 +30,10 @@ class Keeping:
     async def read_documents(self, request: IngestRequest) -> Chunks:
         """Read every document and split it; refuse them all when one cannot be read."""
 
-        def read() -> Chunks:
+        def chunks_of_all() -> Chunks:
             size, skip = request.max_document_mb, request.skip_refused
-            found = read_folder(Path(request.path), max_document_mb=size, skip_refused=skip) if request.path else []
+            read = partial(read_folder, home=self._open.loaded.folder, max_document_mb=size, skip_refused=skip)
+            found = read(Path(request.path)) if request.path else []
             documents = checked([*request.documents, *found], max_document_mb=size, skip_refused=skip)
             chunks = tuple(
                 chunk
@@ -40,7 +42,7 @@ class Keeping:
             )
             return Chunks(collection=request.collection, documents=len(documents), chunks=chunks)
 
-        return await asyncio.to_thread(read)
+        return await asyncio.to_thread(chunks_of_all)
 
     async def find_changes(self, request: IngestRequest, read: Chunks) -> Changes:
         """Compare the chunks with what is stored, by their UUIDs and content hashes."""

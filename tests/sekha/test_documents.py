@@ -249,6 +249,16 @@ def test_a_folder_without_text_says_what_is_read(tmp_path: Path) -> None:
     assert "no text in it: files that end in .adoc, .markdown, .md" in refusal(tmp_path)
 
 
+def test_a_file_below_home_has_one_name_by_whichever_folder_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "home" / "docs").mkdir(parents=True)
+    (tmp_path / "home" / "docs" / "a.md").write_text("text")
+    home = tmp_path / "home"
+
+    for path in (home, home / "docs", home / "docs" / "a.md", home / "docs" / ".." / "docs"):
+        assert [document.source for document in read_folder(path, home=home)] == ["docs/a.md"]
+    assert [document.source for document in read_folder(home, home=tmp_path / "other")] == ["docs/a.md"]
+
+
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "it cannot be read: No such file or directory" in refusal(tmp_path / "none")
 

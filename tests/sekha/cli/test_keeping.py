@@ -50,10 +50,10 @@ async def test_a_search_may_name_its_sources_and_a_least_similarity(sekha):
     sekha.write("docs/b.md", "# Holds\n\nMoney set aside by a hold, again.\n")
     await sekha("ingest", "docs")
 
-    only = (await sekha("search", "hold", "--source", "a.md", "--json")).json
+    only = (await sekha("search", "hold", "--source", "docs/a.md", "--json")).json
     none = await sekha("search", "hold", "--min-similarity", "0.99")
 
-    assert {hit["properties"]["source"] for hit in only["hits"]} == {"a.md"}
+    assert {hit["properties"]["source"] for hit in only["hits"]} == {"docs/a.md"}
     assert none.code == 0
     assert none.out == ""
     assert "Nothing found" in none.err
@@ -103,7 +103,7 @@ async def test_an_incomplete_ingest_lists_what_is_missing_and_is_finished_by_a_s
 
     assert first.code == 8
     assert "b.md: 2 chunks" in first.err
-    assert "Run the same ingest again" in first.err
+    assert "run the same ingest again" in first.err
     assert second.code == 0
     assert second.json["unchanged"] >= 1
     assert second.json["embedded"] + second.json["unchanged"] == 4
