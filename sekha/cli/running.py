@@ -34,7 +34,7 @@ PROMPT = "In one sentence: what does Sekha do?"
 QUESTIONS = (
     "What happens when a provider fails?",
     "How is a budget kept from being passed?",
-    "How do I change the embedding model without downtime?",
+    "What does ingesting unchanged text again cost?",
 )
 """Asked of this repository's own documents."""
 RECORDED_SECONDS = 15.0
