@@ -72,7 +72,7 @@ def test_a_command_is_one_that_the_command_line_takes(command: str) -> None:
     while words and words[0] in getattr(group, "commands", {}):
         group = group.commands[words.pop(0)]
 
-    group.make_context(command, words, parent=Context(sekha, obj=None, **sekha.context_settings), resilient_parsing=False)
+    group.make_context(command, words, parent=Context(sekha, **sekha.context_settings))
 
     assert CliRunner().invoke(sekha, [*shlex.split(command)[1:2], "--help"]).exit_code == 0
 
