@@ -20,7 +20,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, NoReturn, Self, TextIO
 from urllib.parse import SplitResult, urlsplit
 
 from sekha.address import without_secrets
@@ -79,6 +79,7 @@ class LocalPrefect:
         self._progress = progress
         self._timeout_seconds = timeout_seconds
         self._running = contextlib.AsyncExitStack()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def ui_url(self) -> str:
@@ -117,6 +118,15 @@ class LocalPrefect:
             return any(datetime.fromisoformat(each["last_heartbeat_time"]) > started for each in workers or ())
 
         await self._until(polls, worker, "worker")
+        self._children["worker"] = worker
+
+    async def watch(self) -> NoReturn:
+        """Wait for as long as the server and its worker run; raise `PrefectUnavailable` when one ends by itself."""
+        while True:
+            for what, child in self._children.items():
+                if child.poll() is not None:
+                    raise PrefectUnavailable(f"Prefect's {what} ended by itself. {_tail(self.home / f'{what}.log')}")
+            await asyncio.sleep(0.5)
 
     async def _start(self, starting: contextlib.AsyncExitStack) -> None:
         # For its owner alone: prompts and answers lie in there, as parameters and results.
@@ -148,6 +158,7 @@ class LocalPrefect:
             return bool(await _get(self.api_url, "/ready"))
 
         await self._until(ready, server, "server")
+        self._children["server"] = server
 
     async def _own(self, owner: TextIO) -> None:
         """Wait for a server whose parent was killed to be gone, and refuse to run beside a living one's."""

@@ -154,6 +154,12 @@ async def _up(loaded: Loaded, port: int) -> None:
             table.add_row("logs", str(prefect.home))
             show_table(table)
             tell("Ctrl-C ends it")
-            await ended.wait()
+            watching = asyncio.create_task(prefect.watch())
+            asked = asyncio.create_task(ended.wait())
+            await asyncio.wait([watching, asked], return_when=asyncio.FIRST_COMPLETED)
             tell("stopping")
+            asked.cancel()
+            if watching.done():
+                watching.result()
+            watching.cancel()
     note("Stopped.")
