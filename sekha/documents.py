@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -61,13 +62,18 @@ def content_hash(text: str) -> str:
 
 
 def read_folder(
-    path: Path, *, home: Path | None = None, max_document_mb: float = MAX_DOCUMENT_MB, skip_refused: bool = False
+    path: Path,
+    *,
+    home: Path | None = None,
+    max_document_mb: float = MAX_DOCUMENT_MB,
+    left_out: list[tuple[str, str]] | None = None,
 ) -> list[Document]:
     """Read a file, or every Markdown and text file below a folder, in the order of their paths.
 
     Below `home`, a source is named relative to it, so that a file has one name by whichever folder
     it is reached, and equal names in two folders stay apart; elsewhere, relative to the folder.
-    Raises `DocumentRefused` with every file that cannot be read; with `skip_refused`, leaves them out.
+    Raises `DocumentRefused` with every file that cannot be read; given a list for them, adds each
+    there with the reason, and leaves it out.
     """
     try:
         path.stat()
@@ -83,16 +89,21 @@ def read_folder(
             documents.append(_read(file, source, max_document_mb))
         except _Refused as reason:
             refused.append((_shown(source), str(reason)))
-    if refused and not skip_refused:
+    if refused and left_out is None:
         raise DocumentRefused(refused)
     if not documents:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DocumentRefused([(str(path), f"no text in it: files that end in {kinds} are read"), *refused])
+    if left_out is not None:
+        left_out += refused
     return documents
 
 
 def checked(
-    documents: Iterable[Document], *, max_document_mb: float = MAX_DOCUMENT_MB, skip_refused: bool = False
+    documents: Iterable[Document],
+    *,
+    max_document_mb: float = MAX_DOCUMENT_MB,
+    left_out: list[tuple[str, str]] | None = None,
 ) -> tuple[Document, ...]:
     """Documents that are handed over, held to the same rules as files. Two of one source are never taken."""
     checked: dict[str, Document] = {}
@@ -105,8 +116,10 @@ def checked(
             refused.append((_shown(document.source), reason))
         else:
             checked[document.source] = document
-    if twice or (refused and not (skip_refused and checked)):
+    if twice or (refused and (left_out is None or not checked)):
         raise DocumentRefused([*twice, *refused])
+    if left_out is not None:
+        left_out += refused
     return tuple(checked.values())
 
 
@@ -178,7 +191,7 @@ def _read(file: Path, source: str, max_document_mb: float) -> Document:
         line = data.count(b"\n", 0, error.start) + 1
         raise _Refused(
             f"it is not UTF-8: byte {data[error.start]:#04x} on line {line}. Convert it: "
-            f"`iconv -f WINDOWS-1252 -t UTF-8 {source}`"
+            f"`iconv -f WINDOWS-1252 -t UTF-8 -o new.txt {shlex.quote(file.name)}`"
         ) from error
     if reason := _objection(text, max_document_mb):
         raise _Refused(reason)
@@ -237,7 +250,9 @@ def split(document: Document, *, size: int = 1200, overlap: int = 150) -> list[C
     current: list[str] = []
     headings: tuple[str, ...] = ()
     for block in _blocks(document.text):
-        if current and (block.starts_section or _length(current) + 2 + len(block.text) > room):
+        # A heading with nothing under it but the next one says nothing by itself, and goes with that.
+        bare = block.starts_section and all(_HEADING.match(line) for part in current for line in part.splitlines())
+        if current and not bare and (block.starts_section or _length(current) + 2 + len(block.text) > room):
             pieces.append(("\n\n".join(current), " › ".join(headings)))
             current = [] if block.starts_section else _tail(pieces[-1][0], overlap)
         headings = block.headings

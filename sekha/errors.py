@@ -242,14 +242,14 @@ class NoCandidate(RequestRefused):
 class CostRefused(RequestRefused):
     code = "cost_refused"
 
-    def __init__(self, *, limit: Decimal, limit_name: str, cheapest: str, cost: Decimal) -> None:
+    def __init__(self, *, limit: Decimal, limit_name: str, cheapest: str, cost: Decimal, replies: bool = True) -> None:
         self.limit = limit
         self.limit_name = limit_name
         self.cheapest = cheapest
         self.cost = cost
         super().__init__(
             f"The cheapest model, {cheapest!r}, is estimated at {dollars(cost)}, above `{limit_name}` of "
-            f"{dollars(limit)}. Shorten the input, lower `max_tokens`, or raise `{limit_name}`."
+            f"{dollars(limit)}. Shorten the input,{' lower `max_tokens`,' if replies else ''} or raise `{limit_name}`."
         )
 
 
@@ -515,7 +515,7 @@ class IngestIncomplete(SekhaError):
         sources = list(dict.fromkeys(failure.source for failure in report.failures))
         more = f" and {len(sources) - 10} more" if len(sources) > 10 else ""
         super().__init__(
-            f"{report.embedded} chunks are stored and {report.missing} are not, of {', '.join(sources[:10])}{more}. "
+            f"Chunks stored: {report.embedded:,}; missing: {report.missing:,}, of {', '.join(sources[:10])}{more}. "
             f"First failure, {first.source!r}: {first.error} {'Run' if retryable else 'Mend that, then run'} the same "
             "ingest again: it does only what is missing."
         )

@@ -26,6 +26,7 @@ __all__ = [
     "IngestReport",
     "IngestRequest",
     "IngestSteps",
+    "LeftOut",
     "Progress",
     "Stale",
     "Stored",
@@ -73,6 +74,14 @@ class IngestRequest:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A document that could not be read and that the request said to skip."""
+
+    source: str
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
     """Every document of the request, split."""
@@ -80,6 +89,7 @@ class Chunks:
     collection: str
     documents: int
     chunks: tuple[Chunk, ...] = field(repr=False)
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +168,7 @@ class IngestReport:
     estimated_cost: Decimal = Decimal(0)
     cost: Decimal = Decimal(0)
     failures: tuple[Failure, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def missing(self) -> int:
@@ -201,6 +212,7 @@ async def ingest(
         documents=chunks.documents,
         chunks=len(chunks.chunks),
         unchanged=changes.unchanged,
+        left_out=chunks.left_out,
     )
     if not changes.batches:
         removed = await steps.remove(changes, ()) if changes.stale else 0

@@ -288,7 +288,8 @@ def _refusal(
         cheapest = min(priced, key=lambda model: _estimate(model, estimates).worst_case)
         needed = _estimate(cheapest, estimates).worst_case
         if limit is not None and needed > limit:
-            return CostRefused(limit=limit, limit_name=limit_name, cheapest=cheapest.name, cost=needed)
+            replies = ask.kind == "chat"
+            return CostRefused(limit=limit, limit_name=limit_name, cheapest=cheapest.name, cost=needed, replies=replies)
         for budget in budgets:
             left = estimates.remaining.get(budget.name, budget.limit)
             if budget.covers(ask.scope(cheapest)) and needed > left:

@@ -124,6 +124,7 @@ def _receipt(outcome: Reply | IngestReport | Found) -> str:
                 ("Unchanged", f"{outcome.unchanged:,}"),
                 ("Removed", f"{outcome.removed:,}"),
                 ("Missing", f"{outcome.missing:,}"),
+                ("Left out", f"{len(outcome.left_out):,}"),
             ]
             return f"{_table(('', ''), rows)}\n\n{_failures(outcome)}".rstrip()
         case _:

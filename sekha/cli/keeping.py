@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from decimal import Decimal
@@ -19,13 +19,17 @@ from sekha.cli.terminal import columns, console, note, printable, say, show_tabl
 from sekha.errors import dollars
 
 if TYPE_CHECKING:
-    from sekha.ingest import Changes, Chunks, IngestReport, IngestRequest
+    from rich.table import Table
+
+    from sekha.ingest import Changes, Chunks, IngestReport, IngestRequest, LeftOut
     from sekha.loading import Loaded
     from sekha.routing import Plan
     from sekha.search import Found, SearchRequest
     from sekha.vectors.base import Filter, Hit
 
 __all__ = ["heading_of", "ingest", "search", "snippet"]
+
+LEFT_OUT_SHOWN = 20
 
 
 @click.command()
@@ -201,6 +205,7 @@ def _plan_values(read: Chunks, changes: Changes, plan: Plan | None) -> dict[str,
         "chunks": len(read.chunks),
         "to_embed": len(changes.to_embed.texts),
         "unchanged": changes.unchanged,
+        "left_out": read.left_out,
         "to_remove": len(changes.stale),
         "model": plan.first.model.name if plan else None,
         "input_tokens": plan.first.estimate.input_tokens if plan else 0,
@@ -216,6 +221,7 @@ def _show_planned(read: Chunks, changes: Changes, plan: Plan | None) -> None:
     embed = f"{values['to_embed']:,} chunks"
     if plan:
         embed += f", {values['input_tokens']:,} tokens, with {values['model']}"
+    _add_left_out(facts, read.left_out)
     facts.add_row("would embed", embed)
     facts.add_row("unchanged", f"{values['unchanged']:,} chunks")
     facts.add_row("would remove", f"{values['to_remove']:,} chunks")
@@ -225,12 +231,20 @@ def _show_planned(read: Chunks, changes: Changes, plan: Plan | None) -> None:
     note("Nothing was embedded or stored.")
 
 
+def _add_left_out(facts: Table, left_out: Sequence[LeftOut]) -> None:
+    for at, each in enumerate(left_out[:LEFT_OUT_SHOWN]):
+        facts.add_row("" if at else "left out", f"{each.source}: {each.why}")
+    if len(left_out) > LEFT_OUT_SHOWN:
+        facts.add_row("", f"and {len(left_out) - LEFT_OUT_SHOWN:,} more")
+
+
 def _show_report(report: IngestReport) -> None:
     facts = columns("", "")
     facts.show_header = False
     facts.add_row("collection", f"{report.collection}, kept as {report.space}")
     facts.add_row("documents", f"{report.documents:,}")
     facts.add_row("chunks", f"{report.chunks:,}: {report.embedded:,} embedded, {report.unchanged:,} unchanged")
+    _add_left_out(facts, report.left_out)
     if report.removed:
         facts.add_row("removed", f"{report.removed:,} chunks that their documents no longer have")
     if report.model_id:

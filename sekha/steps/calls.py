@@ -13,8 +13,9 @@ import numpy as np
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import REPLY_LIMITS, ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest
+from sekha.errors import DimensionMismatch, ProviderError
 from sekha.ingest import Batch, BatchEmbedded
-from sekha.ledger import Hold
+from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage, cost
 from sekha.providers.base import ChatCall, Completion, Embeddings
 from sekha.registry import Model, ProviderKind
@@ -90,25 +91,37 @@ class Calls:
         size = min(TEXTS_PER_CALL.get(self._open.registry.provider_of(c.model).kind, 96) for c in chosen.candidates)
         limit = asyncio.Semaphore(CALLS_AT_ONCE)
 
-        async def call(number: int, some: Sequence[str]) -> Embedded:
+        failures: list[ProviderError] = []
+
+        async def call(number: int, some: Sequence[str]) -> Embedded | None:
+            identity = f"{hold.id}:{part}{number}"
             async with limit:
-                embedded = await self._embed_once(some, chosen)
-                spend = spend_of(embedded, identity=f"{hold.id}:{part}{number}", at=self._open.now())
-                ledger = await self._open.ledger()
-                await to_the_end(ledger.charge(hold, spend))
+                if failures:
+                    return None
+                try:
+                    embedded = await self._embed_once(some, chosen)
+                except ProviderError as error:
+                    # The calls under way are let finish: they are paid for, and their cost has to be known.
+                    failures.append(error)
+                    if isinstance(error, DimensionMismatch):
+                        await self._charge(hold, await self._unusable(error, some, chosen, identity))
+                    return None
+                await self._charge(hold, spend_of(embedded, identity=identity, at=self._open.now()))
                 return embedded
 
         parts = [texts[at : at + size] for at in range(0, len(texts), size)]
-        if len(parts) == 1:
-            return await call(0, parts[0])
         calls = [asyncio.create_task(call(number, some)) for number, some in enumerate(parts)]
         try:
-            done = await asyncio.gather(*calls)
+            done = [embedded for embedded in await asyncio.gather(*calls) if embedded is not None]
         except BaseException:
             for each in calls:
                 each.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
             raise
+        if failures:
+            raise failures[0]
+        if len(done) == 1:
+            return done[0]
         return replace(
             done[0],
             vectors=np.concatenate([each.vectors for each in done]),
@@ -117,6 +130,19 @@ class Calls:
             cost=sum((each.cost for each in done), Decimal(0)),
             attempts=tuple(attempt for each in done for attempt in each.attempts),
         )
+
+    async def _charge(self, hold: Hold, spend: Spend) -> None:
+        ledger = await self._open.ledger()
+        await to_the_end(ledger.charge(hold, spend))
+
+    async def _unusable(self, error: DimensionMismatch, texts: Sequence[str], chosen: Plan, identity: str) -> Spend:
+        """What a provider takes for vectors that it made and that nobody can use."""
+        model = next(each.model for each in chosen.candidates if each.model.provider_id == error.provider_id)
+        total, _ = await count_embedding(texts, model.id)
+        usage = Usage(input_tokens=total, counted=True)
+        spent = _cost(usage, model)
+        scope = chosen.ask.scope(model)
+        return Spend(id=identity, scope=scope, cost=spent, estimated=spent, usage=usage, at=self._open.now())
 
     async def _in_turn(self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]]) -> Answered[T]:
         return await call_in_turn(

@@ -11,7 +11,7 @@ from pathlib import Path
 from sekha.documents import Chunk, checked, read_folder, split
 from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import CollectionMissing, SpaceMismatch
-from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, Stale, Stored
+from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, LeftOut, Stale, Stored
 from sekha.registry import Space
 from sekha.resources import Resources
 from sekha.search import Found, SearchRequest
@@ -31,16 +31,22 @@ class Keeping:
         """Read every document and split it; refuse them all when one cannot be read."""
 
         def chunks_of_all() -> Chunks:
-            size, skip = request.max_document_mb, request.skip_refused
-            read = partial(read_folder, home=self._open.loaded.folder, max_document_mb=size, skip_refused=skip)
+            size = request.max_document_mb
+            left_out: list[tuple[str, str]] | None = [] if request.skip_refused else None
+            read = partial(read_folder, home=self._open.loaded.folder, max_document_mb=size, left_out=left_out)
             found = read(Path(request.path)) if request.path else []
-            documents = checked([*request.documents, *found], max_document_mb=size, skip_refused=skip)
+            documents = checked([*request.documents, *found], max_document_mb=size, left_out=left_out)
             chunks = tuple(
                 chunk
                 for document in documents
                 for chunk in split(document, size=request.chunk_size, overlap=request.chunk_overlap)
             )
-            return Chunks(collection=request.collection, documents=len(documents), chunks=chunks)
+            return Chunks(
+                collection=request.collection,
+                documents=len(documents),
+                chunks=chunks,
+                left_out=tuple(LeftOut(source=source, why=why) for source, why in left_out or ()),
+            )
 
         return await asyncio.to_thread(chunks_of_all)
 

@@ -240,7 +240,7 @@ async def test_an_ingest_that_fails_on_the_way_says_what_is_missing(
     again = await ingest(IngestRequest(documents=documents(4), batch_size=2), config=path)
 
     assert run["state_type"] == "FAILED"
-    assert "2 chunks are stored and 2 are not" in run["state"]["message"]
+    assert "Chunks stored: 2; missing: 2" in run["state"]["message"]
     assert "| Missing | 2 |" in receipt
     assert (again.unchanged, again.embedded, again.failures) == (2, 2, ())
 

@@ -41,6 +41,15 @@ def test_a_section_begins_a_chunk_and_knows_the_headings_above_it() -> None:
     ]
 
 
+def test_a_heading_with_nothing_under_it_goes_with_the_next() -> None:
+    found = chunks("# Use\n\n## Install\n\nRun it.\n\n## Look\n\n### Here\n\nSee.\n")
+
+    assert [(chunk.heading, chunk.text) for chunk in found] == [
+        ("Use › Install", "# Use\n\n## Install\nRun it."),
+        ("Use › Look › Here", "## Look\n\n### Here\nSee."),
+    ]
+
+
 def test_a_long_paragraph_breaks_between_sentences_then_words_then_anywhere() -> None:
     assert texts("One two three. Four five six. Seven eight nine.", size=32, overlap=0) == [
         "One two three. Four five six.",
@@ -207,7 +216,7 @@ def test_one_file_is_read_whatever_its_name(tmp_path: Path) -> None:
         (b"text " * 2000 + b"\0", "a.md: it is binary"),
         (
             b"fine\ncaf\xe9\n",
-            "a.md: it is not UTF-8: byte 0xe9 on line 2. Convert it: `iconv -f WINDOWS-1252 -t UTF-8 a.md`",
+            "a.md: it is not UTF-8: byte 0xe9 on line 2. Convert it: `iconv -f WINDOWS-1252 -t UTF-8 -o new.txt a.md`",
         ),
     ],
 )
@@ -240,7 +249,9 @@ def test_every_document_that_cannot_be_read_is_listed(tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("fine")
 
     assert refusal(tmp_path).splitlines()[0] == "2 documents cannot be ingested, and nothing was stored:"
-    assert [document.source for document in read_folder(tmp_path, skip_refused=True)] == ["c.md"]
+    left_out: list[tuple[str, str]] = []
+    assert [document.source for document in read_folder(tmp_path, left_out=left_out)] == ["c.md"]
+    assert [source for source, _ in left_out] == ["a.md", "b.md"]
 
 
 def test_a_folder_without_text_says_what_is_read(tmp_path: Path) -> None:
@@ -306,8 +317,8 @@ def test_documents_that_are_handed_over_are_held_to_the_same_rules(documents: li
 def test_refused_documents_are_left_out_on_demand_but_never_one_of_two_with_the_same_source() -> None:
     fine, empty = Document(source="a", text="x"), Document(source="b", text="")
 
-    assert checked([fine, empty], skip_refused=True) == (fine,)
+    assert checked([fine, empty], left_out=[]) == (fine,)
     with pytest.raises(DocumentRefused):
-        checked([fine, fine], skip_refused=True)
+        checked([fine, fine], left_out=[])
     with pytest.raises(DocumentRefused):
-        checked([empty], skip_refused=True)
+        checked([empty], left_out=[])

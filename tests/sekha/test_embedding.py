@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from decimal import Decimal
 
 import numpy as np
@@ -61,6 +62,24 @@ async def test_what_was_embedded_before_a_failure_is_paid_for(pipeline: Opens) -
         with pytest.raises(ProviderRejected):
             await opened.runtime.embed(MANY)
 
+        assert await opened.spent() == Decimal("0.01")
+        assert await opened.held() == 0
+
+
+async def test_a_call_under_way_is_paid_for_when_another_fails_and_none_is_begun(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        failed = asyncio.Event()
+
+        def fail() -> None:
+            failed.set()
+            raise ProviderRejected(provider_id="first")
+
+        opened.actors["first"].acts = [failed.wait, fail]
+
+        with pytest.raises(ProviderRejected):
+            await opened.runtime.embed(MANY)
+
+        assert len(opened.actors["first"].embedded) == 2
         assert await opened.spent() == Decimal("0.01")
         assert await opened.held() == 0
 

@@ -154,15 +154,15 @@ async def test_progress_is_told_after_every_batch(pipeline: Opens) -> None:
 
 
 async def test_a_folder_is_ingested_under_names_that_do_not_depend_on_where_it_is(
-    pipeline: Opens, tmp_path: Path
+    pipeline: Opens, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
     async with pipeline() as opened:
-        for name in ("here", "there"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "a.md").write_text("text")
+        for folder in (here, there):
+            (folder / "a.md").write_text("text")
 
-        await opened.runtime.ingest(tmp_path / "here")
-        report = await opened.runtime.ingest(tmp_path / "there")
+        await opened.runtime.ingest(here)
+        report = await opened.runtime.ingest(there)
 
         assert (report.unchanged, report.embedded) == (1, 0)
 
@@ -228,7 +228,9 @@ async def test_a_dimension_that_differs_stops_it_before_it_costs_more(pipeline: 
             await ingest(opened, sections("a.md", 40))
 
         assert not caught.value.retryable
-        assert len(opened.actors["first"].embedded) <= 2
+        calls = len(opened.actors["first"].embedded)
+        assert calls <= 2
+        assert await opened.spent() > 0
         store = await opened.runtime.resources.store()
         assert await store.list_collections() == []
 
@@ -321,6 +323,9 @@ async def test_bad_documents_are_left_out_on_demand(pipeline: Opens) -> None:
         report = await ingest(opened, sections("a.md", 2), Document(source="b.md", text=""), skip_refused=True)
 
         assert (report.documents, report.embedded) == (1, 2)
+        assert [(each.source, each.why) for each in report.left_out] == [
+            ("b.md", "it is empty: write something, or leave it out")
+        ]
 
 
 async def test_a_document_that_is_handed_over_and_in_the_folder_is_refused(pipeline: Opens, tmp_path: Path) -> None:
@@ -436,6 +441,9 @@ async def test_vectors_of_another_length_than_declared_are_never_stored(
                 await s.ingest([sections("a.md", 1)])
 
             assert await (await s.resources.store()).list_collections() == []
+            (line,) = await (await s.resources.ledger()).report("model")
+
+    assert line.cost > 0, "the provider takes money for vectors that nobody can use"
 
 
 # --- kill -9 -------------------------------------------------------------------------------

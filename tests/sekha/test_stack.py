@@ -88,9 +88,8 @@ async def test_a_killed_owner_leaves_nothing_running_and_the_next_start_works(tm
 @pytest.mark.timeout(240)
 async def test_a_server_that_dies_by_itself_is_told_of(tmp_path: Path) -> None:
     async with LocalPrefect(tmp_path) as prefect:
-        serving = subprocess.run(
-            ["pgrep", "-f", f"server start --host 127.0.0.1 --port {prefect.port}"], capture_output=True, check=True
-        )
+        find = ["pgrep", "-f", f"server start --host 127.0.0.1 --port {prefect.port}"]
+        serving = await asyncio.to_thread(subprocess.run, find, capture_output=True, check=True)
         for pid in serving.stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGTERM)
