@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -279,19 +280,23 @@ def base_url_of(kind: ProviderKind, declared: str | None) -> str | None:
             return url
 
 
+CLOSE_SECONDS = 2.0
 _using_litellm: WeakSet[LiteLLMProvider] = WeakSet()
 
 
 async def _close_connections() -> None:
     from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
 
-    await close_litellm_async_clients()
-    # It closes what it had pooled and would hand it out again.
+    # Closing waits for each connection to be gone, and nothing that ends may wait for that for long.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await close_litellm_async_clients()
+            # Streams of some providers go through one client for the whole process, which it forgets. Closing
+            # only its transport lets the next call open it again.
+            if (shared := vars(litellm_module()).get("module_level_aclient")) is not None:
+                await shared.client._transport.aclose()
+    # What is closed would be handed out again.
     litellm_module().in_memory_llm_clients_cache.flush_cache()
-    # Streams of some providers go through one client for the whole process, which it forgets. Closing only
-    # its transport lets the next call open it again.
-    if (shared := vars(litellm_module()).get("module_level_aclient")) is not None:
-        await shared.client._transport.aclose()
 
 
 @cache
