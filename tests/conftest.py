@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +17,11 @@ pytest_plugins = [
     "tests.fixtures.prefect",
     "tests.fixtures.weaviate",
 ]
+
+# A shell that starts something in the background has it ignore Ctrl-C, and every child with it. Commands that
+# are interrupted here are to be interrupted wherever the tests were started from.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read by `sekha.loading`, by Prefect and by providers: a test that wants one sets it. Done here, before
 # anything is imported that reads them, and not in a fixture.
