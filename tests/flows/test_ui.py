@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from flows.chat import chat
 from sekha.chat import ChatRequest
 from sekha.testing import StandIn
+from tests.fixtures.missing import missing
 from tests.fixtures.prefect import Server
 
 # A browser may have to be asked more than once.
@@ -55,10 +55,7 @@ def read_page(tmp_path: Path) -> Reads:
     """Open a page in a browser and return the text that it shows, once that holds what is awaited."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
-        missing = f"no browser: install one of {', '.join(BROWSERS)}"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
+        missing(f"no browser: install one of {', '.join(BROWSERS)}")
 
     def read(url: str, *awaited: str) -> str:
         text = ""
