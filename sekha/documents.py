@@ -225,7 +225,7 @@ def _too_large(size: int, limit_mb: float) -> str:
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
 # Chinese and Japanese write no space behind a sentence.
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n")
+_SENTENCE_END = re.compile(r"[.!?]\s+|[。！？]\s*|\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +327,8 @@ def _parts(text: str, size: int) -> Iterator[str]:
 def _last_break(text: str, at: int, size: int) -> int:
     """Where to cut `text[at:]`: in the second half of the `size` characters that fit, if it can be helped."""
     half, end = at + size // 2, at + size
-    ends = [found.end() for found in _SENTENCE_END.finditer(text, half, end) if found.end() > half]
+    # From one before, since a sentence's end may be there and the space behind it here.
+    ends = [found.end() for found in _SENTENCE_END.finditer(text, max(half - 1, at), end) if found.end() > half]
     if ends:
         return ends[-1]
     space = text.rfind(" ", half, end)
@@ -339,6 +340,6 @@ def _tail(text: str, overlap: int) -> list[str]:
     if overlap == 0 or len(text) <= overlap:
         return []
     tail = text[-overlap:]
-    starts = [found.end() for found in _SENTENCE_END.finditer(tail)]
-    at = starts[0] if starts and starts[0] < len(tail) else tail.find(" ") + 1
+    end = _SENTENCE_END.search(tail)
+    at = end.end() if end and end.end() < len(tail) else tail.find(" ") + 1
     return [tail[at:].strip()] if tail[at:].strip() else []
