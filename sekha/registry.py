@@ -100,6 +100,11 @@ class Space:
     """Whether any provider that has this model may embed for it; False when the file names one."""
 
     @property
+    def asked_as(self) -> str:
+        """The name under which its model is asked for: at any provider, or at the one that the file names."""
+        return self.model.id if self.shared else self.model.name
+
+    @property
     def dimension(self) -> int:
         if self.model.dimension is None:
             raise ValueError(f"{self.model.name!r} is no embedding model, so it makes no space")

@@ -171,7 +171,7 @@ def _collection_table(registry: Registry) -> Table:
     table = columns("collection", "kept as", "embedded by")
     for name in registry.collections:
         space = registry.space(name)
-        table.add_row(name, space.name, space.model.id if space.shared else space.model.name)
+        table.add_row(name, space.name, space.asked_as)
     return table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sekha.errors import LedgerError, LedgerUnavailable
 from sekha.ledgers.sql import Transaction, Value, expand, migrate
+from sekha.wal import use_wal
 
 __all__ = ["SqliteDatabase"]
 
@@ -131,7 +131,7 @@ class SqliteDatabase:
             ) from error
         connection = sqlite3.connect(path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False)
         try:
-            self._keep_wal(connection)
+            use_wal(connection, self._busy_seconds)
             connection.execute("BEGIN IMMEDIATE")
             migrate(_SqliteTransaction(connection), self._path)
             connection.execute("COMMIT")
@@ -139,20 +139,6 @@ class SqliteDatabase:
             connection.close()
             raise
         return connection
-
-    def _keep_wal(self, connection: sqlite3.Connection) -> None:
-        # Processes that switch a new file to WAL at the same moment shut each other out, and SQLite
-        # then fails at once: its busy timeout does not cover this statement.
-        deadline = time.monotonic() + self._busy_seconds
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode=WAL")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

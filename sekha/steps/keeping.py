@@ -65,7 +65,7 @@ class Keeping:
             space=space.name,
             to_embed=EmbedRequest(
                 texts=tuple(chunk.text for chunk in changed),
-                model=space.model.id if space.shared else space.model.name,
+                model=space.asked_as,
                 max_cost=request.max_cost,
                 bulk=True,
                 tags=request.tags,
@@ -117,8 +117,7 @@ class Keeping:
         """Phrase the question for the model under which the collection is read."""
         space = self._open.registry.space(request.collection)
         await self._same_space(space, must_exist=True)
-        model = space.model.id if space.shared else space.model.name
-        return EmbedRequest(texts=(request.query,), model=model, max_cost=request.max_cost, tags=request.tags)
+        return EmbedRequest(texts=(request.query,), model=space.asked_as, max_cost=request.max_cost, tags=request.tags)
 
     async def search_space(self, request: SearchRequest, embedded: Embedded) -> Found:
         """Look up the nearest neighbours of the question in its space."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from sekha.errors import StoreError, StoreUnavailable
+from sekha.wal import use_wal
 
 __all__ = ["StoreFile"]
 
@@ -210,7 +210,7 @@ def _prepare(db: sqlite3.Connection, path: Path, busy_seconds: float) -> None:
     version = _version(db, path)
     if version == 0:
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-    _use_wal(db, busy_seconds)
+    use_wal(db, busy_seconds)
     if version == len(MIGRATIONS):
         return
     db.execute("BEGIN IMMEDIATE")
@@ -226,20 +226,6 @@ def _prepare(db: sqlite3.Connection, path: Path, busy_seconds: float) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
-
-
-def _use_wal(db: sqlite3.Connection, busy_seconds: float) -> None:
-    # SQLite does not wait for its lock here when several processes create one file at once.
-    deadline = time.monotonic() + busy_seconds
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
