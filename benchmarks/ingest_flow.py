@@ -3,10 +3,10 @@
     python benchmarks/ingest_flow.py
 
 Ten thousand chunks run through the builtin provider and the embedded store as a Prefect flow, against a
-server that this starts, and once more without Prefect. Time in `embed_batch` and `upsert_batch` is counted
-once where they overlap; work on the event loop beside them is counted there too, so that only the last line
-tells what Prefect adds. Exits with 1 when embedding and storing take less than 80 % of what they and
-orchestration take together.
+server that this starts, and once more without Prefect. Time in `embed_batch` and `upsert_batch`, and in
+closing the store, which folds its log into its file, is counted once where they overlap; work on the event
+loop beside them is counted there too, so that only the last line tells what Prefect adds. Exits with 1 when
+embedding and storing take less than 80 % of the flow's wall time, in the middle one of three runs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 from sekha.stack import LocalPrefect
 
 LEAST_SHARE = 0.8
+RUNS = 3
 WORDS = [
     f"{a}{b}{c}"
     for a in ("pro", "con", "re", "de", "in")
@@ -84,12 +86,16 @@ async def measure(chunks: int, home: Path) -> bool:
         from sekha.steps.calls import Calls
         from sekha.steps.keeping import Keeping
         from sekha.steps.money import Money
+        from sekha.vectors.embedded import EmbeddedStore
         from tasks.parting import tell_prefect_the_rest
 
         busy = Busy()
         before = Busy()
-        watch = [(Calls, "embed_batch", busy), (Keeping, "upsert_batch", busy), (Keeping, "read_documents", before)]
-        watch += [
+        watch = [
+            (Calls, "embed_batch", busy),
+            (Keeping, "upsert_batch", busy),
+            (EmbeddedStore, "aclose", busy),
+            (Keeping, "read_documents", before),
             (Keeping, "find_changes", before),
             (Money, "estimate_cost", before),
             (Money, "reserve_budget", before),
@@ -109,12 +115,16 @@ async def measure(chunks: int, home: Path) -> bool:
             (folder / source).write_text(text)
 
         await ingest(IngestRequest(documents=(Document(source="warm-up.md", text="One document first."),)))
-        for spent in (busy, before):
-            spent.seconds, spent.by_step = 0.0, {}
-        started = time.perf_counter()
-        report = await ingest(IngestRequest(path=str(folder)))
-        wall = time.perf_counter() - started
-        shares = _shares(busy, before, wall)
+        shares = []
+        for run in range(RUNS):
+            for spent in (busy, before):
+                spent.seconds, spent.by_step = 0.0, {}
+            started = time.perf_counter()
+            report = await ingest(IngestRequest(path=str(folder), collection=f"documents_{run}"))
+            wall = time.perf_counter() - started
+            print(f"{report.embedded} chunks in {wall:.2f} s: {report.embedded / wall:.0f}/s")
+            print("\n".join(_shares(busy, before, wall)))
+            shares.append(busy.seconds / wall)
 
         async with Runtime(Resources(parse(BUILTIN, source="built-in", folder=home / "plain", environ={}))) as plainly:
             started = time.perf_counter()
@@ -122,26 +132,20 @@ async def measure(chunks: int, home: Path) -> bool:
             plain_wall = time.perf_counter() - started
         await tell_prefect_the_rest()
 
-    print(f"{report.embedded} chunks in {wall:.2f} s: {report.embedded / wall:.0f}/s")
-    print("\n".join(shares))
+    share = median(shares)
+    missed = "" if share >= LEAST_SHARE else "  MISSED"
     print(f"the same without Prefect {plain_wall:.2f} s, so that it adds {wall / plain_wall - 1:.0%}")
-    return _against_orchestration(busy, before, wall) >= LEAST_SHARE
+    print(f"embedding and storing, the middle of {RUNS} runs: {share:.0%} >= {LEAST_SHARE:.0%}{missed}")
+    return not missed
 
 
 def _shares(busy: Busy, before: Busy, wall: float) -> list[str]:
     rest = wall - busy.seconds - before.seconds
-    against = _against_orchestration(busy, before, wall)
     return [
         f"embedding and storing {busy.seconds:.2f} s, {busy.seconds / wall:.0%} ({busy})",
         f"reading, comparing, pricing {before.seconds:.2f} s, {before.seconds / wall:.0%} ({before})",
-        f"between the steps {rest:.2f} s, {rest / wall:.0%}",
-        f"embedding and storing against orchestration {against:.0%} >= {LEAST_SHARE:.0%}"
-        + ("" if against >= LEAST_SHARE else "  MISSED"),
+        f"orchestration between the steps {rest:.2f} s, {rest / wall:.0%}",
     ]
-
-
-def _against_orchestration(busy: Busy, before: Busy, wall: float) -> float:
-    return busy.seconds / (wall - before.seconds)
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ SUFFIXES = frozenset({".md", ".markdown", ".mdx", ".txt", ".text", ".rst", ".ado
 SKIPPED_FOLDERS = frozenset({"node_modules", "__pycache__", "dist", "build"})
 NAMESPACE = uuid.UUID("5e4ba000-0000-5000-8000-000000000001")
 """Root of every chunk's UUID. Changing it would orphan what is stored."""
+_NAMESPACE_HASH = hashlib.sha1(NAMESPACE.bytes, usedforsecurity=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,12 @@ class Chunk:
     def uuid_in(self, collection: str) -> str:
         """The same for the same collection, source and position, so that writing again replaces."""
         # A separator that no name holds, so that ("a", "bc") and ("ab", "c") stay apart.
-        return str(uuid.uuid5(NAMESPACE, "\0".join((collection, self.source, str(self.index)))))
+        named = _NAMESPACE_HASH.copy()
+        named.update("\0".join((collection, self.source, str(self.index))).encode())
+        # What `str(uuid.uuid5(NAMESPACE, name))` gives, by RFC 9562 5.5, at a third of its time.
+        digits = named.hexdigest()
+        variant = "89ab"[int(digits[16], 16) & 3]
+        return f"{digits[:8]}-{digits[8:12]}-5{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
 
 
 def content_hash(text: str) -> str:
@@ -225,7 +231,8 @@ def _too_large(size: int, limit_mb: float) -> str:
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
 # Chinese and Japanese write no space behind a sentence.
-_SENTENCE_END = re.compile(r"[.!?]\s+|[。！？]\s*|\n")
+# The ends come first, as one set of characters, for which `re` skips ahead: a third of the time.
+_SENTENCE_END = re.compile(r"[.!?。！？\n](?:(?<=[.!?])\s+|(?<=[。！？])\s*|(?<=\n))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,20 +301,20 @@ def _blocks(text: str) -> Iterator[_Block]:
             if len(line.strip()) >= len(fence) and not line.strip().strip(fence[0]):
                 fence = None
                 yield from block()
+        elif not line.strip():
+            # A heading stays with the paragraph under it.
+            if not (len(lines) == 1 and _HEADING.match(lines[0])):
+                yield from block()
         elif found := _FENCE.match(line):
             yield from block()
             fence = found[1]
             lines.append(line)
-        elif found := _HEADING.match(line):
+        elif line[0] == "#" and (found := _HEADING.match(line)):
             yield from block()
             level = len(found[1])
             headings = {above: title for above, title in headings.items() if above < level} | {level: found[2]}
             section = True
             lines.append(line)
-        elif not line.strip():
-            # A heading stays with the paragraph under it.
-            if not (len(lines) == 1 and _HEADING.match(lines[0])):
-                yield from block()
         else:
             lines.append(line)
     yield from block()

@@ -7,7 +7,7 @@ thousand tokens, and the first count of a tokenizer reads its file: call it from
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -82,12 +82,16 @@ def tokenizer_of(model: str) -> Tokenizer:
 
 def count_text(text: str, model: str) -> int:
     """Tokens of one text. Markers such as `<|endoftext|>` count as the characters they are."""
-    count = _counter(tokenizer_of(model).name)
-    return sum(count(text[start : start + _PIECE_CHARACTERS]) for start in range(0, len(text), _PIECE_CHARACTERS))
+    return count_texts([text], model)[0]
 
 
 def count_texts(texts: Sequence[str], model: str) -> list[int]:
-    return [count_text(text, model) for text in texts]
+    count = _counter(tokenizer_of(model).name)
+    return [count(text) if len(text) <= _PIECE_CHARACTERS else sum(map(count, _pieces(text))) for text in texts]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS))
 
 
 def count_messages(

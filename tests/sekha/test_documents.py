@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekha.documents import Chunk, Document, checked, content_hash, read_folder, split
+from sekha.documents import NAMESPACE, Chunk, Document, checked, content_hash, read_folder, split
 from sekha.errors import DocumentRefused
 
 
@@ -164,6 +165,13 @@ def test_a_chunks_uuid_is_its_collection_source_and_position() -> None:
     ]
     assert len({chunk.uuid_in("docs"), chunk.uuid_in("notes"), *others}) == 4
     assert Chunk(source="bc", index=0, text="").uuid_in("a") != Chunk(source="c", index=0, text="").uuid_in("ab")
+
+
+@given(collection=st.text(), source=st.text(st.characters(exclude_categories=["Cs"])), index=st.integers(0))
+def test_a_chunks_uuid_is_a_version_5_uuid_of_its_name(collection: str, source: str, index: int) -> None:
+    name = f"{collection}\0{source}\0{index}"
+
+    assert Chunk(source=source, index=index, text="").uuid_in(collection) == str(uuid.uuid5(NAMESPACE, name))
 
 
 def test_uuids_and_hashes_never_change() -> None:
