@@ -10,7 +10,13 @@
     │   ├── NoCandidate             models of that name exist, none may serve this request
     │   ├── CostRefused             it would cost more than the caller or the file allows
     │   ├── BudgetExceeded          a budget has too little left
-    │   └── DocumentRefused         a document is empty, binary, too large or not UTF-8
+    │   ├── DocumentRefused         a document is empty, binary, too large or not UTF-8
+    │   ├── Unauthenticated         no key, or one that nobody was given
+    │   ├── KeyNotAllowed           the key is good, and not for this model or task
+    │   ├── KeyLimited              the key has used up its requests or tokens for now
+    │   ├── BodyTooLarge            the request's body is larger than the gateway reads
+    │   ├── BodyTooSlow             the request's body did not arrive in time
+    │   └── NoSuchPage              no such path, or not by that method
     ├── ProviderError               wait, or route around the provider
     │   ├── ProviderUnavailable     5xx, connection lost or refused
     │   │   ├── ProviderTimeout     no answer, or no next chunk, in time
@@ -59,6 +65,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AliasMoved",
     "BadReply",
+    "BodyTooLarge",
+    "BodyTooSlow",
     "BudgetExceeded",
     "CollectionConflict",
     "CollectionMissing",
@@ -71,10 +79,13 @@ __all__ = [
     "DocumentRefused",
     "IngestIncomplete",
     "InvalidRequest",
+    "KeyLimited",
+    "KeyNotAllowed",
     "LedgerError",
     "LedgerUnavailable",
     "ModelNotFound",
     "NoCandidate",
+    "NoSuchPage",
     "PrefectUnavailable",
     "Problem",
     "ProviderAuthFailed",
@@ -90,6 +101,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "StreamBroken",
+    "Unauthenticated",
     "UnknownModel",
     "VectorRefused",
     "did_you_mean",
@@ -288,6 +300,68 @@ class DocumentRefused(RequestRefused):
         super().__init__("\n".join([head, *lines]))
 
 
+class Unauthenticated(RequestRefused):
+    code = "invalid_api_key"
+
+    def __init__(self, *, given: bool) -> None:
+        said = "The key is not one of this gateway's" if given else "This gateway needs a key"
+        super().__init__(
+            f"{said}. Send `Authorization: Bearer …` with one that `sekha keys create` made, listed under `keys:`."
+        )
+
+
+class KeyNotAllowed(RequestRefused):
+    code = "key_not_allowed"
+
+    def __init__(self, key_name: str, what: str, allowed: Sequence[str]) -> None:
+        self.key_name = key_name
+        self.what = what
+        self.allowed = tuple(allowed)
+        super().__init__(
+            f"Key {key_name!r} may not use {what!r}, but {', '.join(allowed)}: that is set under `keys:` in sekha.yaml."
+        )
+
+
+class KeyLimited(RequestRefused):
+    code = "rate_limit_exceeded"
+    retryable = True
+
+    def __init__(self, key_name: str, limit: str, *, retry_after_seconds: float) -> None:
+        self.key_name = key_name
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(
+            f"Key {key_name!r} has used up {limit}. Try again in {retry_after_seconds:.1f} s, or raise it under `keys:` in "
+            "sekha.yaml."
+        )
+
+
+class BodyTooLarge(RequestRefused):
+    code = "request_too_large"
+
+    def __init__(self, limit_mb: float) -> None:
+        super().__init__(f"The request has more than {limit_mb:g} MB, and no more is read. Send less at once.")
+
+
+class BodyTooSlow(RequestRefused):
+    code = "request_timeout"
+    retryable = True
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request's body did not arrive within {seconds:g} s. Send it faster, or send less.")
+
+
+class NoSuchPage(RequestRefused):
+    code = "not_found"
+
+    def __init__(self, method: str, path: str, *, known: Sequence[str] = (), allowed: Sequence[str] = ()) -> None:
+        self.allowed = tuple(allowed)
+        if allowed:
+            super().__init__(f"{method} {path!r} is not served; it takes {' and '.join(allowed)}. See /docs.")
+        else:
+            super().__init__(f"Nothing is at {path!r}.{did_you_mean(path, known)} All that there is: /docs.")
+
+
 # --- wait, or route around the provider ----------------------------------------------------
 
 
@@ -296,6 +370,8 @@ class ProviderError(SekhaError):
 
     code = "provider_error"
     falls_back = True
+    may_be_billed: bool = False
+    """Whether the provider may charge for the attempt all the same, so that it counts at its worst case."""
     _says: ClassVar[str] = "failed"
     _next: ClassVar[str] = ""
 
@@ -334,6 +410,7 @@ class ProviderUnavailable(ProviderError):
 
 class ProviderTimeout(ProviderUnavailable):
     code = "provider_timeout"
+    may_be_billed = True
     _says = "did not answer in time"
     _next = "Raise its `timeout_secs` if it is merely slow."
 
@@ -342,6 +419,7 @@ class StreamBroken(ProviderUnavailable):
     """The stream ended early. What had arrived is incomplete, and another try repeats it."""
 
     code = "stream_broken"
+    may_be_billed = True
     retryable = False
     falls_back = False
     _says = "broke off its stream"
@@ -367,6 +445,7 @@ class ModelNotFound(ProviderError):
 
 class BadReply(ProviderError):
     code = "provider_bad_reply"
+    may_be_billed = True
     retryable = True
     _says = "gave an answer that breaks its protocol"
 

@@ -13,6 +13,8 @@ import sekha.errors
 from sekha.calling import Attempt
 from sekha.errors import (
     AliasMoved,
+    BodyTooLarge,
+    BodyTooSlow,
     BudgetExceeded,
     CollectionConflict,
     CollectionMissing,
@@ -23,9 +25,12 @@ from sekha.errors import (
     DocumentRefused,
     IngestIncomplete,
     InvalidRequest,
+    KeyLimited,
+    KeyNotAllowed,
     LedgerError,
     LedgerUnavailable,
     NoCandidate,
+    NoSuchPage,
     PrefectUnavailable,
     Problem,
     ProviderError,
@@ -35,6 +40,7 @@ from sekha.errors import (
     SpaceMismatch,
     StoreError,
     StoreUnavailable,
+    Unauthenticated,
     UnknownModel,
     VectorRefused,
     did_you_mean,
@@ -72,6 +78,12 @@ def example(kind: type[SekhaError]) -> SekhaError:
         BudgetExceeded: BudgetExceeded(
             "b", limit=Decimal(1), remaining=Decimal(0), needed=Decimal(2), period="day", resets="00:00 UTC"
         ),
+        Unauthenticated: Unauthenticated(given=True),
+        KeyNotAllowed: KeyNotAllowed("research", "gpt-5", ["gpt-5-mini"]),
+        KeyLimited: KeyLimited("research", "60 requests a minute", retry_after_seconds=2.0),
+        BodyTooLarge: BodyTooLarge(20.0),
+        BodyTooSlow: BodyTooSlow(30.0),
+        NoSuchPage: NoSuchPage("GET", "/v1/chat", known=["/v1/chat/completions"]),
         DocumentRefused: DocumentRefused([("a.md", "it is empty")]),
         DimensionMismatch: DimensionMismatch(declared=8, returned=4, provider_id="a", model_id="m"),
         CollectionMissing: CollectionMissing("Docs", ["Docs_8"]),
@@ -154,7 +166,9 @@ def test_only_what_may_succeed_later_is_retryable() -> None:
 
     assert retryable == {
         "BadReply",
+        "BodyTooSlow",
         "IngestIncomplete",
+        "KeyLimited",
         "LedgerUnavailable",
         "PrefectUnavailable",
         "ProviderTimeout",
