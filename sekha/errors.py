@@ -331,8 +331,8 @@ class KeyLimited(RequestRefused):
         self.limit = limit
         self.retry_after_seconds = retry_after_seconds
         super().__init__(
-            f"Key {key_name!r} has used up {limit}. Try again in {retry_after_seconds:.1f} s, or raise it under `keys:` in "
-            "sekha.yaml."
+            f"Key {key_name!r} has used up {limit}. Try again in {retry_after_seconds:.1f} s, "
+            "or raise it under `keys:` in sekha.yaml."
         )
 
 
