@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
 from sekha.pricing import Usage
+from sekha.providers.base import RawStream
 from sekha.registry import Task
-from sekha.routing import Ask, Estimates, Plan
-from sekha.settling import let_go, reserved, to_the_end
+from sekha.routing import Ask, Candidate, Estimates, Plan
+from sekha.settling import let_go, reserved, settled
 
-__all__ = ["REPLY_LIMITS", "ChatRequest", "ChatSteps", "Reply", "answer"]
+__all__ = [
+    "REPLY_LIMITS",
+    "ChatRequest",
+    "ChatSteps",
+    "Opened",
+    "Piped",
+    "Reply",
+    "StreamSteps",
+    "answer",
+    "stream",
+]
 
 REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
 """OpenAI's two names for the longest reply, the old and the new."""
@@ -42,6 +53,8 @@ class ChatRequest:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """OpenAI's other fields: `temperature`, `tools`, `response_format` …"""
     tags: frozenset[str] = frozenset()
+    key: str | None = None
+    """The name of the caller's key, whose budgets it counts against."""
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -116,6 +129,7 @@ class ChatRequest:
             vision=self.require_vision or (images_need_vision and self.image_count > 0),
             max_cost=self.max_cost,
             priced_apart=self.priced_apart,
+            key=self.key,
             tags=self.tags,
         )
 
@@ -126,7 +140,7 @@ class Reply:
 
     text: str = field(repr=False)
     body: Mapping[str, Any] = field(repr=False)
-    """The whole answer in OpenAI's `chat.completion` shape."""
+    """The whole answer in OpenAI's `chat.completion` shape; empty when it went out in pieces."""
     provider_id: str
     model_id: str
     usage: Usage
@@ -136,6 +150,31 @@ class Reply:
     reason: str
     """Why this model was chosen."""
     charged_to: Scope
+    raw: bytes | None = field(default=None, repr=False)
+    """`body` as the provider wrote it, where it came in OpenAI's shape."""
+
+
+class Piped(Protocol):
+    """Where the pieces of a streamed answer go."""
+
+    async def begin(self, opened: Opened) -> None:
+        """Somebody is answering: the first piece is there."""
+        ...
+
+    async def write(self, piece: bytes) -> None:
+        """Whole server-sent events, as OpenAI writes them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An answer that has begun to arrive, and who gives it."""
+
+    events: RawStream = field(repr=False)
+    candidate: Candidate
+    attempts: tuple[Attempt, ...]
+    started: float
+    """Monotonic seconds when the one who answers was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,17 +186,56 @@ class ChatSteps:
     reserve: Callable[[Plan], Awaitable[Hold]]
     call: Callable[[ChatRequest, Plan, Hold], Awaitable[Reply]]
     settle: Callable[[Hold, Reply | None], Awaitable[None]]
+    at_once: bool = False
+    """Whether `reserve` and `settle` are safe to cancel, and so need no shield."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSteps:
+    """The steps of a chat whose answer is handed on while it arrives."""
+
+    estimate: Callable[[ChatRequest], Awaitable[Estimates]]
+    select: Callable[[ChatRequest, Estimates], Awaitable[Plan]]
+    reserve: Callable[[Plan], Awaitable[Hold]]
+    open: Callable[[ChatRequest, Plan, Hold], Awaitable[Opened]]
+    relay: Callable[[ChatRequest, Plan, Hold, Opened, Piped], Awaitable[Reply]]
+    settle: Callable[[Hold, Reply | None], Awaitable[None]]
+    at_once: bool = False
 
 
 async def answer(request: ChatRequest, steps: ChatSteps) -> Reply:
     """Answer one request. Money is held before anyone is called, and settled however it ends."""
+
+    async def call(plan: Plan, hold: Hold) -> Reply:
+        return await steps.call(request, plan, hold)
+
+    return await _in_order(request, steps, call)
+
+
+async def stream(request: ChatRequest, steps: StreamSteps, pipe: Piped) -> Reply:
+    """Answer one request piece by piece: the same line, in which a call is opening and then relaying.
+
+    Until the first piece another candidate may be asked; from then on a failure is raised with what
+    had arrived on record. The reply has no `body`: its pieces have gone out.
+    """
+
+    async def call(plan: Plan, hold: Hold) -> Reply:
+        opened = await steps.open(request, plan, hold)
+        return await steps.relay(request, plan, hold, opened, pipe)
+
+    return await _in_order(request, steps, call)
+
+
+async def _in_order(
+    request: ChatRequest, steps: ChatSteps | StreamSteps, call: Callable[[Plan, Hold], Awaitable[Reply]]
+) -> Reply:
     estimates = await steps.estimate(request)
     plan = await steps.select(request, estimates)
-    hold = await reserved(steps.reserve, steps.settle, plan)
+    hold = await reserved(steps, plan)
     try:
-        reply = await steps.call(request, plan, hold)
+        reply = await call(plan, hold)
     except BaseException:
         await let_go(steps.settle, hold)
         raise
-    await to_the_end(steps.settle(hold, reply))
+    await settled(steps, hold, reply)
     return reply

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import Any, Generic, Protocol, TypeVar
 
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
 from sekha.pricing import Usage
 from sekha.routing import Ask, Estimates, Plan
-from sekha.settling import let_go, reserved, to_the_end
+from sekha.settling import let_go, reserved, settled
 from sekha.vectors.base import Vector
 
 __all__ = ["EmbedRequest", "EmbedSteps", "Embedded", "embed"]
@@ -28,6 +29,10 @@ class EmbedRequest:
     bulk: bool = False
     """Many requests' worth of texts: `max_cost_per_request` does not cap it."""
     tags: frozenset[str] = frozenset()
+    key: str | None = None
+    """The name of the caller's key, whose budgets it counts against."""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """OpenAI's other fields as they came: `dimensions`, `encoding_format`, `user`."""
 
     def __post_init__(self) -> None:
         for at, text in enumerate(self.texts):
@@ -41,6 +46,7 @@ class EmbedRequest:
             task="embedding",
             max_cost=self.max_cost,
             bulk=self.bulk,
+            key=self.key,
             tags=self.tags,
         )
 
@@ -64,28 +70,40 @@ class Embedded:
         return int(self.vectors.shape[1])
 
 
+class Charged(Protocol):
+    """What embedding gives: vectors as numbers, or as the bytes in which a provider wrote them."""
+
+    @property
+    def cost(self) -> Decimal: ...
+
+
+E = TypeVar("E", bound=Charged)
+
+
 @dataclass(frozen=True, slots=True)
-class EmbedSteps:
+class EmbedSteps(Generic[E]):
     """The steps of an embedding: plain callables in-process, Prefect tasks in a flow."""
 
     estimate: Callable[[EmbedRequest], Awaitable[Estimates]]
     select: Callable[[EmbedRequest, Estimates], Awaitable[Plan]]
     reserve: Callable[[Plan], Awaitable[Hold]]
-    embed: Callable[[EmbedRequest, Plan, Hold], Awaitable[Embedded]]
-    settle: Callable[[Hold, Embedded | None], Awaitable[None]]
+    embed: Callable[[EmbedRequest, Plan, Hold], Awaitable[E]]
+    settle: Callable[[Hold, E | None], Awaitable[None]]
+    at_once: bool = False
+    """Whether `reserve` and `settle` are safe to cancel, and so need no shield."""
 
 
-async def embed(request: EmbedRequest, steps: EmbedSteps) -> Embedded:
+async def embed(request: EmbedRequest, steps: EmbedSteps[E]) -> E:
     """Embed the texts. Money is held before anyone is called, and settled however it ends."""
     if not request.texts:
         raise InvalidRequest("There is no text to embed: send at least one.", field="input")
     estimates = await steps.estimate(request)
     plan = await steps.select(request, estimates)
-    hold = await reserved(steps.reserve, steps.settle, plan)
+    hold = await reserved(steps, plan)
     try:
         embedded = await steps.embed(request, plan, hold)
     except BaseException:
         await let_go(steps.settle, hold)
         raise
-    await to_the_end(steps.settle(hold, embedded))
+    await settled(steps, hold, embedded)
     return embedded

@@ -188,6 +188,7 @@ class IngestSteps:
     upsert: Callable[[Changes, BatchEmbedded], Awaitable[Stored]]
     settle: Callable[[Hold, None], Awaitable[None]]
     remove: Callable[[Changes, Sequence[Stored]], Awaitable[int]]
+    at_once: bool = False
 
 
 Progress = Callable[[int, int], None]
@@ -220,7 +221,7 @@ async def ingest(
 
     estimates = await steps.estimate(changes.to_embed)
     plan = await steps.select(changes.to_embed, estimates)
-    hold = await reserved(steps.reserve, steps.settle, plan)
+    hold = await reserved(steps, plan)
     run = _Run(changes, plan, hold, steps, progress)
     try:
         await run.all_batches(concurrency)

@@ -98,7 +98,7 @@ class Runtime:
         )
 
     @property
-    def embed_steps(self) -> EmbedSteps:
+    def embed_steps(self) -> EmbedSteps[Embedded]:
         return EmbedSteps(
             estimate=self.money.estimate_cost,
             select=self.money.select_provider,

@@ -52,7 +52,7 @@ class SearchSteps:
     """The steps of a search: plain callables in-process, Prefect tasks in a flow."""
 
     prepare: Callable[[SearchRequest], Awaitable[EmbedRequest]]
-    embedding: EmbedSteps
+    embedding: EmbedSteps[Embedded]
     look_up: Callable[[SearchRequest, Embedded], Awaitable[Found]]
 
 

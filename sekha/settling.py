@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sekha.errors import LedgerError
 from sekha.ledger import Hold
 from sekha.routing import Plan
 
-__all__ = ["let_go", "reserved", "to_the_end"]
+__all__ = ["let_go", "reserved", "settled", "to_the_end"]
 
 T = TypeVar("T")
+Outcome = TypeVar("Outcome", contravariant=True)
 log = logging.getLogger("sekha.settling")
 
 
@@ -27,18 +28,37 @@ async def to_the_end(work: Awaitable[T]) -> T:
         raise
 
 
-async def reserved(
-    reserve: Callable[[Plan], Awaitable[Hold]], settle: Callable[[Hold, None], Awaitable[None]], plan: Plan
-) -> Hold:
+class Line(Protocol[Outcome]):
+    """A line of steps that holds money and settles it."""
+
+    @property
+    def reserve(self) -> Callable[[Plan], Awaitable[Hold]]: ...
+    @property
+    def settle(self) -> Callable[[Hold, Outcome | None], Awaitable[None]]: ...
+    @property
+    def at_once(self) -> bool:
+        """Whether both are safe to cancel. A shield is a task, and dear on the request path."""
+        ...
+
+
+async def reserved(steps: Line[Any], plan: Plan) -> Hold:
     """Reserve for a plan. A caller who leaves while it is being done leaves no hold behind."""
-    task = asyncio.ensure_future(reserve(plan))
+    if steps.at_once:
+        return await steps.reserve(plan)
+    task = asyncio.ensure_future(steps.reserve(plan))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
         if not task.cancelled() and task.exception() is None:
-            await let_go(settle, task.result())
+            await let_go(steps.settle, task.result())
         raise
+
+
+async def settled(steps: Line[Outcome], hold: Hold, outcome: Outcome) -> None:
+    """Settle what came of a plan, also for a caller who leaves meanwhile."""
+    settling = steps.settle(hold, outcome)
+    await (settling if steps.at_once else to_the_end(settling))
 
 
 async def let_go(settle: Callable[[Hold, None], Awaitable[None]], hold: Hold) -> None:

@@ -20,7 +20,7 @@ import orjson
 from sekha.errors import InvalidRequest
 from sekha.images import data_in_url, image_tokens, read_image
 
-__all__ = ["Tokenizer", "count_messages", "count_text", "count_texts", "tokenizer_of"]
+__all__ = ["Tokenizer", "count_messages", "count_text", "count_texts", "decoded", "tokenizer_of"]
 
 TokenizerName: TypeAlias = Literal["o200k_base", "cl100k_base", "p50k_base", "claude", "words"]
 
@@ -94,6 +94,19 @@ def _pieces(text: str) -> Iterator[str]:
     return (text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS))
 
 
+def decoded(tokens: Sequence[int], model: str) -> str:
+    """The text that these tokens of a model stand for; `cl100k_base` where the model's own are not OpenAI's.
+
+    Raises `InvalidRequest` for a number that is no token.
+    """
+    name = tokenizer_of(model).name
+    encoding = _encoding("cl100k_base" if name in ("claude", "words") else name)
+    try:
+        return str(encoding.decode(list(tokens)))
+    except (KeyError, OverflowError) as error:
+        raise InvalidRequest(f"`input` has a number that is no token of {encoding.name}.", field="input") from error
+
+
 def count_messages(
     messages: Sequence[Mapping[str, Any]], model: str, *, tools: Sequence[Mapping[str, Any]] | None = None
 ) -> int:
@@ -155,10 +168,7 @@ def _counter(name: TokenizerName) -> Callable[[str], int]:
 def _load(name: TokenizerName) -> Callable[[str], int]:
     if name == "words":
         return lambda text: len(text.split())
-    file = _folder() / _FILES[name]
-    if not file.is_file():
-        raise RuntimeError(f"The installed LiteLLM lacks its tokenizer file {file.name!r}; reinstall it.")
-    return _load_claude(file) if name == "claude" else _load_tiktoken(name, file.parent)
+    return _load_claude(_file(name)) if name == "claude" else _load_tiktoken(name)
 
 
 def _load_claude(file: Path) -> Callable[[str], int]:
@@ -174,20 +184,32 @@ def _load_claude(file: Path) -> Callable[[str], int]:
     return count
 
 
-def _load_tiktoken(name: str, folder: Path) -> Callable[[str], int]:
+def _load_tiktoken(name: TokenizerName) -> Callable[[str], int]:
+    encoding = _encoding(name)
+    return lambda text: len(encoding.encode_ordinary(text))
+
+
+@cache
+def _encoding(name: TokenizerName) -> Any:
     import tiktoken
 
     # tiktoken takes its files from this folder and asks the network only for one that is not there.
     previous = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(_file(name).parent)
     try:
-        encoding = tiktoken.get_encoding(name)
+        return tiktoken.get_encoding(name)
     finally:
         if previous is None:
             del os.environ["TIKTOKEN_CACHE_DIR"]
         else:
             os.environ["TIKTOKEN_CACHE_DIR"] = previous
-    return lambda text: len(encoding.encode_ordinary(text))
+
+
+def _file(name: TokenizerName) -> Path:
+    file = _folder() / _FILES[name]
+    if not file.is_file():
+        raise RuntimeError(f"The installed LiteLLM lacks its tokenizer file {file.name!r}; reinstall it.")
+    return file
 
 
 def _folder() -> Path:

@@ -121,7 +121,10 @@ def _noted(steps: S, clock: Callable[[], float], notes: Callable[[], Notes | Non
     wrapped: dict[str, Any] = {}
     for each in fields(steps):
         value = getattr(steps, each.name)
-        wrapped[each.name] = _noted(value, clock, notes) if is_dataclass(value) else _noting(value, clock, notes)
+        if is_dataclass(value):
+            wrapped[each.name] = _noted(value, clock, notes)
+        elif callable(value):
+            wrapped[each.name] = _noting(value, clock, notes)
     return replace(steps, **wrapped)
 
 

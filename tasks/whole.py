@@ -33,7 +33,10 @@ def given_whole(steps: S) -> S:
     whole: dict[str, Any] = {}
     for each in fields(steps):
         value = getattr(steps, each.name)
-        whole[each.name] = given_whole(value) if is_dataclass(value) else _given_whole(value)
+        if is_dataclass(value):
+            whole[each.name] = given_whole(value)
+        elif callable(value):
+            whole[each.name] = _given_whole(value)
     return replace(steps, **whole)
 
 

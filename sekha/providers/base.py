@@ -15,7 +15,7 @@ from sekha.pricing import Usage
 from sekha.registry import Model
 from sekha.vectors.base import Vector
 
-__all__ = ["ChatCall", "Chunk", "Completion", "Embeddings", "Provider"]
+__all__ = ["ChatCall", "Chunk", "Completion", "Embeddings", "Provider", "RawStream"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,29 @@ class Chunk:
     def text(self) -> str:
         choices = self.body.get("choices") or ()
         return str(choices[0].get("delta", {}).get("content") or "") if choices else ""
+
+
+class RawStream(Protocol):
+    """A streamed answer as the server-sent events in which a provider wrote it.
+
+    Iterating gives blocks of whole events, without the last, `[DONE]`. It ends only when the
+    provider said that it ended, and else raises `StreamBroken` or `ProviderTimeout`.
+    """
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the provider reported; None before the end, and where it reported none."""
+        ...
+
+    def said(self) -> str:
+        """The text that arrived so far, for counting."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    async def aclose(self) -> None:
+        """Close the connection; the provider stops writing."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,264 @@
+"""OpenAI's JSON to our requests, and our replies to OpenAI's JSON."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, cast
+
+import orjson
+
+from sekha.calling import Attempt
+from sekha.chat import ChatRequest, Reply
+from sekha.embedding import EmbedRequest
+from sekha.errors import InvalidRequest, UnknownModel
+from sekha.registry import TASKS, Task
+from sekha.tokens import decoded
+from sekha.vectors.base import Vector
+
+__all__ = [
+    "ChatAsked",
+    "chat_asked",
+    "chat_reply",
+    "embed_asked",
+    "embeddings_body",
+    "money",
+    "object_in",
+    "sekha_note",
+    "tags_of",
+]
+
+_OURS = frozenset(
+    {"model", "messages", "task", "require_vision", "max_cost", "preferred_model", "stream", "store", "metadata"}
+)
+_EMBEDDING_OURS = frozenset({"model", "input", "max_cost", "store", "metadata", "task"})
+_MOST_INPUTS = 2048
+"""OpenAI's own limit on the texts of one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAsked:
+    """A chat as it came over the wire: the request, and how the caller wants the answer."""
+
+    request: ChatRequest
+    stream: bool
+    keep: bool
+    """False when the caller said `store: false`: nothing of it is to be remembered."""
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a streamed answer is to end with its usage."""
+        options = self.request.options.get("stream_options")
+        return isinstance(options, Mapping) and options.get("include_usage") is True
+
+
+def object_in(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body holds."""
+    try:
+        given = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # The parser's message quotes nothing of the body but where it breaks.
+        raise InvalidRequest(f"The body is no JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from None
+    if type(given) is not dict:
+        raise InvalidRequest(f"The body must be a JSON object, not {_kind(given)}.")
+    return given
+
+
+def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
+    """Read `POST /v1/chat/completions`. Raises `InvalidRequest` with the field that is wrong."""
+    given = object_in(body)
+    messages = given.get("messages")
+    if type(messages) is not list:
+        raise InvalidRequest(
+            "`messages` is missing: send a list of messages."
+            if messages is None
+            else f"`messages` must be a list, not {_kind(messages)}.",
+            field="messages",
+        )
+    keep = _flag(given, "store", default=True)
+    metadata = given.get("metadata")
+    options = {name: value for name, value in given.items() if name not in _OURS}
+    if given.get("store") is True:
+        # OpenAI's own `store`, which takes `metadata` with it; alone, `metadata` is an error there.
+        options["store"] = True
+        if metadata is not None:
+            options["metadata"] = metadata
+    if (replies := options.get("n")) is not None and type(replies) is not int:
+        raise InvalidRequest(f"`n` must be a whole number, not {_kind(replies)}.", field="n")
+    request = ChatRequest(
+        messages=tuple(messages),
+        model=_text(given, "model"),
+        task=_task(given),
+        preferred_model=_text(given, "preferred_model"),
+        require_vision=_flag(given, "require_vision", default=False),
+        max_cost=_dollars(given, "max_cost"),
+        options=options,
+        tags=tags_of(metadata),
+        key=key,
+    )
+    return ChatAsked(request, _flag(given, "stream", default=False), keep)
+
+
+def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
+    """Read `POST /v1/embeddings`: the request, and whether it may be remembered."""
+    given = object_in(body)
+    model = _text(given, "model")
+    options = {name: value for name, value in given.items() if name not in _EMBEDDING_OURS}
+    encoding = options.get("encoding_format")
+    if encoding not in (None, "float", "base64"):
+        raise InvalidRequest("`encoding_format` must be `float` or `base64`.", field="encoding_format")
+    dimensions = options.get("dimensions")
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise InvalidRequest("`dimensions` must be a whole number, 1 or more.", field="dimensions")
+    request = EmbedRequest(
+        texts=_texts(given.get("input"), model),
+        model=model,
+        max_cost=_dollars(given, "max_cost"),
+        tags=tags_of(given.get("metadata")),
+        key=key,
+        options=options,
+    )
+    return request, _flag(given, "store", default=True)
+
+
+def chat_reply(reply: Reply, run_id: str) -> bytes:
+    """The provider's own answer, with ours beside it under `sekha`."""
+    note = sekha_note(reply, run_id)
+    if reply.raw is not None:
+        return _with_note(reply.raw, note)
+    return orjson.dumps(dict(reply.body) | {"sekha": note})
+
+
+def sekha_note(outcome: Any, run_id: str) -> dict[str, object]:
+    """What the reply carries under `sekha`: who answered, what it cost, who was asked, and its run in Prefect."""
+    attempts: Sequence[Attempt] = outcome.attempts
+    note: dict[str, object] = {
+        "provider_id": outcome.provider_id,
+        "model_id": outcome.model_id,
+        "estimated_cost": float(outcome.estimated_cost),
+        "cost": float(outcome.cost),
+        "attempts": len(attempts),
+        "run_id": run_id,
+    }
+    if outcome.usage.counted:
+        note["usage"] = "counted"
+    return note
+
+
+def embeddings_body(vectors: Vector, model_id: str, input_tokens: int, *, base64_wanted: bool) -> dict[str, object]:
+    """Vectors as OpenAI's `list` object."""
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _packed(row) if base64_wanted else row}
+            for index, row in enumerate(vectors)
+        ],
+        "model": model_id,
+        "usage": {"prompt_tokens": input_tokens, "total_tokens": input_tokens},
+    }
+
+
+def _packed(row: Vector) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+def with_note(raw: bytes, note: Mapping[str, object]) -> bytes:
+    return _with_note(raw, note)
+
+
+def _with_note(raw: bytes, note: Mapping[str, object], more: bytes = b"") -> bytes:
+    """Splice our part into the provider's object, which was parsed before and ends with its brace."""
+    end = raw.rstrip()
+    return b"".join((end[:-1], more, b',"sekha":', orjson.dumps(note), b"}"))
+
+
+def money(amount: Decimal) -> bytes:
+    """Dollars for a header: plain digits, no exponent."""
+    return f"{amount.normalize():f}".encode()
+
+
+def tags_of(metadata: object) -> frozenset[str]:
+    """The tags that `metadata` gives: `{"team": "search"}` is `team:search`, by which costs are reported."""
+    if metadata is None:
+        return frozenset()
+    if not isinstance(metadata, Mapping) or len(metadata) > 16:
+        raise InvalidRequest("`metadata` must be an object with 16 entries at the most.", field="metadata")
+    for name, value in metadata.items():
+        if not isinstance(value, str) or len(name) > 64 or len(value) > 512:
+            raise InvalidRequest(
+                f"`metadata.{name[:64]}` must be a text of 512 characters at the most, under a name of 64.",
+                field="metadata",
+            )
+    return frozenset(f"{name}:{value}" for name, value in metadata.items())
+
+
+def _texts(given: object, model: str | None) -> tuple[str, ...]:
+    """One text, texts, the tokens of one text, or tokens of texts: all that OpenAI takes."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, list) or not given:
+        raise InvalidRequest("`input` must be a text, or a list of texts or tokens.", field="input")
+    if len(given) > _MOST_INPUTS and not isinstance(given[0], int):
+        raise InvalidRequest(f"`input` has {len(given):,} texts; {_MOST_INPUTS:,} is the most.", field="input")
+    if all(isinstance(each, str) for each in given):
+        return tuple(cast("list[str]", given))
+    if all(type(each) is int for each in given):
+        return (decoded(cast("list[int]", given), model or ""),)
+    if all(isinstance(each, list) and all(type(token) is int for token in each) for each in given):
+        return tuple(decoded(each, model or "") for each in given)
+    raise InvalidRequest("`input` must hold texts only, or tokens only.", field="input")
+
+
+def _text(given: Mapping[str, Any], name: str) -> str | None:
+    value = given.get(name)
+    if value is None or type(value) is str:
+        return value or None
+    raise InvalidRequest(f"`{name}` must be text, not {_kind(value)}.", field=name)
+
+
+def _flag(given: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = given.get(name)
+    if value is None:
+        return default
+    if type(value) is bool:
+        return value
+    raise InvalidRequest(f"`{name}` must be true or false, not {_kind(value)}.", field=name)
+
+
+def _dollars(given: Mapping[str, Any], name: str) -> Decimal | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if type(value) in (int, float, str):
+        try:
+            amount = Decimal(str(value))
+        except InvalidOperation:
+            amount = Decimal("NaN")
+        if amount.is_finite():
+            return amount
+    raise InvalidRequest(f"`{name}` must be dollars, such as 0.01, not {_kind(value)}.", field=name)
+
+
+def _task(given: Mapping[str, Any]) -> Task | None:
+    task = _text(given, "task")
+    if task is None or task in TASKS:
+        return task
+    raise UnknownModel(task, TASKS, kind="task")
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "text"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
