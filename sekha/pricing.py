@@ -1,10 +1,11 @@
-"""What tokens cost. Prices, usage and the two sums over them; pure, and Decimal throughout."""
+"""What tokens cost. Prices, usage and the two sums over them; pure, and exact throughout."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Decimal
-from typing import Literal, TypeAlias
+from decimal import Decimal
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
     "ASSUMED_REPLY",
@@ -13,6 +14,7 @@ __all__ = [
     "LONGEST_REPLY",
     "Estimate",
     "Price",
+    "Tariff",
     "Usage",
     "cost",
     "estimate_chat",
@@ -20,11 +22,24 @@ __all__ = [
     "price_of",
 ]
 
-_MILLION = Decimal(1_000_000)
 Basis: TypeAlias = Literal["max_tokens", "history", "assumed", "no reply"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Tariff(NamedTuple):
+    """A price in whole numbers of `unit`: exact like Decimals, and many times as quick to add up."""
+
+    input: int
+    cached: int
+    written: int
+    output: int
+    image: int
+    """Each for one token, or one image."""
+    places: int
+    unit: Decimal
+    """10 to the power of minus `places`, in US dollars."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Price:
     """US dollars per million tokens of each sort.
 
@@ -49,7 +64,20 @@ class Price:
 
     def at(self, input_tokens: int) -> Price:
         """The price that holds for an input of this length."""
+        if not self.long_input:
+            return self
         return next((price for above, price in reversed(self.long_input) if input_tokens > above), self)
+
+    @cached_property
+    def tariff(self) -> Tariff:
+        """This price, but for `long_input`, in whole numbers."""
+        cached = self.input if self.cached_input is None else self.cached_input
+        written = self.input if self.cache_write is None else self.cache_write
+        amounts = (self.input, cached, written, self.output, self.per_image or Decimal(0))
+        # A million tokens cost the amount, so that one costs a whole number six places further down.
+        places = 6 + max(0, *(-int(amount.normalize().as_tuple().exponent) for amount in amounts))
+        tokens = [int(amount.scaleb(places - 6)) for amount in amounts[:4]]
+        return Tariff(*tokens, int(amounts[4].scaleb(places)), places, Decimal(1).scaleb(-places))
 
 
 FREE = Price(source="local")
@@ -79,10 +107,10 @@ class Usage:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What one call to one model will cost, said before it is made."""
 
+    # A named tuple: several are made for each request, and a frozen dataclass takes six times as long to make.
     expected: Decimal
     """Dollars to plan with."""
     worst_case: Decimal
@@ -102,6 +130,7 @@ ASSUMED_REPLY = 512
 """Tokens of a reply from a model of which no reply has been seen yet."""
 INEXACT = Decimal("1.25")
 """How many more tokens than we count a provider may count, where its tokenizer is not public."""
+_INEXACT = INEXACT.as_integer_ratio()
 LONGEST_REPLY = 4096
 """Tokens at which a reply is cut where nobody knows the model's own limit and its tokens cost money."""
 
@@ -128,13 +157,12 @@ def estimate_chat(
     pass it. The worst case counts input that is not `exact` as `INEXACT` times as long, and all of it
     as written to the provider's cache when the request `writes_cache`.
     """
-    before = cost(Usage(input_tokens=input_tokens, images=images), price)
-    most = _most(input_tokens, exact=exact)
-    at_most = cost(Usage(input_tokens=most, images=images), price)
-    if writes_cache:
-        at_most = max(at_most, cost(Usage(input_tokens=most, cache_write_tokens=most, images=images), price))
-    each = price.at(input_tokens).output * replies / _MILLION
-    each_at_most = price.at(most).output * replies / _MILLION
+    most = input_tokens if exact else _at_most(input_tokens)
+    now = price.at(input_tokens).tariff
+    then = price.at(most).tariff
+    before = input_tokens * now.input + images * now.image
+    at_most = most * (max(then.input, then.written) if writes_cache else then.input) + images * then.image
+    each, each_at_most = now.output * replies, then.output * replies
     limit: int | None = None
     if requested is not None:
         length = min(requested, usual) if usual else requested
@@ -149,48 +177,47 @@ def estimate_chat(
         length = min(usual or ASSUMED_REPLY, longest)
         # Where it matters a limit is sent, since the one that we know of the model may be out of date.
         limit = longest if each_at_most and (cap is not None or not model_limit) else None
-        if cap is not None and each_at_most and at_most + longest * each_at_most > cap:
-            affordable = int((cap - at_most) // each_at_most) if cap > at_most else 0
-            # A limit below the usual length would not save the request but mutilate its reply.
-            longest = limit = max(affordable, length)
+        if cap is not None and each_at_most:
+            left = int(cap.scaleb(then.places)) - at_most
+            if longest * each_at_most > left:
+                # A limit below the usual length would not save the request but mutilate its reply.
+                longest = limit = max(left // each_at_most, length)
     return Estimate(
-        expected=before + length * each,
-        worst_case=at_most + longest * each_at_most,
-        input_tokens=input_tokens,
-        output_tokens=length * replies,
-        context_tokens=input_tokens + (requested or 0),
-        reply_limit=limit,
-        basis=basis,
+        (before + length * each) * now.unit,
+        (at_most + longest * each_at_most) * then.unit,
+        input_tokens,
+        length * replies,
+        input_tokens + (requested or 0),
+        limit,
+        basis,
     )
 
 
 def estimate_embedding(price: Price, *, input_tokens: int, longest: int, exact: bool = True) -> Estimate:
     """Price an embedding before it is made: exact but for the tokenizer, since nothing comes back."""
-    return Estimate(
-        expected=cost(Usage(input_tokens=input_tokens), price),
-        worst_case=cost(Usage(input_tokens=_most(input_tokens, exact=exact)), price),
-        input_tokens=input_tokens,
-        output_tokens=0,
-        context_tokens=longest,
-    )
+    most = input_tokens if exact else _at_most(input_tokens)
+    now, then = price.at(input_tokens).tariff, price.at(most).tariff
+    return Estimate(input_tokens * now.input * now.unit, most * then.input * then.unit, input_tokens, 0, longest)
 
 
-def _most(tokens: int, *, exact: bool) -> int:
-    return tokens if exact else int((tokens * INEXACT).to_integral_value(ROUND_CEILING))
+def _at_most(tokens: int) -> int:
+    """The tokens times `INEXACT`, rounded up."""
+    return -(-tokens * _INEXACT[0] // _INEXACT[1])
 
 
 def cost(usage: Usage, price: Price) -> Decimal:
     """Dollars for a call: input, cached input and input written to a cache at their prices, output, images."""
-    price = price.at(usage.input_tokens)
+    each = price.at(usage.input_tokens).tariff
     cached = min(usage.cached_tokens, usage.input_tokens)
     written = min(usage.cache_write_tokens, usage.input_tokens - cached)
-    tokens = (
-        (usage.input_tokens - cached - written) * price.input
-        + cached * (price.input if price.cached_input is None else price.cached_input)
-        + written * (price.input if price.cache_write is None else price.cache_write)
-        + usage.output_tokens * price.output
+    units = (
+        (usage.input_tokens - cached - written) * each.input
+        + cached * each.cached
+        + written * each.written
+        + usage.output_tokens * each.output
+        + usage.images * each.image
     )
-    return tokens / _MILLION + usage.images * (price.per_image or Decimal(0))
+    return units * each.unit
 
 
 def price_of(configured: Price | None, mapped: Price | None, *, unknown_is_free: bool) -> Price | None:
