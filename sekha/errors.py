@@ -20,7 +20,8 @@
     ├── ProviderError               wait, or route around the provider
     │   ├── ProviderUnavailable     5xx, connection lost or refused
     │   │   ├── ProviderTimeout     no answer, or no next chunk, in time
-    │   │   └── StreamBroken        a stream ended before its end was said
+    │   │   ├── StreamBroken        a stream ended before its end was said
+    │   │   └── CircuitOpen         it kept failing, so nobody was asked
     │   ├── RateLimited             429, with `retry_after_seconds` when the provider said
     │   ├── ProviderAuthFailed      the provider refuses our key
     │   ├── ModelNotFound           the provider does not have the model
@@ -46,6 +47,10 @@ Two attributes decide what happens next, and nobody parses messages:
 `retryable`   the same call may succeed a little later
 `falls_back`  another provider may succeed where this one failed
 
+A `ProviderError` has a third, `health`: what it says of the provider to its circuit. `failing` counts against
+it; `alive` is as good as an answer, since the request was at fault; `unknown` says nothing either way, as a 429
+does: a provider that limits us is routed around for as long as it asks, and is not shut out for everybody.
+
 Every error survives pickling, since Prefect moves them between processes.
 No message holds a secret or a prompt.
 """
@@ -68,6 +73,7 @@ __all__ = [
     "BodyTooLarge",
     "BodyTooSlow",
     "BudgetExceeded",
+    "CircuitOpen",
     "CollectionConflict",
     "CollectionMissing",
     "ConfigError",
@@ -370,6 +376,7 @@ class ProviderError(SekhaError):
 
     code = "provider_error"
     falls_back = True
+    health: ClassVar[Literal["failing", "alive", "unknown"]] = "failing"
     may_be_billed: bool = False
     """Whether the provider may charge for the attempt all the same, so that it counts at its worst case."""
     _says: ClassVar[str] = "failed"
@@ -425,9 +432,19 @@ class StreamBroken(ProviderUnavailable):
     _says = "broke off its stream"
 
 
+class CircuitOpen(ProviderUnavailable):
+    """Every candidate kept failing and is left alone for now; `retry_after_seconds` until one is tried again."""
+
+    code = "circuit_open"
+    health = "unknown"
+    _says = "is left alone because it kept failing"
+    _next = "Wait, or add another provider of the model."
+
+
 class RateLimited(ProviderError):
     code = "rate_limited"
     retryable = True
+    health = "unknown"
     _says = "is rate limiting us"
 
 
@@ -453,6 +470,7 @@ class BadReply(ProviderError):
 class DimensionMismatch(ProviderError):
     code = "dimension_mismatch"
     falls_back = False
+    health = "alive"
     _says = "returned vectors of another length"
 
     def __init__(self, *, declared: int, returned: int, provider_id: str, model_id: str) -> None:
@@ -471,6 +489,7 @@ class ProviderRejected(ProviderError):
 
     code = "provider_rejected"
     falls_back = False
+    health = "alive"
     _says = "rejects the request"
 
 

@@ -31,7 +31,7 @@ ONLY_IN = {
     "click": (*COMPOSITION, "sekha/testing.py"),
 }
 
-VALUES = ("errors", "pricing", "registry", "ledger", "routing", "calling", "trace", "documents")
+VALUES = ("errors", "pricing", "registry", "ledger", "routing", "breaker", "calling", "trace", "documents")
 """Modules that are values and pure functions: they import each other, downward, and nothing that acts."""
 # Only for an annotation, so no cycle when it runs.
 VALUES_MAY = {"registry": {"sekha.config", "sekha.price_map"}, "errors": {"sekha.ingest", "sekha.calling"}}

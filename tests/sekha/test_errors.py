@@ -167,6 +167,7 @@ def test_only_what_may_succeed_later_is_retryable() -> None:
     assert retryable == {
         "BadReply",
         "BodyTooSlow",
+        "CircuitOpen",
         "IngestIncomplete",
         "KeyLimited",
         "LedgerUnavailable",
@@ -184,6 +185,21 @@ def test_only_a_providers_own_failure_falls_back_on_another() -> None:
     assert {kind.__name__ for kind in tree() if kind.falls_back} == {
         kind.__name__ for kind in tree(ProviderError)
     } - stays
+
+
+def test_only_what_is_the_providers_fault_counts_against_it() -> None:
+    health = {kind.__name__: kind.health for kind in tree(ProviderError)}
+
+    assert {name for name, says in health.items() if says == "failing"} == {
+        "BadReply",
+        "ModelNotFound",
+        "ProviderAuthFailed",
+        "ProviderError",
+        "ProviderTimeout",
+        "ProviderUnavailable",
+        "StreamBroken",
+    }
+    assert {name for name, says in health.items() if says == "unknown"} == {"CircuitOpen", "RateLimited"}
 
 
 def test_the_branches_say_who_can_mend_it() -> None:
