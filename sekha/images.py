@@ -10,11 +10,12 @@ import binascii
 import math
 import struct
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cache
+from typing import Literal, Protocol, TypeAlias
 
 from sekha.errors import InvalidRequest
 
-__all__ = ["Image", "ImageFormat", "data_in_url", "image_tokens", "read_image"]
+__all__ = ["Formula", "Image", "ImageFormat", "data_in_url", "formula_of", "image_tokens", "read_image"]
 
 ImageFormat: TypeAlias = Literal["png", "jpeg", "gif", "webp"]
 
@@ -62,8 +63,22 @@ def read_image(data: bytes) -> Image:
     return image
 
 
+class Formula(Protocol):
+    """How a family of models charges for images. Equal ones charge equally."""
+
+    def tokens(self, image: Image | None, detail: str) -> int:
+        """Tokens for one image; without an image, the most for any."""
+        ...
+
+
 def image_tokens(model: str, image: Image | None, *, detail: str = "auto") -> int:
-    """Tokens that a model charges for one image; without an image, the most it may charge for any.
+    """Tokens that a model charges for one image; without an image, the most it may charge for any."""
+    return formula_of(model).tokens(image, detail)
+
+
+@cache
+def formula_of(model: str) -> Formula:
+    """The formula by which a model, with or without a provider in front of it, charges for images.
 
     By the formulas that the providers publish:
 
@@ -80,14 +95,15 @@ def image_tokens(model: str, image: Image | None, *, detail: str = "auto") -> in
     """
     name = model.rpartition("/")[2]
     if "claude" in name:
-        return _claude(name.replace(".", "-"), image)
+        standard = any(family in name.replace(".", "-") for family in _CLAUDE_STANDARD)
+        return _Claude(1568, 1568) if standard else _Claude(2576, 4784)
     for prefix, patches in _PATCHES:
         if name.startswith(prefix):
-            return patches.tokens(image, detail)
+            return patches
     for prefix, tiles in _TILES:
         if name.startswith(prefix):
-            return tiles.tokens(image, detail)
-    return _OTHERS.tokens(image, detail)
+            return tiles
+    return _OTHERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +151,17 @@ def _patches_within(image: Image, budget: int, side: int = 32) -> int:
     return math.ceil(round(image.width * shrink / side, 6)) * math.ceil(round(image.height * shrink / side, 6))
 
 
-def _claude(name: str, image: Image | None) -> int:
-    standard = any(family in name for family in _CLAUDE_STANDARD)
-    edge, budget = (1568, 1568) if standard else (2576, 4784)
-    if image is None:
-        return budget
-    scale = min(1.0, edge / max(image.width, image.height))
-    # Claude shrinks what is over the budget until it fits, so the budget is what it costs at most.
-    return min(budget, math.ceil(image.width * scale / 28) * math.ceil(image.height * scale / 28))
+@dataclass(frozen=True, slots=True)
+class _Claude:
+    edge: int
+    budget: int
+
+    def tokens(self, image: Image | None, detail: str) -> int:  # noqa: ARG002 - the same at any detail
+        if image is None:
+            return self.budget
+        scale = min(1.0, self.edge / max(image.width, image.height))
+        # Claude shrinks what is over the budget until it fits, so the budget is what it costs at most.
+        return min(self.budget, math.ceil(image.width * scale / 28) * math.ceil(image.height * scale / 28))
 
 
 _OTHERS = _Tiles(85, 170)

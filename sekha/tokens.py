@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -18,9 +18,19 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 from sekha.errors import InvalidRequest
-from sekha.images import data_in_url, image_tokens, read_image
+from sekha.images import Image, data_in_url, formula_of, read_image
 
-__all__ = ["Tokenizer", "count_messages", "count_text", "count_texts", "decoded", "tokenizer_of"]
+__all__ = [
+    "Tokenizer",
+    "TokenizerName",
+    "count_messages",
+    "count_text",
+    "count_texts",
+    "count_words",
+    "decoded",
+    "images_in",
+    "tokenizer_of",
+]
 
 TokenizerName: TypeAlias = Literal["o200k_base", "cl100k_base", "p50k_base", "claude", "words"]
 
@@ -39,6 +49,7 @@ _PER_REPLY = 3
 _PER_TOOLS = 9
 
 _loading = Lock()
+_counters: dict[TokenizerName, Callable[[str], int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +98,11 @@ def count_text(text: str, model: str) -> int:
 
 def count_texts(texts: Sequence[str], model: str) -> list[int]:
     count = _counter(tokenizer_of(model).name)
-    return [count(text) if len(text) <= _PIECE_CHARACTERS else sum(map(count, _pieces(text))) for text in texts]
+    return [_count(text, count) for text in texts]
+
+
+def _count(text: str, count: Callable[[str], int]) -> int:
+    return count(text) if len(text) <= _PIECE_CHARACTERS else sum(map(count, _pieces(text)))
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -110,61 +125,89 @@ def decoded(tokens: Sequence[int], model: str) -> str:
 def count_messages(
     messages: Sequence[Mapping[str, Any]], model: str, *, tools: Sequence[Mapping[str, Any]] | None = None
 ) -> int:
-    """Tokens of a chat in OpenAI's shape, as a provider would bill its input.
+    """Tokens of a chat in OpenAI's shape, as a provider would bill its input: its words and its images."""
+    formula = formula_of(model)
+    words = count_words(messages, tokenizer_of(model).name, tools=tools)
+    return words + sum(formula.tokens(image, detail) for image, detail in images_in(messages))
 
-    Messages carry OpenAI's published overhead. Images count by `sekha.images.image_tokens`; one behind
-    a URL, or that cannot be read, as the dearest there can be. Tools count as their JSON, which is
-    more than OpenAI's terser rendering of them.
+
+def count_words(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: TokenizerName,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> int:
+    """Tokens of a chat but for its images.
+
+    Messages carry OpenAI's published overhead. Tools count as their JSON, which is more than OpenAI's
+    terser rendering of them.
     """
-    total = _PER_REPLY + sum(_PER_MESSAGE + _count_message(message, model) for message in messages)
+    count = _counter(tokenizer)
+    total = _PER_REPLY
+    for message in messages:
+        total += _PER_MESSAGE + _count_role(str(message.get("role", "")), tokenizer)
+        if name := message.get("name"):
+            total += _PER_NAME + _count(str(name), count)
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") or {}
+            total += _count(f"{function.get('name', '')}{function.get('arguments', '')}", count)
+        content = message.get("content")
+        if isinstance(content, str):
+            total += _count(content, count)
+        else:
+            total += sum(_count_part(part, count) for part in content or ())
     if tools:
-        total += _PER_TOOLS + count_text(orjson.dumps(list(tools)).decode(), model)
+        total += _PER_TOOLS + _count(orjson.dumps(list(tools)).decode(), count)
     return total
 
 
-def _count_message(message: Mapping[str, Any], model: str) -> int:
-    total = count_text(str(message.get("role", "")), model)
-    if name := message.get("name"):
-        total += _PER_NAME + count_text(str(name), model)
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        total += count_text(f"{function.get('name', '')}{function.get('arguments', '')}", model)
-    content = message.get("content")
-    if isinstance(content, str):
-        return total + count_text(content, model)
-    return total + sum(_count_part(part, model) for part in content or ())
+def images_in(messages: Sequence[Mapping[str, Any]]) -> list[tuple[Image | None, str]]:
+    """Each image of a chat with its `detail`; None for one behind a URL, or that cannot be read."""
+    return [
+        _image(part.get("image_url"))
+        for message in messages
+        if not isinstance(content := message.get("content"), str)
+        for part in content or ()
+        if part.get("type") == "image_url"
+    ]
 
 
-def _count_part(part: Mapping[str, Any], model: str) -> int:
+# There are a handful of roles, and one in every message.
+@lru_cache(maxsize=64)
+def _count_role(role: str, tokenizer: TokenizerName) -> int:
+    return _count(role, _counter(tokenizer))
+
+
+def _count_part(part: Mapping[str, Any], count: Callable[[str], int]) -> int:
     match part.get("type"):
         case "text":
-            return count_text(str(part.get("text", "")), model)
+            return _count(str(part.get("text", "")), count)
         case "image_url":
-            return _count_image(part.get("image_url"), model)
+            return 0
         case _:
-            return count_text(orjson.dumps(part, default=str).decode(), model)
+            return _count(orjson.dumps(part, default=str).decode(), count)
 
 
-def _count_image(reference: object, model: str) -> int:
+def _image(reference: object) -> tuple[Image | None, str]:
     reference = {"url": reference} if isinstance(reference, str) else reference
     if not isinstance(reference, Mapping):
-        return image_tokens(model, None)
+        return None, "auto"
     detail = str(reference.get("detail") or "auto")
     try:
         data = data_in_url(str(reference.get("url", "")))
-        image = None if data is None else read_image(data)
+        return None if data is None else read_image(data), detail
     except InvalidRequest:
-        image = None
-    return image_tokens(model, image, detail=detail)
+        return None, detail
 
 
 def _counter(name: TokenizerName) -> Callable[[str], int]:
-    # The cache alone would let two threads load the same file at once.
-    with _loading:
-        return _load(name)
+    if (counter := _counters.get(name)) is None:
+        # One at a time, or two threads would load the same file at once.
+        with _loading:
+            counter = _counters.get(name) or _counters.setdefault(name, _load(name))
+    return counter
 
 
-@cache
 def _load(name: TokenizerName) -> Callable[[str], int]:
     if name == "words":
         return lambda text: len(text.split())
