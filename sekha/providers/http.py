@@ -1,0 +1,549 @@
+"""A small HTTP/1.1 client for one job: many POSTs to few origins, at the least CPU.
+
+Connections are kept open and used again. Time limits cost a request nothing: one timer in each client looks
+at all of them every tenth of a second, so a limit is kept to within that. Proxies are not used, and neither
+`HTTPS_PROXY` nor `.netrc` is read; redirects are not followed, since a key must not follow them.
+
+    client = HttpClient()
+    target = Target.of("https://api.example.com/v1/chat/completions", {"authorization": "Bearer …"})
+    response = await client.post(target, body, timeout_seconds=60)
+    response.status, response.content
+
+What fails raises `TimeoutError`, `OSError` (`ConnectionError` for a connection that was lost), or
+`BadResponse` where the other side does not speak HTTP/1.1 as agreed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from math import inf
+from typing import Any
+from urllib.parse import urlsplit
+
+import httptools
+
+__all__ = ["BadResponse", "HttpClient", "HttpLimits", "Response", "Target"]
+
+_SWEEP_SECONDS = 0.1
+# A kept connection that the other side had closed is noticed within a round trip. What is lost later than
+# this may have been worked on, and paid for, so it is not sent again.
+_STALE_SECONDS = 1.0
+_JOINED_BYTES = 64 * 1024
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+
+class BadResponse(Exception):
+    """The other side broke HTTP, or a limit of ours. The message quotes nothing that it sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    connections: int = 1000
+    """To one origin at once; further requests wait for one, within their own time."""
+    connect_seconds: float = 10.0
+    idle_seconds: float = 60.0
+    header_bytes: int = 64 * 1024
+    body_bytes: int = 64 * 1024 * 1024
+    """Of a whole body; a body that is read as it comes may be longer."""
+    unread_bytes: int = 256 * 1024
+    """Of a body that is read as it comes: above it, the other side has to wait for the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go, and their head but for the length of the body, written once."""
+
+    host: str
+    port: int
+    secure: bool
+    head: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, url: str, headers: Mapping[str, str]) -> Target:
+        """Raises `ValueError`, which quotes no header, for an address or header that HTTP cannot carry."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{parts.scheme}://{parts.hostname or ''} is no address of an HTTP server")
+        secure = parts.scheme == "https"
+        host = parts.hostname.encode("idna").decode("ascii")
+        shown = f"[{host}]" if ":" in host else host
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if not path.isascii() or not path.isprintable() or " " in path:
+            raise ValueError("the path of an address holds a character that has to be percent-encoded")
+        lines = [f"POST {path} HTTP/1.1", f"host: {shown}{f':{parts.port}' if parts.port else ''}"]
+        for name, value in {**headers, "accept-encoding": "identity"}.items():
+            if not _HEADER_VALUE.fullmatch(value):
+                raise ValueError(f"the header {name!r} holds a character that no header can carry")
+            lines.append(f"{name}: {value}")
+        head = "\r\n".join([*lines, "content-length: "]).encode("latin-1")
+        return cls(host, parts.port or (443 if secure else 80), secure, head)
+
+
+class HttpClient:
+    """Connections of one event loop. Used under another loop, it forgets the first one's and starts anew."""
+
+    def __init__(self, *, limits: HttpLimits | None = None, tls: ssl.SSLContext | None = None) -> None:
+        self.limits = limits or HttpLimits()
+        self._tls = tls
+        self._pools: dict[tuple[str, int, bool], _Pool] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    async def post(self, target: Target, body: bytes, *, timeout_seconds: float) -> Response:
+        """Send, and return when the whole answer is there."""
+        return await self._exchange(target, body, timeout_seconds, _Wait.WHOLE)
+
+    async def open(self, target: Target, body: bytes, *, timeout_seconds: float) -> Response:
+        """Send, and return when the answer's head is there. Read its `block()`s, and `close()` it."""
+        return await self._exchange(target, body, timeout_seconds, _Wait.HEAD)
+
+    async def aclose(self) -> None:
+        """Close every connection; what is under way fails with `ConnectionError`."""
+        for pool in self._pools.values():
+            for connection in list(pool.connections):
+                connection.abort()
+        self._pools.clear()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+        # The sockets are closed by the loop's next turn.
+        await asyncio.sleep(0)
+
+    async def _exchange(self, target: Target, body: bytes, timeout_seconds: float, wait: int) -> Response:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._start(loop)
+        pool = self._pools.get((target.host, target.port, target.secure)) or self._pool(target)
+        expires_at = loop.time() + timeout_seconds
+        connection = pool.idle.pop() if pool.idle else await pool.connection(expires_at)
+        reused = connection.used
+        response = Response(connection, loop, expires_at, wait)
+        sent_at = loop.time()
+        try:
+            connection.send(response, target.head, body)
+            await response.wait()
+        except ConnectionError:
+            if not reused or response.started or loop.time() - sent_at > _STALE_SECONDS:
+                raise
+        else:
+            return response
+        connection = await pool.connect(expires_at)
+        response = Response(connection, loop, expires_at, wait)
+        connection.send(response, target.head, body)
+        await response.wait()
+        return response
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pools.clear()
+        self._sweeping = None
+
+    def _pool(self, target: Target) -> _Pool:
+        if target.secure and self._tls is None:
+            self._tls = _default_tls()
+        assert self._loop is not None  # noqa: S101 - set by `_start`, for the type checker
+        pool = _Pool(target, self._tls if target.secure else None, self.limits, self._loop)
+        self._pools[(target.host, target.port, target.secure)] = pool
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        return pool
+
+    def _sweep(self) -> None:
+        assert self._loop is not None  # noqa: S101 - set by `_start`, for the type checker
+        now = self._loop.time()
+        for pool in self._pools.values():
+            for connection in list(pool.connections):
+                connection.check(now)
+        # A client left alone lets its loop sleep.
+        self._pools = {where: pool for where, pool in self._pools.items() if pool.in_use}
+        self._sweeping = self._loop.call_later(_SWEEP_SECONDS, self._sweep) if self._pools else None
+
+
+class _Wait:
+    """What a request waits for before anything is handed on."""
+
+    HEAD = 0
+    WHOLE = 1
+
+
+class Response:
+    """One answer. Reading it to its end gives its connection back; closing it early closes the connection."""
+
+    __slots__ = (
+        "_connection",
+        "_loop",
+        "_parts",
+        "_size",
+        "_wait_for",
+        "_waiter",
+        "complete",
+        "error",
+        "expires_at",
+        "headed",
+        "raw_headers",
+        "started",
+        "status",
+        "unpack",
+    )
+
+    def __init__(
+        self, connection: _Connection, loop: asyncio.AbstractEventLoop, expires_at: float, wait_for: int
+    ) -> None:
+        self.status = 0
+        self.started = False
+        """Whether a byte of it has come."""
+        self.headed = False
+        self.complete = False
+        self.error: Exception | None = None
+        self.expires_at = expires_at
+        """The loop's time at which waiting ends with `TimeoutError`. Set it later to allow more."""
+        self.unpack: Any = None
+        self._connection = connection
+        self._loop = loop
+        self.raw_headers: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._wait_for = wait_for
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By lower-case name; of one that came several times, the last."""
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.raw_headers}
+
+    @property
+    def content(self) -> bytes:
+        """What has come of the body and was not taken as a block."""
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+    async def body(self) -> bytes:
+        """The rest of the body, whole."""
+        self._wait_for = _Wait.WHOLE
+        if not self.complete:
+            self._connection.resume()
+            await self.wait()
+        return self.content
+
+    async def block(self) -> bytes:
+        """The next bytes, as many as have come; none when the body has ended."""
+        while not self._parts:
+            if self.complete:
+                return b""
+            await self.wait()
+        parts, self._parts = self._parts, []
+        self._size = 0
+        if self._connection.paused:
+            self._connection.resume()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        if not self.complete:
+            self._connection.abort()
+
+    async def wait(self) -> None:
+        """Wait for more: the head, a block or the whole, as it was asked for."""
+        if self.error is None and not self.complete:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                self._waiter = None
+        if self.error is not None:
+            raise self.error
+
+    # What its connection tells it.
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def is_whole(self) -> bool:
+        return self._wait_for == _Wait.WHOLE
+
+    @property
+    def is_awaited(self) -> bool:
+        return self._waiter is not None
+
+    def add(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._size += len(data)
+
+    def restart(self) -> None:
+        """Forget an interim answer, such as 100 Continue; the real one follows."""
+        self.started = self.headed = False
+        self.raw_headers.clear()
+
+    def ends_with_connection(self) -> bool:
+        headers = self.headers
+        return "content-length" not in headers and not headers.get("transfer-encoding", "").endswith("chunked")
+
+    def fail(self, error: Exception) -> None:
+        if self.error is None and not self.complete:
+            self.error = error
+            self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection. It carries one request at a time."""
+
+    __slots__ = (
+        "_excess",
+        "_head_bytes",
+        "_keeps",
+        "_limits",
+        "_parser",
+        "_pool",
+        "_response",
+        "_transport",
+        "closing",
+        "idle_since",
+        "paused",
+        "used",
+    )
+
+    def __init__(self, pool: _Pool) -> None:
+        self.used = False
+        self.closing = False
+        self.paused = False
+        self.idle_since = inf
+        self._pool = pool
+        self._limits = pool.limits
+        self._parser = httptools.HttpResponseParser(self)
+        self._response: Response | None = None
+        self._transport: Any = None
+        self._head_bytes = 0
+        self._excess = False
+        self._keeps = False
+
+    def send(self, response: Response, head: bytes, body: bytes) -> None:
+        self._response = response
+        self._head_bytes = 0
+        self.used = True
+        self.idle_since = inf
+        if len(body) <= _JOINED_BYTES:
+            self._transport.write(b"%b%d\r\n\r\n%b" % (head, len(body), body))
+        else:
+            self._transport.write(b"%b%d\r\n\r\n" % (head, len(body)))
+            self._transport.write(body)
+
+    def abort(self) -> None:
+        self._end(ConnectionAbortedError("closed by us"))
+
+    def check(self, now: float) -> None:
+        """End what has taken too long: a request that is waited for, or lying idle."""
+        if (response := self._response) is not None:
+            if response.is_awaited and now >= response.expires_at:
+                self._end(TimeoutError("no answer in time"))
+        elif now - self.idle_since > self._limits.idle_seconds:
+            self._end(ConnectionAbortedError("idle"))
+
+    def resume(self) -> None:
+        if self.paused and not self.closing:
+            self.paused = False
+            self._transport.resume_reading()
+
+    def _end(self, error: Exception) -> None:
+        self.closing = True
+        self._transport.abort()
+        if self._response is not None:
+            self._response.fail(error)
+
+    # asyncio calls these.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._pool.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        response = self._response
+        if response is None:
+            # Nothing was asked.
+            self._end(BadResponse("it sent an answer to no request"))
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
+            self._excess = True
+            if not response.complete:
+                failure = BadResponse("its answer is not HTTP/1.1")
+                failure.__cause__ = error
+                self._end(failure)
+                return
+        if response.complete:
+            self._finish(response)
+        elif not response.headed:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._limits.header_bytes:
+                self._end(BadResponse(f"the head of its answer is longer than {self._limits.header_bytes:,} bytes"))
+        elif response.is_whole:
+            if response.size > self._limits.body_bytes:
+                self._end(BadResponse(f"its answer is longer than {self._limits.body_bytes:,} bytes"))
+        else:
+            if response.size > self._limits.unread_bytes and not self.paused:
+                self.paused = True
+                self._transport.pause_reading()
+            response.wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closing = True
+        response, self._response = self._response, None
+        if response is not None and not response.complete:
+            if error is None and response.headed and response.ends_with_connection():
+                response.complete = True
+                response.wake()
+            else:
+                lost = ConnectionResetError("the connection was lost")
+                lost.__cause__ = error
+                response.fail(lost)
+        self._pool.closed(self)
+
+    def _finish(self, response: Response) -> None:
+        self._response = None
+        unsent = self._transport.get_write_buffer_size()
+        if unsent or self._excess or self.closing or not self._keeps:
+            self.closing = True
+            self._transport.close()
+        else:
+            if self.paused:
+                self.resume()
+            self.idle_since = self._pool.loop.time()
+            self._pool.release(self)
+        response.wake()
+
+    # httptools calls these.
+
+    def on_message_begin(self) -> None:
+        response = self._response
+        if response is None or response.started:
+            raise BadResponse("it sent an answer to no request")
+        response.started = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        response = self._response
+        assert response is not None  # noqa: S101 - parsing begins with a request under way
+        response.raw_headers.append((name, value))
+        if len(name) == 16 and name.lower() == b"content-encoding":
+            match value.strip().lower():
+                case b"identity" | b"":
+                    pass
+                case b"gzip" | b"x-gzip" | b"deflate":
+                    response.unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+                case _:
+                    raise BadResponse("its answer is compressed, which we did not ask for")
+
+    def on_headers_complete(self) -> None:
+        response = self._response
+        assert response is not None  # noqa: S101 - parsing begins with a request under way
+        response.status = self._parser.get_status_code()
+        response.headed = True
+
+    def on_body(self, data: bytes) -> None:
+        response = self._response
+        assert response is not None  # noqa: S101 - parsing begins with a request under way
+        if response.unpack is not None:
+            data = response.unpack.decompress(data, self._limits.body_bytes)
+            if response.unpack.unconsumed_tail:
+                raise BadResponse("its answer is too long unpacked")
+        response.add(data)
+
+    def on_message_complete(self) -> None:
+        response = self._response
+        assert response is not None  # noqa: S101 - parsing begins with a request under way
+        if 100 <= response.status < 200:
+            response.restart()
+        else:
+            response.complete = True
+            # The parser forgets it once this returns.
+            self._keeps = self._parser.should_keep_alive()
+
+
+class _Pool:
+    """The connections to one origin."""
+
+    def __init__(
+        self, target: Target, tls: ssl.SSLContext | None, limits: HttpLimits, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.idle: list[_Connection] = []
+        """Ready to be used, the one used last at the end."""
+        self.connections: set[_Connection] = set()
+        self.limits = limits
+        self.loop = loop
+        self._target = target
+        self._tls = tls
+        self._connecting = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.connections or self._connecting or self._waiting)
+
+    async def connection(self, expires_at: float) -> _Connection:
+        while True:
+            if self.idle:
+                return self.idle.pop()
+            if len(self.connections) + self._connecting < self.limits.connections:
+                return await self.connect(expires_at)
+            turn = self.loop.create_future()
+            self._waiting.append(turn)
+            try:
+                async with asyncio.timeout_at(expires_at):
+                    await turn
+            except BaseException:
+                if turn.done() and not turn.cancelled():
+                    self._call_next()
+                raise
+
+    async def connect(self, expires_at: float) -> _Connection:
+        self._connecting += 1
+        target = self._target
+        try:
+            async with asyncio.timeout_at(min(expires_at, self.loop.time() + self.limits.connect_seconds)):
+                _, connection = await self.loop.create_connection(
+                    lambda: _Connection(self), target.host, target.port, ssl=self._tls
+                )
+        except BaseException:
+            self._call_next()
+            raise
+        finally:
+            self._connecting -= 1
+        return connection
+
+    def release(self, connection: _Connection) -> None:
+        self.idle.append(connection)
+        if self._waiting:
+            self._call_next()
+
+    def closed(self, connection: _Connection) -> None:
+        self.connections.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+        self._call_next()
+
+    def _call_next(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+
+@cache
+def _default_tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
