@@ -18,13 +18,15 @@ LAYERS = ("sekha", "blocks", "tasks", "flows")
 """Each may import those before it."""
 COMPOSITION = ("sekha/cli/", "sekha/__main__.py")
 """They wire everything together, so they alone in `sekha/` may import the layers above; nobody imports them."""
+PUBLISHER = ("sekha/recording/prefect_api.py", "sekha/recording/prefect_choice.py")
 
 ONLY_IN = {
-    "prefect": ("blocks/", "tasks/", "flows/", *COMPOSITION),
+    # In `sekha/`, only what the publisher's own process loads.
+    "prefect": ("blocks/", "tasks/", "flows/", *COMPOSITION, *PUBLISHER),
     "litellm": ("sekha/providers/litellm.py",),
     "weaviate": ("sekha/vectors/weaviate.py", "sekha/vectors/weaviate_properties.py"),
     "yaml": ("sekha/yaml_file.py",),
-    "psycopg": ("sekha/ledgers/postgres.py",),
+    "psycopg": ("sekha/ledgers/postgres.py", "sekha/recording/prefect_postgres.py"),
     "tiktoken": ("sekha/tokens.py",),
     "tokenizers": ("sekha/tokens.py",),
     "rich": COMPOSITION,
@@ -120,6 +122,7 @@ def test_arrows_point_one_way_and_foreign_packages_enter_through_one_door() -> N
         ("blocks/provider.py", "import tasks", "`blocks` may not know `tasks`"),
         ("tasks/calls.py", "from flows import chat", "`tasks` may not know `flows`"),
         ("sekha/runtime.py", "from prefect import task", "`prefect` enters through blocks/"),
+        ("sekha/recording/recorder.py", "import prefect", "`prefect` enters through blocks/"),
         ("sekha/chat.py", "import_module('litellm')", "`litellm` enters through sekha/providers/litellm.py"),
         ("sekha/chat.py", "importlib.import_module('prefect')", "`prefect` enters through blocks/"),
         ("flows/chat.py", "import yaml", "`yaml` enters through sekha/yaml_file.py"),
@@ -165,6 +168,7 @@ HEAVY = ("litellm", "prefect", "numpy", "weaviate", "aiohttp", "fastapi", "tikto
     [
         "import sekha",
         "import sekha.errors, sekha.routing",
+        "import sekha.recording.recorder, sekha.recording.publisher",
         "import sekha.loading; sekha.loading.load('sekha.yaml')",
     ],
 )

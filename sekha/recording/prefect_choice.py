@@ -1,0 +1,94 @@
+"""Which way into Prefect: its database where we may and know it, else its API. Loaded by the publisher alone."""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from prefect.settings import get_current_settings
+
+from sekha.errors import PrefectUnavailable
+from sekha.recording.prefect_api import ApiSink
+from sekha.recording.prefect_database import Database, DatabaseSink
+from sekha.recording.prefect_sqlite import SqliteTables
+from sekha.recording.sink import Sink
+
+__all__ = ["open_sink"]
+
+log = logging.getLogger("sekha.recording")
+
+
+def open_sink() -> Sink | None:
+    """Open what Prefect's own settings lead to; None when they name no server.
+
+    The database is used when it has tables that we know and is the one of the server, if a server is
+    named: both give the same id to one flow. Raises `PrefectUnavailable` when that cannot be found out now.
+    """
+    settings = get_current_settings()
+    api_url = settings.api.url
+    named = settings.server.database.connection_url
+    url = named.get_secret_value() if named is not None else None
+    if api_url is None:
+        return _database_sink(url, None) if url else None
+    if url is None and _is_here(api_url):
+        url = f"sqlite:///{settings.home / 'prefect.db'}"
+    api = ApiSink()
+    try:
+        database = _database_sink(url, api) if url else None
+    except BaseException:
+        api.close()
+        raise
+    return database if database is not None else api
+
+
+def _database_sink(url: str, api: ApiSink | None) -> DatabaseSink | None:
+    """A sink into that database; None if it is not the API's, or not one that we know."""
+    expected = api.flow_id("chat") if api else None
+    try:
+        database = _open(url)
+    except PrefectUnavailable as error:
+        if api is None:
+            raise
+        log.warning("%s Runs go through the API.", error)
+        return None
+    if database is None:
+        return None
+    sink = DatabaseSink(database, api)
+    try:
+        sink.require_known_tables()
+        same = expected is None or sink.has_flow(expected)
+    except PrefectUnavailable as error:
+        database.close()
+        if api is None:
+            raise
+        log.warning("%s Runs go through the API.", error)
+        return None
+    if not same:
+        database.close()
+        log.warning("%s is not the one of the server at PREFECT_API_URL. Runs go through the API.", database.name)
+        return None
+    return sink
+
+
+def _open(url: str) -> Database | None:
+    """The database at SQLAlchemy's URL; None if there is none on this machine."""
+    scheme, _, rest = url.partition("://")
+    match scheme.partition("+")[0]:
+        case "sqlite":
+            file = Path(rest.removeprefix("/").partition("?")[0])
+            return SqliteTables(file) if file.is_file() else None
+        case "postgresql" | "postgres":
+            from sekha.recording.prefect_postgres import PostgresTables
+
+            return PostgresTables(f"postgresql://{rest}")
+    return None
+
+
+def _is_here(api_url: str) -> bool:
+    host = urlsplit(api_url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

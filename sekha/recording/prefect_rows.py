@@ -1,0 +1,239 @@
+"""How a request looks in Prefect: the rows of its tables, and the words in them. It imports nothing of Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from uuid import UUID, uuid5
+
+import orjson
+
+from sekha.calling import Attempt
+from sekha.errors import dollars
+from sekha.recording.run import Run
+
+__all__ = [
+    "TABLES",
+    "Row",
+    "StepRun",
+    "parameters_of",
+    "receipt",
+    "rows_of",
+    "said_of",
+    "state_of",
+    "steps_of",
+    "tags_of",
+]
+
+Row: TypeAlias = tuple[Any, ...]
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "flow_run": (
+        "id",
+        "created",
+        "updated",
+        "name",
+        "flow_id",
+        "state_id",
+        "state_type",
+        "state_name",
+        "state_timestamp",
+        "run_count",
+        "expected_start_time",
+        "start_time",
+        "end_time",
+        "total_run_time",
+        "parameters",
+        "tags",
+    ),
+    "flow_run_state": ("id", "created", "updated", "flow_run_id", "type", "name", "timestamp", "message"),
+    "task_run": (
+        "id",
+        "created",
+        "updated",
+        "name",
+        "flow_run_id",
+        "task_key",
+        "dynamic_key",
+        "state_id",
+        "state_type",
+        "state_name",
+        "run_count",
+        "flow_run_run_count",
+        "expected_start_time",
+        "start_time",
+        "end_time",
+        "total_run_time",
+        "task_inputs",
+    ),
+    "task_run_state": ("id", "created", "updated", "task_run_id", "type", "name", "timestamp", "message"),
+    "artifact": ("id", "created", "updated", "type", "data", "flow_run_id", "description"),
+}
+"""The columns that are written, by table, in an order in which each row finds what it refers to."""
+
+State: TypeAlias = tuple[str, str]
+"""Prefect's type of a state, and its name."""
+
+_STATES: dict[str, State] = {
+    "answered": ("COMPLETED", "Completed"),
+    "fallback": ("COMPLETED", "Completed"),
+    "failed": ("FAILED", "Failed"),
+    "refused": ("FAILED", "Refused"),
+    "cancelled": ("CANCELLED", "Cancelled"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepRun:
+    """One step as a task run."""
+
+    id: str
+    name: str
+    step: str
+    started_at: float
+    ended_at: float
+    state: State
+    message: str | None
+    inputs: dict[str, list[dict[str, str]]]
+    """Which task runs' results it was given: Prefect draws its arrows from these."""
+
+
+def steps_of(run: Run) -> list[StepRun]:
+    ids = [str(uuid5(UUID(run.id), str(at))) for at in range(len(run.steps))]
+    times: dict[str, int] = {}
+    names: list[str] = []
+    for step in run.steps:
+        times[step.name] = times.get(step.name, 0) + 1
+        names.append(step.name if times[step.name] == 1 else f"{step.name}-{times[step.name]}")
+    found = []
+    for at, step in enumerate(run.steps):
+        ended = step.ended >= step.started
+        match step.error:
+            case None if ended:
+                state, message = ("COMPLETED", "Completed"), None
+            case None:
+                state, message = ("CANCELLED", "Cancelled"), "It had not ended when the request had."
+            case "CancelledError":
+                state, message = ("CANCELLED", "Cancelled"), None
+            case error:
+                state, message = ("FAILED", "Failed"), error
+        started_at = step.started + run.clock_offset
+        found.append(
+            StepRun(
+                id=ids[at],
+                name=names[at],
+                step=step.name,
+                started_at=started_at,
+                ended_at=step.ended + run.clock_offset if ended else max(run.ended_at, started_at),
+                state=state,
+                message=message,
+                inputs={names[before]: [{"input_type": "task_run", "id": ids[before]}] for before in step.after},
+            )
+        )
+    return found
+
+
+def rows_of(
+    run: Run, flow_id: str, *, moment: Callable[[float], str], span: Callable[[float], str]
+) -> Iterator[tuple[str, Row]]:
+    """Each row with its table. `moment` and `span` write times and durations as the database keeps them."""
+    began, ended = moment(run.started_at), moment(run.ended_at)
+    kind, state_name = state_of(run)
+    state_id = str(uuid5(UUID(run.id), "state"))
+    yield (
+        "flow_run",
+        (
+            *(run.id, began, ended, run.name, flow_id, state_id, kind, state_name, ended, 1, began, began, ended),
+            *(span(run.seconds), _json(parameters_of(run)), _json(tags_of(run))),
+        ),
+    )
+    yield "flow_run_state", (state_id, ended, ended, run.id, kind, state_name, ended, said_of(run))
+    states: dict[tuple[State, str | None], str] = {}
+    steps = steps_of(run)
+    # Steps that ended alike share a state, the last one's: it holds only what their own rows say more
+    # precisely, and is a fourth of what a request takes in Prefect's database.
+    for step in reversed(steps):
+        alike = (step.state, step.message)
+        if alike not in states:
+            states[alike] = str(uuid5(UUID(step.id), "state"))
+            at = moment(step.ended_at)
+            yield "task_run_state", (states[alike], at, at, step.id, *step.state, at, step.message)
+    for number, step in enumerate(steps):
+        start, end = moment(step.started_at), moment(step.ended_at)
+        yield (
+            "task_run",
+            (
+                *(step.id, start, end, step.name, run.id, step.step, str(number)),
+                *(states[step.state, step.message], *step.state, 1, 1, start, start, end),
+                *(span(step.ended_at - step.started_at), _json(step.inputs)),
+            ),
+        )
+    if markdown := receipt(run):
+        artifact_id = str(uuid5(UUID(run.id), "receipt"))
+        yield "artifact", (artifact_id, ended, ended, "markdown", _json(markdown), run.id, "Who was asked.")
+
+
+def state_of(run: Run) -> State:
+    return _STATES[run.outcome]
+
+
+def tags_of(run: Run) -> list[str]:
+    return sorted({*run.tags, *([] if run.outcome == "answered" else [run.outcome])})
+
+
+def parameters_of(run: Run) -> dict[str, Any]:
+    return {**run.parameters, **(run.content or {})}
+
+
+def said_of(run: Run) -> str:
+    """How it ended and what it cost, in a sentence or two."""
+    answered_by = f"{run.provider_id}/{run.model_id}"
+    money = [f"Cost {dollars(run.cost)}"] if run.cost is not None else []
+    if run.estimated_cost is not None:
+        money.append(f"estimated {dollars(run.estimated_cost)}")
+    match run.outcome:
+        case "answered":
+            how = f"{answered_by} answered."
+        case "fallback":
+            how = f"{answered_by} answered after {_failures(run.attempts)}."
+        case "cancelled":
+            how = "The client left."
+        case _:
+            how = f"{run.error}: {run.message}"
+    return f"{how} {', '.join(money)}." if money else how
+
+
+def receipt(run: Run) -> str | None:
+    """The attempts as a table, where there is more to tell than the state says."""
+    if len(run.attempts) < 2 and not (run.attempts and run.attempts[0].error):
+        return None
+    rows = [("Provider", run.provider_id or "none"), ("Model", run.model_id or "none")]
+    if run.estimated_cost is not None:
+        rows.append(("Estimated", dollars(run.estimated_cost)))
+    if run.cost is not None:
+        rows.append(("Cost", dollars(run.cost)))
+    tried = [
+        (str(number), each.provider_id, each.model_id, f"{each.seconds:.2f}", each.error or "answered")
+        for number, each in enumerate(run.attempts, 1)
+    ]
+    head = ("Attempt", "Provider", "Model", "Seconds", "Outcome")
+    return f"{_table(('', ''), rows)}\n\n{_table(head, tried)}"
+
+
+def _failures(attempts: Sequence[Attempt]) -> str:
+    failed = [f"{each.provider_id}/{each.model_id} ({each.error})" for each in attempts if each.error]
+    return ", ".join(failed) or "others"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()

@@ -1,0 +1,199 @@
+"""The publisher: its own process, which moves what lies in a spool into Prefect.
+
+    python -P -m sekha.recording.publisher SPOOL
+
+It ends when its standard input does, however the process at the other end of it ended; what it has not
+published by then stays in the spool for the next one. It inherits a lock, which tells other gateways
+that this spool has its publisher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sekha.errors import PrefectUnavailable, RecordError
+from sekha.recording.run import Run
+from sekha.recording.sink import Sink
+from sekha.recording.spool import Segment, SpoolReader
+
+__all__ = ["NOWHERE", "Publisher", "Report", "read_report"]
+
+log = logging.getLogger("sekha.recording")
+
+BATCH = 100
+NOWHERE = "nowhere"
+IDLE_SECONDS = 0.25
+# A commit takes the database from Prefect's server for a moment; it gets a quarter of that in return.
+REST_SHARE = 0.25
+LONGEST_WAIT_SECONDS = 15.0
+LAST_SECONDS = 4.0
+REPORT = "publisher.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How far the publisher of a spool is. Counts go on from one publisher to the next."""
+
+    process_id: int = 0
+    sink: str = ""
+    """Where runs go; empty as long as that is not known, `nowhere` if Prefect's settings name no server."""
+    runs_per_second: float | None = None
+    published: int = 0
+    refused: int = 0
+    """Runs and events that Prefect did not take, and lines that could not be read."""
+    waits_for: str = ""
+    """Why nothing can be published now."""
+
+
+def read_report(folder: Path) -> Report:
+    try:
+        return Report(**json.loads((folder / REPORT).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return Report()
+
+
+class Publisher:
+    """Publishes segment after segment, and deletes what is published.
+
+    `wait` sleeps for so many seconds, and returns whether the publisher is to end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        open_sink: Callable[[], Sink | None],
+        *,
+        wait: Callable[[float], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = folder
+        self._spool = SpoolReader(folder)
+        self._open_sink = open_sink
+        self._wait = wait
+        self._clock = clock
+        self._sink: Sink | None = None
+        self._report = replace(read_report(folder), process_id=os.getpid(), sink="", waits_for="")
+
+    def run(self) -> None:
+        """Publish until told to end, and then what is there already, for a few seconds at the most."""
+        failures = 0
+        ending = False
+        while not ending:
+            try:
+                self.publish_waiting()
+                failures = 0
+                seconds = IDLE_SECONDS
+            except PrefectUnavailable as error:
+                failures += 1
+                seconds = min(0.5 * 2**failures, LONGEST_WAIT_SECONDS)
+                self._close()
+                if failures == 1:
+                    log.warning("%s What is recorded waits in the spool.", error)
+                self._tell(waits_for=str(error))
+            ending = self._wait(seconds)
+        with contextlib.suppress(PrefectUnavailable):
+            self.publish_waiting(until=self._clock() + LAST_SECONDS)
+        self._close()
+
+    def publish_waiting(self, *, until: float | None = None) -> None:
+        """Publish every segment that is ready. Raises `PrefectUnavailable`."""
+        if self._sink is None:
+            self._sink = self._open_sink()
+            name = self._sink.name if self._sink else NOWHERE
+            log.info("recorded requests go to %s", name)
+            self._tell(sink=name, runs_per_second=self._sink and self._sink.runs_per_second, waits_for="")
+        sink = self._sink
+        if sink is None:
+            return
+        for path in self._spool.ready():
+            segment = self._spool.read(path)
+            if not self._publish(segment, sink, until):
+                return
+            self._spool.done(segment)
+
+    def _publish(self, segment: Segment, sink: Sink, until: float | None) -> bool:
+        """Whether all of it is published: False if the time is up."""
+        size = 1 if sink.runs_per_second else BATCH
+        for at in range(0, len(segment.runs), size):
+            started = self._clock()
+            if until is not None and started > until:
+                return False
+            self._publish_runs(segment.runs[at : at + size], sink)
+            took = self._clock() - started
+            rest = 1 / sink.runs_per_second - took if sink.runs_per_second else REST_SHARE * took
+            if self._wait(max(rest, 0.0)) and until is None:
+                until = self._clock() + LAST_SECONDS
+        if segment.events:
+            try:
+                sink.emit(segment.events)
+            except PrefectUnavailable:
+                raise
+            except RecordError as error:
+                self._refuse(len(segment.events), error)
+        if segment.torn:
+            self._tell(refused=self._report.refused + segment.torn)
+        return True
+
+    def _publish_runs(self, runs: Sequence[Run], sink: Sink) -> None:
+        try:
+            sink.publish(runs)
+        except PrefectUnavailable:
+            raise
+        except RecordError as error:
+            if len(runs) == 1:
+                self._refuse(1, error)
+                return
+            # One that is not taken must not keep the others out.
+            for run in runs:
+                self._publish_runs([run], sink)
+            return
+        self._tell(published=self._report.published + len(runs))
+
+    def _refuse(self, count: int, error: RecordError) -> None:
+        log.warning("%s %d left out.", error, count)
+        self._tell(refused=self._report.refused + count)
+
+    def _tell(self, **changes: Any) -> None:
+        self._report = replace(self._report, **changes)
+        new = self._folder / f"{REPORT}.new"
+        with contextlib.suppress(OSError):
+            new.write_text(json.dumps(asdict(self._report)), encoding="utf-8")
+            new.replace(self._folder / REPORT)
+
+    def _close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+
+def main(folder: Path) -> None:
+    os.nice(10)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for chatty in ("httpx", "prefect"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        ended.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    # Takes seconds, and is the reason for a process of its own.
+    from sekha.recording.prefect_choice import open_sink
+
+    Publisher(folder, open_sink, wait=ended.wait).run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,119 @@
+"""One finished request as values, and as one line of a spool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from random import getrandbits
+from typing import Any, Literal, TypeAlias
+from uuid import UUID
+
+import orjson
+
+from sekha.calling import Attempt
+from sekha.trace import Step
+
+__all__ = ["CONTENT_BYTES", "Event", "Outcome", "Run", "decode", "encode", "new_run_id"]
+
+Outcome: TypeAlias = Literal["answered", "fallback", "failed", "refused", "cancelled"]
+
+# Prefect's API takes no parameters larger than this.
+CONTENT_BYTES = 500_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One finished request. It becomes a flow run, and its steps task runs."""
+
+    id: str
+    """A UUID: the flow run's id in Prefect, and `run_id` in the reply. `new_run_id` makes those that index best."""
+    flow: str
+    """`chat`, `embed` or `search`."""
+    name: str
+    """What tells runs apart in Prefect's list: `chat → openai/gpt-5-mini`. Never a prompt."""
+    started_at: float
+    """Seconds since the epoch, like `ended_at`."""
+    ended_at: float
+    outcome: Outcome
+    error: str | None = None
+    """Our error's code."""
+    message: str = ""
+    """Our error's message, which holds neither secret nor prompt."""
+    steps: tuple[Step, ...] = ()
+    clock_offset: float = 0.0
+    """What makes seconds since the epoch of the steps' times: `time.time() - time.monotonic()` for monotonic ones."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Small: the model asked for, the task, counts."""
+    content: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Prompt and reply, only when the configuration says so."""
+    tags: tuple[str, ...] = ()
+    provider_id: str | None = None
+    model_id: str | None = None
+    estimated_cost: Decimal | None = None
+    cost: Decimal | None = None
+    attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_at - self.started_at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to the gateway and not in a request: a circuit opened, a budget ran out."""
+
+    id: str
+    occurred_at: float
+    name: str
+    """`sekha.circuit.opened`"""
+    resource: str
+    """What it happened to: `sekha.circuit.openai/gpt-5-mini`."""
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+def new_run_id() -> str:
+    """A UUID that begins with the time (version 7), so that indexes grow at their end only."""
+    milliseconds = time.time_ns() // 1_000_000
+    noise = getrandbits(74)
+    return str(UUID(int=milliseconds << 80 | 7 << 76 | (noise >> 62) << 64 | 2 << 62 | noise & (1 << 62) - 1))
+
+
+def encode(what: Run | Event) -> bytes:
+    """One line. Raises `TypeError` for what JSON cannot say."""
+    if isinstance(what, Event):
+        return b"E%b\n" % orjson.dumps(what, default=_plain)
+    line = b"R%b\n" % orjson.dumps(what, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+    if what.content is not None and len(line) > CONTENT_BYTES:
+        return encode(replace(what, content={"left_out": f"{len(line):,} bytes are more than Prefect takes"}))
+    return line
+
+
+def decode(line: bytes) -> Run | Event:
+    """What was encoded. Raises `ValueError` for anything else."""
+    # PostgreSQL's texts and JSON hold every character but this one.
+    said = orjson.loads(line[1:].replace(b"\\u0000", b"\\ufffd"))
+    try:
+        if line[:1] == b"E":
+            return Event(**said)
+        said["steps"] = tuple(Step(**{**step, "after": tuple(step["after"])}) for step in said["steps"])
+        said["attempts"] = tuple(Attempt(**attempt) for attempt in said["attempts"])
+        said["tags"] = tuple(said["tags"])
+        for amount in ("estimated_cost", "cost"):
+            if said[amount] is not None:
+                said[amount] = Decimal(said[amount])
+        return Run(**said)
+    except (TypeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"this line is no run: {type(error).__name__}") from error
+
+
+def _plain(value: object) -> object:
+    match value:
+        case Decimal():
+            return str(value)
+        case Mapping():
+            return dict(value)
+        case set() | frozenset():
+            return sorted(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
