@@ -116,6 +116,7 @@ class Ledger(Protocol):
         *,
         at: datetime,
         ttl_seconds: float,
+        scope: Scope | None = None,
     ) -> Hold:
         """Hold `amounts[budget.name]` against each budget, or against none.
 
@@ -123,6 +124,8 @@ class Ledger(Protocol):
         Raises `BudgetExceeded` for the first budget whose spent and held money leave too little.
         Concurrent callers, in any number of processes, never hold more than the limit together.
         A hold counts until it expires, also into the next period, where its call may yet be charged.
+        `scope` is what is known of the call so far: a ledger that outlives its process charges the worst
+        case there when nobody is left to say what the call cost.
         """
         ...
 

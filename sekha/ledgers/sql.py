@@ -9,6 +9,10 @@ sums that some budget has asked for, by what they mean (which calls, which perio
 budget's name: a budget that is renamed or edited finds its own, and a new one starts with a sum over
 the spends, in the transaction that first asks.
 
+A process may hold a slice of a budget (`sekha/ledgers/leased.py`). It is a hold like any other, under the
+process's own id, with the part that no call of its own needs yet marked as `idle`. Whoever finds too
+little left recalls idle slices, and their owners give them back.
+
 Locks are taken in one order everywhere, so that transactions wait for each other but never in a
 circle: spends, then totals by name, then holds.
 """
@@ -18,20 +22,39 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache, partial
 from itertools import combinations
-from typing import Any, Protocol, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, cast, get_args
 from uuid import uuid4
 
 from sekha.errors import BudgetExceeded, LedgerError
 from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start, remaining
 
-__all__ = ["Database", "SqlLedger", "Transaction", "Value", "expand", "migrate"]
+__all__ = [
+    "Coverage",
+    "Database",
+    "Kept",
+    "Leased",
+    "Slice",
+    "SqlLedger",
+    "Standing",
+    "Transaction",
+    "Value",
+    "Wanted",
+    "exceeded",
+    "expand",
+    "meaning",
+    "migrate",
+    "picos",
+    "storable",
+    "to_dollars",
+]
 
 T = TypeVar("T")
 Value: TypeAlias = str | int | tuple[str, ...] | list[str] | None
@@ -65,7 +88,17 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX ledger_holds_match ON ledger_holds (match, period, expires_at, amount)",
         "CREATE INDEX ledger_holds_expires_at ON ledger_holds (expires_at)",
     ),
+    (
+        "ALTER TABLE ledger_holds ADD COLUMN idle BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE ledger_holds ADD COLUMN recalled_at BIGINT NOT NULL DEFAULT 0",
+        "CREATE INDEX ledger_totals_span ON ledger_totals (span)",
+    ),
 )
+
+_SHARE = 20
+"""A slice is this part of what is left, so that it shrinks toward nothing as the budget is spent."""
+_RECALL_MICROS = 2_000_000
+"""An idle slice that its owner has not given back so long after it was recalled is not waited for."""
 
 
 class Transaction(Protocol):
@@ -102,6 +135,59 @@ class Database(Protocol):
         ...
 
 
+class Slice(NamedTuple):
+    """What one process has of a budget, in picos. The process alone writes it."""
+
+    match: str
+    period: Period
+    in_use: int
+    """Held for calls under way, or spent and not yet recorded."""
+    idle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """More of a budget for the slice that a process has of it."""
+
+    budget: Budget
+    slice: Slice
+    needs: tuple[int, ...]
+    """What calls wait for, in picos, the first in line first."""
+    exact: bool
+    """Lease no more than the calls need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    granted: int
+    used: int
+    """Picos spent and held by anybody, but for what is idle in this process's own slice."""
+    standing: Standing
+    recalled: int
+    """Picos idle in other processes' slices that may come back."""
+    lost: bool
+    """The slice had expired and may be somebody else's by now: what was idle in it is gone."""
+
+
+class Standing(NamedTuple):
+    """Picos spent in a period, and held by others for calls under way."""
+
+    spent: int
+    elsewhere: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What became of spends and slices that were handed in."""
+
+    new: frozenset[str]
+    """The spends that were not on record before, by id."""
+    lost: frozenset[tuple[str, str]]
+    """Slices that had expired, by match and period: what was idle in them is gone."""
+    recalled: frozenset[tuple[str, str]]
+    """Slices whose idle part somebody else needs."""
+
+
 class SqlLedger:
     """A `Ledger` over a database."""
 
@@ -115,6 +201,7 @@ class SqlLedger:
         *,
         at: datetime,
         ttl_seconds: float,
+        scope: Scope | None = None,  # noqa: ARG002 - for ledgers that outlive their process
     ) -> Hold:
         held = {budget.name: amounts[budget.name] for budget in budgets if amounts.get(budget.name, 0) > 0}
         hold = Hold(
@@ -148,7 +235,7 @@ class SqlLedger:
 
     async def spent(self, budget: Budget, *, at: datetime) -> tuple[Decimal, Decimal]:
         spent, held = await _outcome(self._database.read(partial(_spent, budget=budget, at=at)))
-        return _dollars(spent), _dollars(held)
+        return to_dollars(spent), to_dollars(held)
 
     async def usual_output_tokens(self, provider: str, model: str) -> int | None:
         return await _outcome(self._database.read(partial(_usual_output_tokens, provider=provider, model=model)))
@@ -158,6 +245,32 @@ class SqlLedger:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._database.close)
+
+    async def lease(self, owner: str, wanted: Sequence[Wanted], *, at: datetime, expires_at: datetime) -> list[Leased]:
+        """Enlarge slices by what is needed and left, each as far as it goes, and recall what others leave idle."""
+        work = partial(_lease, owner=owner, wanted=wanted, at=at, expires_at=expires_at)
+        return await _outcome(self._database.write(work, durable=False))
+
+    async def keep(self, owner: str, spends: Sequence[Spend], slices: Sequence[Slice], *, expires_at: datetime) -> Kept:
+        """Record spends and write down the slices that they were taken from, all in one transaction."""
+        work = partial(_keep, owner=owner, spends=spends, slices=slices, expires_at=expires_at)
+        return await _outcome(self._database.write(work, durable=bool(spends)))
+
+    async def close_lease(
+        self, owner: str, spends: Sequence[Spend], holds: Sequence[tuple[Hold, Sequence[Slice]]]
+    ) -> None:
+        """Record what was spent from a process's slices, make holds of calls under way, and free the rest."""
+        work = partial(_close_lease, owner=owner, spends=spends, holds=holds)
+        await _outcome(self._database.write(work, durable=True))
+
+    async def standings(self, owner: str, budgets: Sequence[Budget], *, at: datetime) -> list[Standing]:
+        """What each budget has spent and others hold for calls, in the period that holds `at`."""
+        found = await _outcome(self._database.read(partial(_standings, owner=owner, budgets=budgets, at=at)))
+        if None in found:
+            # Kept from now on, since whoever asks once will ask again.
+            await _outcome(self._database.write(partial(_totals, budgets=budgets, at=at), durable=False))
+            found = await _outcome(self._database.read(partial(_standings, owner=owner, budgets=budgets, at=at)))
+        return [standing for standing in found if standing is not None]
 
     def _abandon(self, reserving: Future[BudgetExceeded | None], hold: Hold) -> None:
         """Free a hold that was made for a caller who had left."""
@@ -216,20 +329,17 @@ def _reserve(transaction: Transaction, *, hold: Hold, at: datetime) -> BudgetExc
     # exhausted budget would have them summed again for every request that it refuses.
     budgets = [budget for budget in hold.budgets if budget.name in hold.amounts]
     spent = _totals(transaction, budgets, at)
-    transaction.changed(
-        "DELETE FROM ledger_holds WHERE (id, match, period) IN "
-        "(SELECT id, match, period FROM ledger_holds WHERE expires_at <= ? FOR UPDATE SKIP LOCKED)",
-        _micros(at),
-    )
+    _drop_expired(transaction, at, owner="")
     held = _held(transaction, budgets, at)
     lines: dict[tuple[str, str], int] = {}
     for budget in budgets:
-        meaning = _match(budget), budget.period
+        line = meaning(budget), budget.period
         needed = hold.amounts[budget.name]
-        left = remaining(budget, _dollars(spent[_match(budget), _span(budget.period, at)]), _dollars(held[meaning]))
+        left = remaining(budget, to_dollars(spent[line[0], _span(budget.period, at)]), to_dollars(held[line]))
         if needed > left:
-            return _exceeded(budget, needed, left, at)
-        lines[meaning] = max(_picos(needed), lines.get(meaning, 0))
+            _recall(transaction, [line], owner="", at=at)
+            return exceeded(budget, needed, left, at)
+        lines[line] = max(picos(needed), lines.get(line, 0))
     for (match, period), amount in lines.items():
         transaction.changed(
             "INSERT INTO ledger_holds (id, match, period, amount, expires_at) VALUES (?, ?, ?, ?, ?)",
@@ -245,7 +355,7 @@ def _reserve(transaction: Transaction, *, hold: Hold, at: datetime) -> BudgetExc
 def _charge(transaction: Transaction, *, hold: Hold, spend: Spend) -> None:
     if not _record(transaction, spend) or not _lock(transaction, hold):
         return
-    cost = _picos(spend.cost)
+    cost = picos(spend.cost)
     transaction.changed(
         "UPDATE ledger_holds SET amount = CASE WHEN amount > ? THEN amount - ? ELSE 0 END WHERE id = ? AND match IN ?",
         cost,
@@ -284,30 +394,13 @@ def _lock(transaction: Transaction, hold: Hold) -> bool:
 
 def _record(transaction: Transaction, spend: Spend) -> bool:
     """Write a spend and count it into every total that covers it; False when it was written before."""
-    scope, usage, cost = spend.scope, spend.usage, _picos(spend.cost)
-    new = transaction.changed(
-        "INSERT INTO ledger_spends (id, at, provider, model, task, key, cost, estimated, input_tokens, "
-        "output_tokens, cached_tokens, images, counted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-        "ON CONFLICT (id) DO NOTHING",
-        spend.id,
-        _micros(spend.at),
-        _text(scope.provider),
-        _text(scope.model),
-        _text(scope.task),
-        _text(scope.key),
-        cost,
-        _picos(spend.estimated),
-        usage.input_tokens,
-        usage.output_tokens,
-        usage.cached_tokens,
-        usage.images,
-        int(usage.counted),
-    )
+    cost = picos(spend.cost)
+    new = transaction.changed(f"{_INSERT_SPENDS} {_ROW} ON CONFLICT (id) DO NOTHING", *_row(spend))
     if not new:
         return False
-    for tag in sorted(scope.tags):
-        transaction.changed("INSERT INTO ledger_tags (spend, tag) VALUES (?, ?)", spend.id, _text(tag))
-    matches, spans = _matches(scope), [_span(period, spend.at) for period in get_args(Period)]
+    for tag in sorted(spend.scope.tags):
+        transaction.changed("INSERT INTO ledger_tags (spend, tag) VALUES (?, ?)", spend.id, storable(tag))
+    matches, spans = _matches(spend.scope), [_span(period, spend.at) for period in get_args(Period)]
     totals = transaction.rows(
         "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
     )
@@ -318,8 +411,34 @@ def _record(transaction: Transaction, spend: Spend) -> bool:
     return True
 
 
+_COLUMNS = (
+    "id, at, provider, model, task, key, cost, estimated, input_tokens, output_tokens, cached_tokens, images, counted"
+)
+_INSERT_SPENDS = f"INSERT INTO ledger_spends ({_COLUMNS}) VALUES"
+_ROW = f"({', '.join('?' * len(_COLUMNS.split(',')))})"
+
+
+def _row(spend: Spend) -> tuple[str | int | None, ...]:
+    scope, usage = spend.scope, spend.usage
+    return (
+        spend.id,
+        _micros(spend.at),
+        storable(scope.provider),
+        storable(scope.model),
+        storable(scope.task),
+        storable(scope.key),
+        picos(spend.cost),
+        picos(spend.estimated),
+        min(usage.input_tokens, _MOST),
+        min(usage.output_tokens, _MOST),
+        min(usage.cached_tokens, _MOST),
+        min(usage.images, _MOST),
+        int(usage.counted),
+    )
+
+
 def _spent(transaction: Transaction, *, budget: Budget, at: datetime) -> tuple[int, int]:
-    match, span = _match(budget), _span(budget.period, at)
+    match, span = meaning(budget), _span(budget.period, at)
     kept = transaction.rows("SELECT spent FROM ledger_totals WHERE match = ? AND span = ?", match, span)
     spent = kept[0][0] if kept else _sum(transaction, budget, at)
     return spent, _held(transaction, [budget], at)[match, budget.period]
@@ -359,8 +478,8 @@ def _report(transaction: Transaction, *, by: GroupBy, since: datetime | None) ->
         Spent(
             group=(_EPOCH + timedelta(days=group)).date().isoformat() if by == "day" else group or "",
             calls=calls,
-            cost=_dollars(cost),
-            estimated=_dollars(estimated),
+            cost=to_dollars(cost),
+            estimated=to_dollars(estimated),
             input_tokens=int(input_tokens),
             output_tokens=int(output_tokens),
         )
@@ -369,12 +488,249 @@ def _report(transaction: Transaction, *, by: GroupBy, since: datetime | None) ->
     return sorted(lines, key=lambda line: (-line.cost, line.group))
 
 
+# --- slices ---------------------------------------------------------------------------------
+
+
+def _lease(
+    transaction: Transaction, *, owner: str, wanted: Sequence[Wanted], at: datetime, expires_at: datetime
+) -> list[Leased]:
+    budgets = [want.budget for want in wanted]
+    spent = _totals(transaction, budgets, at)
+    _drop_expired(transaction, at, owner)
+    held = _held_elsewhere(transaction, owner, budgets, at)
+    there = _lock_slices(transaction, owner, [want.slice for want in wanted])
+    leased: list[Leased] = []
+    short: list[tuple[str, str]] = []
+    for want in wanted:
+        line = want.slice.match, want.slice.period
+        others = held.get(line, _Elsewhere(0, 0, 0))
+        lost = want.slice.idle > 0 and line not in there
+        idle = 0 if lost else want.slice.idle
+        total = spent[line[0], _span(want.budget.period, at)]
+        used = total + others.amount + want.slice.in_use
+        available = max(picos(want.budget.limit) - used, 0)
+        fitting = 0
+        for need in want.needs:
+            if fitting + need <= available:
+                fitting += need
+            elif line not in short:
+                short.append(line)
+        share = 0 if want.exact else available // _SHARE
+        granted = max(min(max(fitting, share), available) - idle, 0)
+        _write_slice(transaction, owner, want.slice._replace(idle=idle + granted), expires_at)
+        standing = Standing(total, others.amount - others.idle)
+        leased.append(Leased(granted, used, standing, others.coming if line in short else 0, lost))
+    _recall(transaction, short, owner=owner, at=at)
+    return leased
+
+
+def _keep(
+    transaction: Transaction, *, owner: str, spends: Sequence[Spend], slices: Sequence[Slice], expires_at: datetime
+) -> Kept:
+    new = _record_all(transaction, spends)
+    there = _lock_slices(transaction, owner, slices)
+    lost = {(one.match, one.period) for one in slices if one.idle and (one.match, one.period) not in there}
+    for one in sorted(slices):
+        gone = (one.match, one.period) in lost
+        _write_slice(transaction, owner, one._replace(idle=0) if gone else one, expires_at)
+    recalled = transaction.rows("SELECT match, period FROM ledger_holds WHERE id = ? AND recalled_at > 0", owner)
+    return Kept(new, frozenset(lost), frozenset((match, period) for match, period in recalled))
+
+
+def _close_lease(
+    transaction: Transaction, *, owner: str, spends: Sequence[Spend], holds: Sequence[tuple[Hold, Sequence[Slice]]]
+) -> None:
+    _record_all(transaction, spends)
+    transaction.changed("DELETE FROM ledger_holds WHERE id = ?", owner)
+    for hold, slices in holds:
+        for one in sorted(slices):
+            _write_slice(transaction, hold.id, one, hold.expires_at)
+
+
+def _lock_slices(transaction: Transaction, owner: str, slices: Sequence[Slice]) -> set[tuple[str, str]]:
+    """Lock those of the slices that are there still."""
+    if not slices:
+        return set()
+    rows = transaction.rows(
+        "SELECT match, period FROM ledger_holds WHERE id = ? AND match IN ? ORDER BY match, period FOR UPDATE",
+        owner,
+        sorted({one.match for one in slices}),
+    )
+    return {(match, period) for match, period in rows}
+
+
+def _write_slice(transaction: Transaction, owner: str, one: Slice, expires_at: datetime) -> None:
+    if not one.in_use and not one.idle:
+        transaction.changed(
+            "DELETE FROM ledger_holds WHERE id = ? AND match = ? AND period = ?", owner, one.match, one.period
+        )
+        return
+    transaction.changed(
+        "INSERT INTO ledger_holds (id, match, period, amount, idle, expires_at) VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (id, match, period) DO UPDATE SET amount = excluded.amount, idle = excluded.idle, "
+        "expires_at = excluded.expires_at, "
+        # A slice with nothing idle in it has answered.
+        "recalled_at = CASE WHEN excluded.idle = 0 THEN 0 ELSE ledger_holds.recalled_at END",
+        owner,
+        one.match,
+        one.period,
+        min(one.in_use + one.idle, _MOST),
+        one.idle,
+        _micros(expires_at),
+    )
+
+
+class _Elsewhere(NamedTuple):
+    amount: int
+    idle: int
+    coming: int
+    """Idle, and not recalled in vain."""
+
+
+def _held_elsewhere(
+    transaction: Transaction, owner: str, budgets: Sequence[Budget], at: datetime
+) -> dict[tuple[str, str], _Elsewhere]:
+    rows = transaction.rows(
+        "SELECT match, period, sum(amount), sum(idle), "
+        "sum(CASE WHEN recalled_at = 0 OR recalled_at > ? THEN idle ELSE 0 END) "
+        "FROM ledger_holds WHERE match IN ? AND id <> ? AND expires_at > ? GROUP BY match, period",
+        _micros(at) - _RECALL_MICROS,
+        sorted({meaning(budget) for budget in budgets}),
+        owner,
+        _micros(at),
+    )
+    return {
+        (match, period): _Elsewhere(int(amount), int(idle), int(soon)) for match, period, amount, idle, soon in rows
+    }
+
+
+def _recall(transaction: Transaction, lines: Iterable[tuple[str, str]], *, owner: str, at: datetime) -> None:
+    """Ask for what others leave idle. Slices that are being written are passed over: they are in use."""
+    for match, period in sorted(lines):
+        transaction.changed(
+            "UPDATE ledger_holds SET recalled_at = ? WHERE (id, match, period) IN (SELECT id, match, period "
+            "FROM ledger_holds WHERE match = ? AND period = ? AND id <> ? AND idle > 0 AND recalled_at = 0 "
+            "FOR UPDATE SKIP LOCKED)",
+            max(_micros(at), 1),
+            match,
+            period,
+            owner,
+        )
+
+
+def _record_all(transaction: Transaction, spends: Sequence[Spend]) -> frozenset[str]:
+    """Write spends and count them into the totals that cover them; the ids of those that were new."""
+    # In one order, so that two who record the same ones wait for each other but never in a circle.
+    ordered = sorted(spends, key=lambda spend: spend.id)
+    new: set[str] = set()
+    for some in _chunks(ordered):
+        rows = ", ".join([_ROW] * len(some))
+        sql = f"{_INSERT_SPENDS} {rows} ON CONFLICT (id) DO NOTHING RETURNING id"
+        new |= {row[0] for row in transaction.rows(sql, *(value for spend in some for value in _row(spend)))}
+    if not new:
+        return frozenset()
+    recorded = list({spend.id: spend for spend in reversed(ordered) if spend.id in new}.values())
+    tags = [(spend.id, storable(tag)) for spend in recorded for tag in sorted(spend.scope.tags)]
+    for pairs in _chunks(tags):
+        rows = ", ".join(["(?, ?)"] * len(pairs))
+        transaction.changed(
+            f"INSERT INTO ledger_tags (spend, tag) VALUES {rows}",  # noqa: S608 - nothing but marks
+            *(value for pair in pairs for value in pair),
+        )
+    added = _added(transaction, recorded)
+    if added:
+        matches, spans = sorted({match for match, _ in added}), sorted({span for _, span in added})
+        transaction.rows(
+            "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
+        )
+    for (match, span), cost in sorted(added.items()):
+        transaction.changed(
+            "UPDATE ledger_totals SET spent = spent + ? WHERE match = ? AND span = ?", cost, match, span
+        )
+    return frozenset(new)
+
+
+def _added(transaction: Transaction, spends: Sequence[Spend]) -> dict[tuple[str, str], int]:
+    """What these spends add to each total that is kept, by match and span."""
+    spans = {spend.at: tuple(_span(period, spend.at) for period in get_args(Period)) for spend in spends}
+    kept = transaction.rows(
+        "SELECT match, span FROM ledger_totals WHERE span IN ?",
+        sorted({span for some in spans.values() for span in some}),
+    )
+    by_match: dict[str, set[str]] = {}
+    for match, span in kept:
+        by_match.setdefault(match, set()).add(span)
+    coverage: Coverage[str] = Coverage()
+    for match in by_match:
+        coverage.add(_fields(match), match)
+    added: dict[tuple[str, str], int] = {}
+    for spend in spends:
+        cost = picos(spend.cost)
+        for match in coverage.of(spend.scope) if cost else ():
+            for span in by_match[match].intersection(spans[spend.at]):
+                added[match, span] = added.get((match, span), 0) + cost
+    return added
+
+
+def _chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    """Split into pieces of few different lengths, so that databases meet statements again that they know."""
+    start = 0
+    for length in (100, 10, 1):
+        while len(items) - start >= length:
+            yield items[start : start + length]
+            start += length
+
+
+def _standings(
+    transaction: Transaction, *, owner: str, budgets: Sequence[Budget], at: datetime
+) -> list[Standing | None]:
+    spans = sorted({_span(budget.period, at) for budget in budgets})
+    matches = sorted({meaning(budget) for budget in budgets})
+    rows = transaction.rows(
+        "SELECT match, span, spent FROM ledger_totals WHERE match IN ? AND span IN ?", matches, spans
+    )
+    spent = {(match, span): total for match, span, total in rows}
+    held = _held_elsewhere(transaction, owner, budgets, at)
+    found: list[Standing | None] = []
+    for budget in budgets:
+        match = meaning(budget)
+        others = held.get((match, budget.period), _Elsewhere(0, 0, 0))
+        total = spent.get((match, _span(budget.period, at)))
+        found.append(None if total is None else Standing(total, others.amount - others.idle))
+    return found
+
+
+class Coverage(Generic[T]):
+    """Finds what covers a scope among many matches without trying each."""
+
+    def __init__(self) -> None:
+        self._by_names: dict[tuple[str, ...], dict[tuple[str, ...], list[T]]] = {}
+
+    def add(self, match: Mapping[str, str], item: T) -> None:
+        names = tuple(sorted(match))
+        self._by_names.setdefault(names, {}).setdefault(tuple(match[name] for name in names), []).append(item)
+
+    def of(self, scope: Scope) -> list[T]:
+        found: list[T] = []
+        for names, by_values in self._by_names.items():
+            tags: Iterable[str] = scope.tags if "tag" in names else ("",)
+            for tag in tags:
+                values = tuple(tag if name == "tag" else getattr(scope, name) for name in names)
+                found += by_values.get(values, ())
+        return found
+
+
+@lru_cache(maxsize=4096)
+def _fields(match: str) -> Mapping[str, str]:
+    return cast("dict[str, str]", json.loads(match))
+
+
 # --- what budgets have spent and hold ------------------------------------------------------
 
 
 def _totals(transaction: Transaction, budgets: Sequence[Budget], at: datetime) -> dict[tuple[str, str], int]:
     """Picos spent by (match, span), locked until the transaction ends."""
-    wanted = {(_match(budget), _span(budget.period, at)): budget for budget in budgets}
+    wanted = {(meaning(budget), _span(budget.period, at)): budget for budget in budgets}
     matches, spans = sorted({match for match, _ in wanted}), sorted({span for _, span in wanted})
     kept = transaction.rows("SELECT match, span FROM ledger_totals WHERE match IN ? AND span IN ?", matches, spans)
     if missing := wanted.keys() - set(kept):
@@ -410,13 +766,23 @@ def _sum(transaction: Transaction, budget: Budget, at: datetime) -> int:
     values: list[Value] = [_micros(start) if start else 0, _micros(end) if end else _MOST]
     for name, wanted in budget.match.items():
         conditions.append(_COVERS[name])
-        values.append(_text(wanted))
+        values.append(storable(wanted))
     return int(transaction.rows(" AND ".join(conditions), *values)[0][0])
+
+
+def _drop_expired(transaction: Transaction, at: datetime, owner: str) -> None:
+    """Forget what has expired, but for the owner's own, which is about to be renewed."""
+    transaction.changed(
+        "DELETE FROM ledger_holds WHERE (id, match, period) IN "
+        "(SELECT id, match, period FROM ledger_holds WHERE expires_at <= ? AND id <> ? FOR UPDATE SKIP LOCKED)",
+        _micros(at),
+        owner,
+    )
 
 
 def _held(transaction: Transaction, budgets: Sequence[Budget], at: datetime) -> dict[tuple[str, str], int]:
     """Picos held by (match, period), in holds that have not expired."""
-    held = {(_match(budget), str(budget.period)): 0 for budget in budgets}
+    held = {(meaning(budget), str(budget.period)): 0 for budget in budgets}
     rows = transaction.rows(
         "SELECT match, period, sum(amount) FROM ledger_holds WHERE match IN ? AND expires_at > ? "
         "GROUP BY match, period",
@@ -426,7 +792,7 @@ def _held(transaction: Transaction, budgets: Sequence[Budget], at: datetime) -> 
     return held | {(match, period): int(amount) for match, period, amount in rows}
 
 
-def _exceeded(budget: Budget, needed: Decimal, left: Decimal, at: datetime) -> BudgetExceeded:
+def exceeded(budget: Budget, needed: Decimal, left: Decimal, at: datetime) -> BudgetExceeded:
     end = period_end(budget.period, at)
     return BudgetExceeded(
         budget.name,
@@ -441,7 +807,7 @@ def _exceeded(budget: Budget, needed: Decimal, left: Decimal, at: datetime) -> B
 # --- how values are written ----------------------------------------------------------------
 
 
-def _match(budget: Budget) -> str:
+def meaning(budget: Budget) -> str:
     """What a budget covers, written one way: `{"key": "research"}`."""
     return json.dumps(dict(budget.match), sort_keys=True)
 
@@ -470,15 +836,15 @@ def _micros(at: datetime) -> int:
     return (at - _EPOCH) // timedelta(microseconds=1)
 
 
-def _picos(amount: Decimal) -> int:
+def picos(amount: Decimal) -> int:
     return min(int(amount.scaleb(12).to_integral_value(ROUND_CEILING)), _MOST)
 
 
-def _dollars(picos: int) -> Decimal:
+def to_dollars(picos: int) -> Decimal:
     return Decimal(picos).scaleb(-12)
 
 
-def _text(value: str | None) -> str | None:
+def storable(value: str | None) -> str | None:
     """What both databases can store: tags come from callers, and JSON may carry NUL or half a surrogate."""
     if value is None:
         return None
