@@ -173,8 +173,8 @@ class Opened:
     events: RawStream = field(repr=False)
     candidate: Candidate
     attempts: tuple[Attempt, ...]
-    started: float
-    """Monotonic seconds when the one who answers was asked."""
+    charge: Callable[[Reply], Awaitable[None]] = field(repr=False)
+    """Records the reply where an attempt before it failed and may be billed."""
 
 
 @dataclass(frozen=True, slots=True)

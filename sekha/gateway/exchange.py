@@ -22,7 +22,18 @@ _ID_LENGTH = 128
 class Exchange:
     """Reads a request's body and sends its reply, with the request's id on it whatever that is."""
 
-    __slots__ = ("_receive", "_send", "authorization", "method", "path", "query", "request_id", "status")
+    __slots__ = (
+        "_receive",
+        "_send",
+        "authorization",
+        "ended",
+        "method",
+        "path",
+        "query",
+        "request_id",
+        "status",
+        "was_read",
+    )
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         self._receive = receive
@@ -34,6 +45,10 @@ class Exchange:
         self.request_id = b""
         self.status = 0
         """Of the reply; 0 until it has begun."""
+        self.was_read = False
+        """Whether the body is here."""
+        self.ended = False
+        """Whether the reply is out."""
         for name, value in scope["headers"]:
             if name == b"authorization":
                 self.authorization = value
@@ -49,6 +64,7 @@ class Exchange:
             body: bytes = message.get("body", b"")
             if len(body) > limit_mb * 1e6:
                 raise BodyTooLarge(limit_mb)
+            self.was_read = True
             return body
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -68,6 +84,7 @@ class Exchange:
                 raise BodyTooLarge(limit_mb)
             parts.append(part)
             if not message.get("more_body"):
+                self.was_read = True
                 return b"".join(parts)
             message = await self._receive()
 
@@ -82,6 +99,7 @@ class Exchange:
         headers.append((b"x-request-id", self.request_id))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+        self.ended = True
 
     async def begin(self, headers: Headers) -> None:
         """Begin a reply that comes in pieces."""
@@ -94,3 +112,4 @@ class Exchange:
 
     async def end(self, piece: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": piece})
+        self.ended = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -16,18 +15,17 @@ from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, UnknownModel
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
-from sekha.vectors.base import Vector
 
 __all__ = [
     "ChatAsked",
     "chat_asked",
     "chat_reply",
     "embed_asked",
-    "embeddings_body",
     "money",
     "object_in",
     "sekha_note",
     "tags_of",
+    "with_note",
 ]
 
 _OURS = frozenset(
@@ -127,7 +125,7 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
     """The provider's own answer, with ours beside it under `sekha`."""
     note = sekha_note(reply, run_id)
     if reply.raw is not None:
-        return _with_note(reply.raw, note)
+        return with_note(reply.raw, note)
     return orjson.dumps(dict(reply.body) | {"sekha": note})
 
 
@@ -147,28 +145,7 @@ def sekha_note(outcome: Any, run_id: str) -> dict[str, object]:
     return note
 
 
-def embeddings_body(vectors: Vector, model_id: str, input_tokens: int, *, base64_wanted: bool) -> dict[str, object]:
-    """Vectors as OpenAI's `list` object."""
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": _packed(row) if base64_wanted else row}
-            for index, row in enumerate(vectors)
-        ],
-        "model": model_id,
-        "usage": {"prompt_tokens": input_tokens, "total_tokens": input_tokens},
-    }
-
-
-def _packed(row: Vector) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode()
-
-
-def with_note(raw: bytes, note: Mapping[str, object]) -> bytes:
-    return _with_note(raw, note)
-
-
-def _with_note(raw: bytes, note: Mapping[str, object], more: bytes = b"") -> bytes:
+def with_note(raw: bytes, note: Mapping[str, object], more: bytes = b"") -> bytes:
     """Splice our part into the provider's object, which was parsed before and ends with its brace."""
     end = raw.rstrip()
     return b"".join((end[:-1], more, b',"sekha":', orjson.dumps(note), b"}"))

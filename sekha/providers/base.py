@@ -15,7 +15,16 @@ from sekha.pricing import Usage
 from sekha.registry import Model
 from sekha.vectors.base import Vector
 
-__all__ = ["ChatCall", "Chunk", "Completion", "Embeddings", "Provider", "RawStream"]
+__all__ = [
+    "ByteProvider",
+    "ChatCall",
+    "Chunk",
+    "Completion",
+    "Embeddings",
+    "Provider",
+    "RawEmbeddings",
+    "RawStream",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,8 @@ class Completion:
     body: Mapping[str, Any] = field(repr=False)
     usage: Usage | None
     """None when the provider reported none."""
+    raw: bytes | None = field(default=None, repr=False)
+    """The body as it came, from a provider that speaks OpenAI's protocol."""
 
     @property
     def text(self) -> str:
@@ -92,6 +103,16 @@ class Embeddings:
     usage: Usage | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawEmbeddings:
+    """Embeddings in OpenAI's JSON, as they came."""
+
+    raw: bytes = field(repr=False)
+    usage: Usage | None
+    count: int
+    dimension: int
+
+
 class Provider(Protocol):
     """One configured provider. Safe to use from many tasks at once."""
 
@@ -114,3 +135,18 @@ class Provider(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+class ByteProvider(Provider, Protocol):
+    """A provider that speaks OpenAI's protocol, so that its bytes can be handed on."""
+
+    async def open_stream(self, call: ChatCall) -> RawStream:
+        """Wait for the first event. Until then every failure is raised here, and another provider may be asked."""
+        ...
+
+    async def embed_raw(self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float) -> RawEmbeddings:
+        """Embed what `body` holds, `input` and OpenAI's other fields, in one call.
+
+        Raises as `embed` does.
+        """
+        ...

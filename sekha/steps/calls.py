@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import orjson
 
-from sekha.calling import Answered, call_in_turn
-from sekha.chat import REPLY_LIMITS, ChatRequest, Reply
+from sekha.calling import Answered, Attempt, call_in_turn
+from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Piped, Reply
 from sekha.embedding import Embedded, EmbedRequest
-from sekha.errors import DimensionMismatch, ProviderError
+from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError
 from sekha.ingest import Batch, BatchEmbedded
-from sekha.ledger import Hold, Spend
+from sekha.ledger import Hold, Scope, Spend
 from sekha.pricing import Usage, cost
-from sekha.providers.base import ChatCall, Completion, Embeddings
+from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
+from sekha.providers.chunks import ChunkStream
 from sekha.registry import Model, ProviderKind
 from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
 from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.money import spend_of
+from sekha.vectors.base import Vector
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "RawEmbedded"]
 
 T = TypeVar("T")
 
@@ -34,45 +38,217 @@ TEXTS_PER_CALL: Mapping[ProviderKind, int] = {"builtin": 4096, "openai": 512, "o
 CALLS_AT_ONCE = 4
 
 
+_OPENAI_COMPATIBLE: frozenset[ProviderKind] = frozenset({"openai", "openrouter"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawEmbedded:
+    """Vectors in OpenAI's JSON, who made them, and what they cost."""
+
+    raw: bytes = field(repr=False)
+    dimension: int
+    provider_id: str
+    model_id: str
+    usage: Usage
+    estimated_cost: Decimal
+    cost: Decimal
+    attempts: tuple[Attempt, ...]
+    reason: str
+    charged_to: Scope
+
+
 class Calls:
     def __init__(self, resources: Resources) -> None:
         self._open = resources
 
-    async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Reply:  # noqa: ARG002 - held first
+    async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Reply:
         """Ask the candidates in turn, with retries, until one answers."""
+        lost = _Lost(self._open, chosen, hold, hold.id)
 
         async def once(candidate: Candidate, seconds: float) -> Completion:
-            spec = self._open.registry.provider_of(candidate.model)
-            options = {name: value for name, value in request.options.items() if name not in REPLY_LIMITS}
-            if limit := request.reply_limit or candidate.estimate.reply_limit:
-                options["max_tokens"] = limit
-            call = ChatCall(
-                model=candidate.model,
-                messages=request.messages,
-                options=options,
-                timeout_seconds=min(spec.timeout_seconds, seconds),
-            )
-            return await self._open.provider(candidate.model.provider_id).complete(call)
+            call = self._call(request, candidate, seconds)
+            provider = self._open.provider(candidate.model.provider_id)
+            return await lost.attempt(candidate, lambda: provider.complete(call), _worst_of)
 
-        answered = await self._in_turn(chosen, once)
-        model, completion = answered.candidate.model, answered.value
-        usage = completion.usage or await self._counted_usage(request, completion, model)
+        try:
+            answered = await self._in_turn(chosen, once)
+            model, completion = answered.candidate.model, answered.value
+            usage = completion.usage or await self._counted_usage(request, completion, model)
+            reply = Reply(
+                text=completion.text,
+                body=completion.body,
+                raw=completion.raw,
+                provider_id=model.provider_id,
+                model_id=model.id,
+                usage=usage,
+                estimated_cost=answered.candidate.estimate.expected,
+                cost=_cost(usage, model),
+                attempts=answered.attempts,
+                reason=answered.candidate.reason,
+                charged_to=chosen.ask.scope(model),
+            )
+            await lost.charge(reply)
+        except BaseException:
+            await lost.free()
+            raise
+        return reply
+
+    async def open_stream(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Opened:
+        """Ask the candidates in turn until the first piece of an answer arrives."""
+        lost = _Lost(self._open, chosen, hold, hold.id)
+
+        async def once(candidate: Candidate, seconds: float) -> RawStream:
+            call = self._call(request, candidate, seconds)
+            provider = self._open.provider(candidate.model.provider_id)
+
+            def begin() -> Awaitable[RawStream]:
+                if hasattr(provider, "open_stream"):
+                    return cast("ByteProvider", provider).open_stream(call)
+                return ChunkStream.open(provider, call)
+
+            return await lost.attempt(candidate, begin, _worst_of)
+
+        try:
+            answered = await self._in_turn(chosen, once)
+        except BaseException:
+            await lost.free()
+            raise
+        return Opened(
+            events=answered.value, candidate=answered.candidate, attempts=answered.attempts, charge=lost.charge
+        )
+
+    async def relay_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, pipe: Piped) -> Reply:
+        """Hand the pieces on as they come. However it ends, what arrived is on record."""
+        events = opened.events
+        try:
+            await pipe.begin(opened)
+            async for block in events:
+                await pipe.write(block)
+        except BaseException as error:
+            await to_the_end(self._charge_part(request, chosen, hold, opened, error))
+            raise
+        finally:
+            await events.aclose()
+        reply = await self._streamed(request, chosen, opened)
+        await opened.charge(reply)
+        return reply
+
+    async def _charge_part(
+        self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, error: BaseException
+    ) -> None:
+        """Charge what had arrived when a stream broke off or its reader left."""
+        if isinstance(error, ProviderError):
+            error.attempts = (
+                *opened.attempts[:-1],
+                replace(opened.attempts[-1], error=error.code, detail=error.detail),
+            )
+        await opened.events.aclose()
+        part = await self._streamed(request, chosen, opened)
+        await self._charge(hold, spend_of(part, identity=hold.id, at=self._open.now()))
+        await opened.charge(part)
+
+    async def _streamed(self, request: ChatRequest, chosen: Plan, opened: Opened) -> Reply:
+        model = opened.candidate.model
+        usage = opened.events.usage
+        if usage is None:
+            went_in = await count_chat(request, model.id)
+            came_out, _ = await count_embedding([opened.events.said()], model.id)
+            usage = Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
         return Reply(
-            text=completion.text,
-            body=completion.body,
+            text="",
+            body={},
             provider_id=model.provider_id,
             model_id=model.id,
             usage=usage,
-            estimated_cost=answered.candidate.estimate.expected,
+            estimated_cost=opened.candidate.estimate.expected,
             cost=_cost(usage, model),
-            attempts=answered.attempts,
-            reason=answered.candidate.reason,
+            attempts=opened.attempts,
+            reason=opened.candidate.reason,
             charged_to=chosen.ask.scope(model),
+        )
+
+    def _call(self, request: ChatRequest, candidate: Candidate, seconds: float) -> ChatCall:
+        spec = self._open.registry.provider_of(candidate.model)
+        options = {name: value for name, value in request.options.items() if name not in REPLY_LIMITS}
+        if limit := request.reply_limit or candidate.estimate.reply_limit:
+            options["max_tokens"] = limit
+        return ChatCall(
+            model=candidate.model,
+            messages=request.messages,
+            options=options,
+            timeout_seconds=min(spec.timeout_seconds, seconds),
         )
 
     async def embed_texts(self, request: EmbedRequest, chosen: Plan, hold: Hold) -> Embedded:
         """Embed the texts at the first candidate that answers, and charge each call as it comes back."""
         return await self._embed(request.texts, chosen, hold, "")
+
+    async def embed_raw(self, request: EmbedRequest, chosen: Plan, hold: Hold) -> RawEmbedded:
+        """Embed the texts, and leave the vectors in the bytes in which the provider wrote them where that can be."""
+        kinds = {self._open.registry.provider_of(each.model).kind for each in chosen.candidates}
+        most = min(TEXTS_PER_CALL.get(kind, 96) for kind in kinds)
+        if len(request.texts) > most or not kinds <= _OPENAI_COMPATIBLE:
+            return await self._written(request, await self._embed(request.texts, chosen, hold, ""))
+        lost = _Lost(self._open, chosen, hold, hold.id)
+        texts = request.texts
+        body = {"input": texts[0] if len(texts) == 1 else texts, **request.options}
+
+        async def once(candidate: Candidate, seconds: float) -> RawEmbeddings:
+            spec = self._open.registry.provider_of(candidate.model)
+            provider = cast("ByteProvider", self._open.provider(candidate.model.provider_id))
+            timeout_seconds = min(spec.timeout_seconds, seconds)
+
+            def call() -> Awaitable[RawEmbeddings]:
+                return provider.embed_raw(candidate.model, body, timeout_seconds=timeout_seconds)
+
+            return await lost.attempt(candidate, call, _worst_of)
+
+        try:
+            answered = await self._in_turn(chosen, once)
+            model, raw = answered.candidate.model, answered.value
+            usage = raw.usage
+            if usage is None:
+                usage = Usage(input_tokens=answered.candidate.estimate.input_tokens, counted=True)
+            embedded = RawEmbedded(
+                raw=raw.raw,
+                dimension=raw.dimension,
+                provider_id=model.provider_id,
+                model_id=model.id,
+                usage=usage,
+                estimated_cost=answered.candidate.estimate.expected,
+                cost=_cost(usage, model),
+                attempts=answered.attempts,
+                reason=answered.candidate.reason,
+                charged_to=chosen.ask.scope(model),
+            )
+            await self._charge(hold, spend_of(embedded, identity=f"{hold.id}:0", at=self._open.now()))
+        finally:
+            await lost.free()
+        return embedded
+
+    async def _written(self, request: EmbedRequest, embedded: Embedded) -> RawEmbedded:
+        """Vectors that came as numbers, in OpenAI's JSON."""
+        wanted = request.options.get("dimensions")
+        if wanted not in (None, embedded.dimension):
+            raise InvalidRequest(
+                f"`dimensions` is {wanted!r}, and {embedded.model_id!r} makes vectors of {embedded.dimension} only. Leave "
+                "it out, or ask a provider that shortens them.",
+                field="dimensions",
+            )
+        packed = request.options.get("encoding_format") == "base64"
+        raw = await asyncio.to_thread(_as_openai_writes, embedded, packed=packed)
+        return RawEmbedded(
+            raw=raw,
+            dimension=embedded.dimension,
+            provider_id=embedded.provider_id,
+            model_id=embedded.model_id,
+            usage=embedded.usage,
+            estimated_cost=embedded.estimated_cost,
+            cost=embedded.cost,
+            attempts=embedded.attempts,
+            reason="",
+            charged_to=embedded.charged_to,
+        )
 
     async def embed_batch(self, batch: Batch, chosen: Plan, hold: Hold) -> BatchEmbedded:
         """Embed one batch of an ingest, and charge it at once: a run that dies later has recorded it."""
@@ -98,14 +274,15 @@ class Calls:
             async with limit:
                 if failures:
                     return None
+                lost = _Lost(self._open, chosen, hold, identity)
                 try:
-                    embedded = await self._embed_once(some, chosen)
+                    embedded = await self._embed_once(some, chosen, lost)
                 except ProviderError as error:
                     # The calls under way are let finish: they are paid for, and their cost has to be known.
                     failures.append(error)
-                    if isinstance(error, DimensionMismatch):
-                        await self._charge(hold, await self._unusable(error, some, chosen, identity))
                     return None
+                finally:
+                    await lost.free()
                 await self._charge(hold, spend_of(embedded, identity=identity, at=self._open.now()))
                 return embedded
 
@@ -135,15 +312,6 @@ class Calls:
         ledger = await self._open.ledger()
         await to_the_end(ledger.charge(hold, spend))
 
-    async def _unusable(self, error: DimensionMismatch, texts: Sequence[str], chosen: Plan, identity: str) -> Spend:
-        """What a provider takes for vectors that it made and that nobody can use."""
-        model = next(each.model for each in chosen.candidates if each.model.provider_id == error.provider_id)
-        total, _ = await count_embedding(texts, model.id)
-        usage = Usage(input_tokens=total, counted=True)
-        spent = _cost(usage, model)
-        scope = chosen.ask.scope(model)
-        return Spend(id=identity, scope=scope, cost=spent, estimated=spent, usage=usage, at=self._open.now())
-
     async def _in_turn(self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]]) -> Answered[T]:
         return await call_in_turn(
             chosen.candidates,
@@ -153,11 +321,22 @@ class Calls:
             deadline_seconds=self._open.patience_seconds(chosen),
         )
 
-    async def _embed_once(self, texts: Sequence[str], chosen: Plan) -> Embedded:
+    async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: _Lost) -> Embedded:
+        async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
+            """Of these texts alone, since the plan's estimate is for all that are embedded under it."""
+            total, _ = await count_embedding(texts, candidate.model.id)
+            usage = Usage(input_tokens=total, counted=True)
+            return usage, _cost(usage, candidate.model)
+
         async def once(candidate: Candidate, seconds: float) -> Embeddings:
             spec = self._open.registry.provider_of(candidate.model)
             provider = self._open.provider(candidate.model.provider_id)
-            return await provider.embed(candidate.model, texts, timeout_seconds=min(spec.timeout_seconds, seconds))
+            timeout_seconds = min(spec.timeout_seconds, seconds)
+
+            def call() -> Awaitable[Embeddings]:
+                return provider.embed(candidate.model, texts, timeout_seconds=timeout_seconds)
+
+            return await lost.attempt(candidate, call, at_worst)
 
         answered = await self._in_turn(chosen, once)
         model, embeddings = answered.candidate.model, answered.value
@@ -171,7 +350,6 @@ class Calls:
             provider_id=model.provider_id,
             model_id=model.id,
             usage=usage,
-            # Of these texts alone: the plan's estimate is for all that are embedded under it.
             estimated_cost=expected,
             cost=_cost(usage, model),
             attempts=answered.attempts,
@@ -183,6 +361,93 @@ class Calls:
         went_in = await count_chat(request, model.id)
         came_out = await count_reply(completion.body, model.id)
         return Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
+
+
+class _Lost:
+    """The money of attempts that failed and that a provider may bill all the same: they count at their worst case.
+
+    Each uses up a part of the hold, so that as much is held again before the next attempt.
+    """
+
+    def __init__(self, resources: Resources, chosen: Plan, hold: Hold, identity: str) -> None:
+        self._open = resources
+        self._chosen = chosen
+        self._hold = hold
+        self._identity = identity
+        self._spends: list[Spend] = []
+        self._again: list[Hold] = []
+
+    async def attempt(
+        self,
+        candidate: Candidate,
+        call: Callable[[], Awaitable[T]],
+        at_worst: Callable[[Candidate], Awaitable[tuple[Usage, Decimal]]],
+    ) -> T:
+        if len(self._again) < len(self._spends):
+            await self._hold_again(self._spends[-1])
+        try:
+            return await call()
+        except ProviderError as error:
+            if error.may_be_billed or isinstance(error, DimensionMismatch):
+                usage, dollars = await at_worst(candidate)
+                if dollars:
+                    await to_the_end(self._charge(candidate, usage, dollars))
+            raise
+
+    async def charge(self, reply: Reply) -> None:
+        """Record a reply against what was held again, before that is freed. Settling it once more changes nothing."""
+        if self._again:
+            ledger = await self._open.ledger()
+            spend = spend_of(reply, identity=self._identity, at=self._open.now())
+            await to_the_end(ledger.charge(self._again[-1], spend))
+            await self.free()
+
+    async def free(self) -> None:
+        if self._again:
+            ledger = await self._open.ledger()
+            for hold in self._again:
+                await to_the_end(ledger.release(hold))
+            self._again.clear()
+            self._spends.clear()
+
+    async def _hold_again(self, lost: Spend) -> None:
+        amounts = {budget.name: lost.cost for budget in self._hold.budgets if budget.covers(lost.scope)}
+        ledger = await self._open.ledger()
+        budgets, ttl = self._hold.budgets, self._hold.ttl_seconds
+        self._again.append(await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=ttl))
+
+    async def _charge(self, candidate: Candidate, usage: Usage, dollars: Decimal) -> None:
+        spend = Spend(
+            id=f"{self._identity}!{len(self._spends) + 1}",
+            scope=self._chosen.ask.scope(candidate.model),
+            cost=dollars,
+            estimated=candidate.estimate.expected,
+            usage=usage,
+            at=self._open.now(),
+        )
+        ledger = await self._open.ledger()
+        await ledger.charge(self._again[-1] if self._again else self._hold, spend)
+        self._spends.append(spend)
+
+
+async def _worst_of(candidate: Candidate) -> tuple[Usage, Decimal]:
+    estimate = candidate.estimate
+    return Usage(input_tokens=estimate.input_tokens, counted=True), estimate.worst_case
+
+
+def _as_openai_writes(embedded: Embedded, *, packed: bool) -> bytes:
+    data = [
+        {"object": "embedding", "index": index, "embedding": _packed(row) if packed else row}
+        for index, row in enumerate(embedded.vectors)
+    ]
+    tokens = embedded.usage.input_tokens
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    body = {"object": "list", "data": data, "model": embedded.model_id, "usage": usage}
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _packed(row: Vector) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
 def _cost(usage: Usage, model: Model) -> Decimal:

@@ -1,0 +1,148 @@
+"""The gateway as an ASGI application: who asks, what for, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, TypeAlias
+
+from sekha.errors import NoSuchPage, SekhaError
+from sekha.gateway import chats, embeddings, pages
+from sekha.gateway.exchange import Exchange, Message, Receive, Send
+from sekha.gateway.problems import answer_to
+from sekha.gateway.serving import Serving
+
+__all__ = ["ROUTES", "Gateway"]
+
+log = logging.getLogger("sekha.gateway")
+
+Handler: TypeAlias = Callable[[Serving, Exchange], Awaitable[None]]
+
+ROUTES: Mapping[str, Mapping[str, Handler]] = {
+    "/v1/chat/completions": {"POST": chats.complete},
+    "/v1/embeddings": {"POST": embeddings.embed},
+    "/v1/models": {"GET": pages.openai_models},
+    "/api/v1/route": {"POST": pages.route},
+    "/api/v1/models": {"GET": pages.models},
+    "/api/v1/tasks": {"GET": pages.tasks},
+    "/api/v1/search": {"POST": pages.search},
+    "/api/v1/costs": {"GET": pages.costs},
+    "/api/v1/health": {"GET": pages.health},
+    "/api/v1/health/providers": {"GET": pages.providers_health},
+    "/health": {"GET": pages.to_health},
+    "/metrics": {"GET": pages.metrics},
+}
+WATCH_AFTER_SECONDS = 0.05
+"""Who leaves earlier is not noticed: a watch is a task, and most answers are quick."""
+
+
+class Gateway:
+    """Serves what `serving` holds at the moment; a reload puts another in its place."""
+
+    def __init__(self, serving: Serving, *, routes: Mapping[str, Mapping[str, Handler]] = ROUTES) -> None:
+        self.serving = serving
+        self._routes = routes
+        self._under_way: dict[Serving, int] = {}
+        self._idle = asyncio.Event()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._exchange(Exchange(scope, receive, send))
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def replace(self, serving: Serving) -> None:
+        """Serve with another configuration from now on; the one before ends with its last request."""
+        before, self.serving = self.serving, serving
+        while self._under_way.get(before):
+            self._idle.clear()
+            await self._idle.wait()
+        await before.aclose()
+
+    async def _exchange(self, x: Exchange) -> None:
+        serving = self.serving
+        self._under_way[serving] = self._under_way.get(serving, 0) + 1
+        watch = _Watch(x)
+        started = time.perf_counter()
+        methods = self._routes.get(x.path)
+        try:
+            try:
+                await self._handler(x, methods)(serving, x)
+            except SekhaError as error:
+                await x.answer(*answer_to(error))
+        except asyncio.CancelledError:
+            if not watch.left:
+                raise
+            x.status = 499
+        except ConnectionError:
+            x.status = 499
+        except Exception:
+            # The traceback may quote what was asked: it goes to whoever runs this at `debug`, and to nobody else.
+            log.error("request %s failed in a way that nobody foresaw", x.request_id.decode())  # noqa: TRY400
+            log.debug("request %s", x.request_id.decode(), exc_info=True)
+            if not x.status:
+                await x.answer(
+                    *answer_to(SekhaError(f"This is a fault of the gateway's. Report {x.request_id.decode()}."))
+                )
+        finally:
+            watch.end()
+            serving.metrics.request(x.path if methods else "other", x.status, time.perf_counter() - started)
+            left = self._under_way[serving] - 1
+            self._under_way[serving] = left
+            if not left:
+                del self._under_way[serving]
+                self._idle.set()
+
+    def _handler(self, x: Exchange, methods: Mapping[str, Handler] | None) -> Handler:
+        if methods is None:
+            raise NoSuchPage(x.method, x.path, known=list(self._routes))
+        handler = methods.get(x.method)
+        if handler is None:
+            raise NoSuchPage(x.method, x.path, allowed=list(methods))
+        return handler
+
+
+class _Watch:
+    """Cancels a request whose caller has left, so that nobody goes on to work, and to pay, for no one."""
+
+    __slots__ = ("_exchange", "_handle", "_task", "_watching", "left")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.left = False
+        self._exchange = exchange
+        self._task: asyncio.Task[Any] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._handle = loop.call_later(WATCH_AFTER_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        if self._exchange.was_read:
+            self._watching = asyncio.ensure_future(self._wait())
+        else:
+            self._handle = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._begin)
+
+    async def _wait(self) -> None:
+        await self._exchange.caller_left()
+        if self._task is not None and not self._exchange.ended:
+            self.left = True
+            self._task.cancel()
+
+    def end(self) -> None:
+        self._handle.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            message: Message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return

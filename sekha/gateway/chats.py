@@ -1,0 +1,100 @@
+"""`POST /v1/chat/completions`: whole answers, and streams that never end as if they were whole."""
+
+from __future__ import annotations
+
+import orjson
+
+from sekha.chat import Opened, Reply, answer, stream
+from sekha.errors import ProviderError, SekhaError
+from sekha.gateway.exchange import Exchange
+from sekha.gateway.finished import UnderWay
+from sekha.gateway.problems import Headers, problem
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.wire import ChatAsked, chat_asked, chat_reply, money, sekha_note
+
+__all__ = ["complete"]
+
+_JSON = (b"content-type", b"application/json")
+_EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
+
+
+async def complete(serving: Serving, x: Exchange) -> None:
+    """Answer a chat, whole or as it comes."""
+    key = serving.keys.owner(x.authorization)
+    body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
+    asked = chat_asked(body, key=key.name if key else None)
+    under_way = UnderWay(serving, "chat", asked.request)
+    pipe = _Pipe(x, serving, asked, under_way) if asked.stream else None
+    try:
+        if pipe is not None:
+            reply = await stream(asked.request, serving.stream, pipe)
+            await pipe.end(reply)
+        else:
+            reply = await answer(asked.request, serving.chat)
+            await x.answer(200, chat_reply(reply, under_way.run_id), headers_of(reply))
+    except BaseException as error:
+        under_way.failed(error)
+        if pipe is not None and x.status and isinstance(error, SekhaError):
+            return await pipe.broken(error)
+        raise
+    under_way.answered(reply)
+    return None
+
+
+def headers_of(reply: Reply) -> Headers:
+    return [
+        _JSON,
+        (b"x-sekha-provider", reply.provider_id.encode()),
+        (b"x-sekha-model", reply.model_id.encode()),
+        (b"x-sekha-cost", money(reply.cost)),
+    ]
+
+
+class _Pipe:
+    """Hands a streamed answer on, as it was written, and ends it truthfully."""
+
+    def __init__(self, x: Exchange, serving: Serving, asked: ChatAsked, under_way: UnderWay) -> None:
+        self._x = x
+        self._serving = serving
+        self._asked = asked
+        self._under_way = under_way
+
+    async def begin(self, opened: Opened) -> None:
+        model = opened.candidate.model
+        self._serving.metrics.first(model.provider_id, model.id, self._under_way.seconds)
+        await self._x.begin(
+            [
+                _EVENTS,
+                (b"cache-control", b"no-cache"),
+                # Nginx and its kin hold a stream back otherwise.
+                (b"x-accel-buffering", b"no"),
+                (b"x-sekha-provider", model.provider_id.encode()),
+                (b"x-sekha-model", model.id.encode()),
+                # What it did cost is known at its end, and written there.
+                (b"x-sekha-estimated-cost", money(opened.candidate.estimate.expected)),
+            ]
+        )
+
+    async def write(self, piece: bytes) -> None:
+        await self._x.go_on(piece)
+
+    async def end(self, reply: Reply) -> None:
+        note = sekha_note(reply, self._under_way.run_id)
+        if self._asked.wants_usage:
+            # Who asked for usage expects a last chunk without choices; others might stumble over one.
+            last: dict[str, object] = {"object": "chat.completion.chunk", "choices": [], "usage": None, "sekha": note}
+            said = b"data: " + orjson.dumps(last)
+        else:
+            said = b": sekha " + orjson.dumps(note)
+        await self._x.end(said + b"\n\ndata: [DONE]\n\n")
+
+    async def broken(self, error: SekhaError) -> None:
+        """Say what happened as an event, and end without `[DONE]`: what had arrived is not the whole."""
+        said = problem(error)
+        if isinstance(error, ProviderError):
+            said["sekha"] = {
+                "provider_id": error.provider_id,
+                "model_id": error.model_id,
+                "run_id": self._under_way.run_id,
+            }
+        await self._x.end(b"data: " + orjson.dumps(said) + b"\n\n")

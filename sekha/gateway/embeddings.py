@@ -1,0 +1,37 @@
+"""`POST /v1/embeddings`: vectors as the provider wrote them, where it speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+from sekha.embedding import embed as embed_in_order
+from sekha.gateway.exchange import Exchange
+from sekha.gateway.finished import UnderWay
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.wire import embed_asked, money, sekha_note, with_note
+
+__all__ = ["embed"]
+
+
+async def embed(serving: Serving, x: Exchange) -> None:
+    """Embed one text or many."""
+    key = serving.keys.owner(x.authorization)
+    body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
+    request, _keep = embed_asked(body, key=key.name if key else None)
+    under_way = UnderWay(serving, "embed", request)
+    try:
+        embedded = await embed_in_order(request, serving.embed)
+    except BaseException as error:
+        under_way.failed(error)
+        raise
+    note = sekha_note(embedded, under_way.run_id)
+    said = with_note(embedded.raw, note, b',"dimension":' + str(embedded.dimension).encode())
+    await x.answer(
+        200,
+        said,
+        [
+            (b"content-type", b"application/json"),
+            (b"x-sekha-provider", embedded.provider_id.encode()),
+            (b"x-sekha-model", embedded.model_id.encode()),
+            (b"x-sekha-cost", money(embedded.cost)),
+        ],
+    )
+    under_way.answered(embedded)

@@ -1,0 +1,131 @@
+"""What is noted of a request once its answer is out: counts, the run in Prefect, the latency of who answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Protocol, TypeAlias
+
+from sekha.calling import Attempt
+from sekha.chat import ChatRequest
+from sekha.embedding import EmbedRequest
+from sekha.errors import ProviderError, SekhaError
+from sekha.gateway.serving import Serving
+from sekha.pricing import Usage
+from sekha.recording.run import Outcome, Run, new_run_id
+from sekha.trace import take_notes, trace_of
+
+__all__ = ["UnderWay"]
+
+Asked: TypeAlias = ChatRequest | EmbedRequest
+
+
+class Answered(Protocol):
+    """A `Reply` or vectors: who answered and what it cost."""
+
+    @property
+    def provider_id(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def usage(self) -> Usage: ...
+    @property
+    def cost(self) -> Decimal: ...
+    @property
+    def estimated_cost(self) -> Decimal: ...
+    @property
+    def attempts(self) -> tuple[Attempt, ...]: ...
+
+
+class UnderWay:
+    """One request from when its body was read until its answer is out."""
+
+    __slots__ = ("_began", "_flow", "_notes", "_request", "_serving", "run_id")
+
+    def __init__(self, serving: Serving, flow: str, request: Asked) -> None:
+        self.run_id = new_run_id()
+        self._serving = serving
+        self._flow = flow
+        self._request = request
+        self._notes = take_notes()
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def answered(self, by: Answered) -> None:
+        """Note an answer."""
+        serving = self._serving
+        _count(serving, by.attempts)
+        usage = by.usage
+        serving.metrics.spent(by.provider_id, by.model_id, usage.input_tokens, usage.output_tokens, by.cost)
+        outcome: Outcome = "answered" if len(by.attempts) == 1 else "fallback"
+        seconds = self.seconds
+        if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
+            run = self._run(seconds, outcome, f"{by.provider_id}/{by.model_id}", by.attempts)
+            tags = (f"provider:{by.provider_id}", f"model:{by.model_id}", *run.tags)
+            serving.recorder.record(
+                replace(
+                    run,
+                    tags=tags,
+                    provider_id=by.provider_id,
+                    model_id=by.model_id,
+                    cost=by.cost,
+                    estimated_cost=by.estimated_cost,
+                )
+            )
+
+    def failed(self, error: BaseException) -> None:
+        """Note a failure, a refusal, or a caller who left."""
+        serving = self._serving
+        attempts: tuple[Attempt, ...] = ()
+        outcome: Outcome = "failed"
+        if isinstance(error, ProviderError):
+            attempts = error.attempts
+            _count(serving, attempts)
+        elif isinstance(error, asyncio.CancelledError | ConnectionError):
+            outcome = "cancelled"
+        elif isinstance(error, SekhaError) and not error.retryable:
+            outcome = "refused"
+        seconds = self.seconds
+        if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
+            code = error.code if isinstance(error, SekhaError) else type(error).__name__
+            said = error.message if isinstance(error, SekhaError) else ""
+            serving.recorder.record(replace(self._run(seconds, outcome, code, attempts), error=code, message=said))
+
+    def _run(self, seconds: float, outcome: Outcome, came_to: str, attempts: tuple[Attempt, ...]) -> Run:
+        request = self._request
+        now = time.time()
+        asked = request.model or "auto"
+        parameters: dict[str, object] = {"model": asked}
+        if isinstance(request, ChatRequest):
+            asked = request.model or request.task or "auto"
+            parameters |= {"model": asked, "messages": len(request.messages), "images": request.image_count}
+        else:
+            parameters["texts"] = len(request.texts)
+        if request.max_cost is not None:
+            parameters["max_cost"] = str(request.max_cost)
+        if request.key is not None:
+            parameters["key"] = request.key
+        return Run(
+            id=self.run_id,
+            flow=self._flow,
+            name=f"{asked} → {came_to}",
+            started_at=now - seconds,
+            ended_at=now,
+            outcome=outcome,
+            steps=trace_of(self._notes).steps,
+            clock_offset=now - time.perf_counter(),
+            parameters=parameters,
+            tags=(*sorted(request.tags), *(() if outcome == "answered" else (outcome,))),
+            attempts=attempts,
+        )
+
+
+def _count(serving: Serving, attempts: Sequence[Attempt]) -> None:
+    for attempt in attempts:
+        serving.metrics.call(attempt.provider_id, attempt.model_id, attempt.error or "answered", attempt.seconds)

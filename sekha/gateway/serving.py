@@ -1,0 +1,87 @@
+"""What one configuration serves with. A reload opens another beside it, and this one ends with its last request."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sekha.chat import ChatSteps, StreamSteps
+from sekha.embedding import EmbedSteps
+from sekha.gateway.metrics import Metrics
+from sekha.keys import Key, Keyring
+from sekha.resources import Resources
+from sekha.runtime import Runtime
+from sekha.search import SearchSteps
+from sekha.steps.calls import RawEmbedded
+from sekha.trace import noted
+
+if TYPE_CHECKING:
+    from sekha.recording.recorder import Recorder
+
+__all__ = ["BODY_MB", "BODY_SECONDS", "Serving"]
+
+BODY_MB = 64.0
+"""The largest body that is read: a dozen images in base64."""
+BODY_SECONDS = 30.0
+
+
+class Serving:
+    """The open resources of one configuration, its steps noted, and how many requests use it."""
+
+    def __init__(
+        self, resources: Resources, metrics: Metrics, *, recorder: Recorder | None = None, at_once: bool = False
+    ) -> None:
+        self.resources = resources
+        self.recorder = recorder
+        self.runtime = Runtime(resources)
+        self.metrics = metrics
+        self.keys = Keyring(
+            Key(
+                name=section.name,
+                hash=section.hash,
+                models=section.models,
+                tasks=section.tasks,
+                requests_per_minute=section.requests_per_minute,
+                tokens_per_minute=section.tokens_per_minute,
+            )
+            for section in resources.loaded.config.keys
+        )
+        money, calls = self.runtime.money, self.runtime.calls
+        self.chat: ChatSteps = noted(
+            ChatSteps(
+                estimate=money.estimate_cost,
+                select=money.select_provider,
+                reserve=money.reserve_budget,
+                call=calls.call_provider,
+                settle=money.settle_cost,
+                at_once=at_once,
+            ),
+            time.perf_counter,
+        )
+        self.stream: StreamSteps = noted(
+            StreamSteps(
+                estimate=money.estimate_cost,
+                select=money.select_provider,
+                reserve=money.reserve_budget,
+                open=calls.open_stream,
+                relay=calls.relay_stream,
+                settle=money.settle_cost,
+                at_once=at_once,
+            ),
+            time.perf_counter,
+        )
+        self.embed: EmbedSteps[RawEmbedded] = noted(
+            EmbedSteps(
+                estimate=money.estimate_cost,
+                select=money.select_provider,
+                reserve=money.reserve_budget,
+                embed=calls.embed_raw,
+                settle=money.settle_cost,
+                at_once=at_once,
+            ),
+            time.perf_counter,
+        )
+        self.search: SearchSteps = noted(self.runtime.search_steps, time.perf_counter)
+
+    async def aclose(self) -> None:
+        await self.runtime.aclose()
