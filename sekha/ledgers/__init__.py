@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from sekha.errors import ConfigError, Problem
 from sekha.ledger import Ledger
-from sekha.ledgers.sql import SqlLedger
+from sekha.ledgers.sql import Database, SqlLedger
 
-__all__ = ["open_ledger"]
+__all__ = ["open_database", "open_ledger"]
 
 
 def open_ledger(url: str) -> Ledger:
-    """Open the ledger at `sqlite:///.sekha/ledger.db`, `sqlite:////var/lib/ledger.db` or `postgresql://…`.
+    """Open the ledger in the database at this URL. Closing it closes the database."""
+    return SqlLedger(open_database(url))
 
-    Nothing is connected before the first call, so this never blocks; a ledger that cannot be
-    reached, or that a newer Sekha wrote, says so there. Close it with `aclose`.
+
+def open_database(url: str) -> Database:
+    """Open the database of a ledger at `sqlite:///.sekha/ledger.db`, `sqlite:////var/lib/ledger.db` or `postgresql://…`.
+
+    Nothing is connected before the first call, so this never blocks; one that cannot be
+    reached, or that a newer Sekha wrote, says so there. Close it with `close`.
     """
     scheme, separator, rest = url.partition("://")
     match scheme:
@@ -21,12 +26,12 @@ def open_ledger(url: str) -> Ledger:
         case "sqlite" if separator and rest.startswith("/") and rest not in ("/", "/:memory:"):
             from sekha.ledgers.sqlite import SqliteDatabase
 
-            return SqlLedger(SqliteDatabase(rest[1:]))
+            return SqliteDatabase(rest[1:])
         case "postgresql" | "postgres" if separator:
             # psycopg costs every command its import, and most ledgers are files.
             from sekha.ledgers.postgres import PostgresDatabase
 
-            return SqlLedger(PostgresDatabase(url))
+            return PostgresDatabase(url)
         case _:
             # The URL itself stays out of the message: it may carry a password.
             problem = Problem(
