@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sekha.breaker import BreakerRules
 from sekha.calling import Answered, Retries, call_in_turn
+from sekha.circuits import Circuits
 from sekha.errors import (
     BadReply,
+    CircuitOpen,
     ContentRefused,
     DimensionMismatch,
     ProviderAuthFailed,
@@ -45,6 +48,7 @@ class Script:
         self.asked: list[tuple[str, float]] = []
         self.seconds_each = 0.0
         self.allowed: list[float] = []
+        self.circuits: Circuits | None = None
 
     async def call(self, candidate: Candidate, seconds: float) -> str:
         name = candidate.model.provider_id
@@ -55,18 +59,36 @@ class Script:
             raise self.acts[name].pop(0)
         return f"{name} answers"
 
-    async def run(self, names: str, *, rounds: int = 3, deadline: float = 60.0) -> Answered[str]:
+    async def run(self, names: str, *, rounds: int = 3, deadline: float = 60.0, whole: bool = True) -> Answered[str]:
         return await call_in_turn(
             candidates(names),
             self.call,
             retries=Retries(rounds=rounds, base_wait_seconds=1.0, longest_wait_seconds=4.0),
             clock=self.time.clock,
             deadline_seconds=deadline,
+            circuits=self.circuits,
+            whole=whole,
         )
 
     @property
     def order(self) -> str:
         return "".join(name for name, _ in self.asked)
+
+
+class Guarded(Script):
+    """A script whose calls go through circuits."""
+
+    def __init__(self, time: FakeTime, **acts: Sequence[ProviderError]) -> None:
+        super().__init__(time, **acts)
+        rules = BreakerRules(failure_threshold=3, timeout_seconds=60, success_threshold=2)
+        self.circuits: Circuits = Circuits(rules, now=lambda: time.seconds)
+
+    def open(self, name: str) -> None:
+        for _ in range(3):
+            self.circuits.note(f"{name}/m", down(name))
+
+    def failures(self, name: str) -> int:
+        return self.circuits.snapshot()[f"{name}/m"].failures
 
 
 def down(name: str, **fields: float) -> ProviderUnavailable:
@@ -207,6 +229,228 @@ async def test_a_cancelled_call_stops_at_once() -> None:
         await task
 
 
+# --- circuits ------------------------------------------------------------------------------
+
+
+async def test_a_candidate_whose_circuit_is_open_is_passed_over() -> None:
+    script = Guarded(FakeTime())
+    script.open("a")
+
+    answered = await script.run("ab")
+
+    assert (answered.value, script.order) == ("b answers", "b")
+    assert [each.provider_id for each in answered.attempts] == ["b"]
+
+
+async def test_with_every_circuit_open_nobody_is_asked_and_the_first_probe_is_named() -> None:
+    script = Guarded(FakeTime())
+    script.open("a")
+    script.time.seconds += 20.5
+    script.open("b")
+
+    with pytest.raises(CircuitOpen, match=r"Provider 'a', model 'm', is left alone.*retry after 40 s") as caught:
+        await script.run("ba")
+
+    assert script.order == ""
+    assert script.time.slept == []
+    assert caught.value.retryable
+    assert not caught.value.may_be_billed
+    assert (caught.value.retry_after_seconds, caught.value.attempts) == (40, ())
+
+
+async def test_calls_that_fail_open_the_circuit_and_those_that_answer_clear_it() -> None:
+    script = Guarded(FakeTime(), a=[down("a")] * 2, b=[BadReply(provider_id="b")])
+
+    await script.run("ab")
+    before = (script.failures("a"), script.failures("b"))
+    script.circuits.note("a/m", down("a"))
+
+    assert script.order == "abab"
+    assert before == (2, 0)
+    assert script.circuits.open_now == {"a/m"}
+
+
+async def test_a_candidate_that_a_failure_shut_is_not_waited_for() -> None:
+    script = Guarded(FakeTime(), a=[down("a")] * 9)
+
+    with pytest.raises(ProviderUnavailable) as caught:
+        await script.run("a", rounds=9, deadline=600)
+
+    assert script.order == "aaa"
+    assert len(script.time.slept) == 2
+    assert type(caught.value) is ProviderUnavailable
+
+
+async def test_a_circuit_that_others_open_while_a_call_waits_ends_the_wait() -> None:
+    script = Guarded(FakeTime(), a=[limited("a", 5)])
+    sleep = script.time.sleep
+
+    async def others_fail_meanwhile(seconds: float) -> None:
+        await sleep(seconds)
+        script.open("a")
+
+    script.time.sleep = others_fail_meanwhile  # type: ignore[method-assign]
+
+    with pytest.raises(RateLimited):
+        await script.run("a")
+
+    assert script.order == "a"
+
+
+async def test_what_the_caller_did_wrong_and_limits_open_nothing() -> None:
+    script = Guarded(FakeTime(), a=[ContentRefused(provider_id="a")] * 9, b=[limited("b")] * 9)
+
+    for _ in range(4):
+        with pytest.raises(ContentRefused):
+            await script.run("a")
+    with pytest.raises(RateLimited):
+        await script.run("b", rounds=9, deadline=600)
+
+    assert script.circuits.snapshot() == {}
+
+
+async def test_a_time_out_of_the_little_time_that_others_left_is_not_held_against_a_candidate() -> None:
+    script = Guarded(FakeTime(), a=[ProviderTimeout(provider_id="a")], b=[ProviderTimeout(provider_id="b")])
+    script.seconds_each = 40
+
+    with pytest.raises(ProviderTimeout):
+        await script.run("ab", deadline=60)
+
+    assert script.order == "ab"
+    assert set(script.circuits.snapshot()) == {"a/m"}
+
+
+async def test_a_circuit_whose_time_has_passed_is_probed_by_one_call_and_closed_by_two() -> None:
+    script = Guarded(FakeTime())
+    script.open("a")
+    script.time.seconds += 60
+
+    first = await script.run("ab")
+    between = script.circuits.snapshot()["a/m"]
+    await script.run("ab")
+
+    assert script.order == "aa"
+    assert first.probe is not None
+    assert (between.state, between.successes, between.probe) == ("half_open", 1, None)
+    assert script.circuits.admit("a/m")
+
+
+async def test_while_one_call_probes_the_others_go_elsewhere() -> None:
+    script = Guarded(FakeTime())
+    script.open("a")
+    script.time.seconds += 60
+    probing, may_end = asyncio.Event(), asyncio.Event()
+    asked: list[str] = []
+
+    async def call(candidate: Candidate, seconds: float) -> str:
+        asked.append(candidate.model.provider_id)
+        if candidate.model.provider_id == "a":
+            probing.set()
+            await may_end.wait()
+        return candidate.model.provider_id
+
+    async def one() -> str:
+        answered = await call_in_turn(
+            candidates("ab"),
+            call,
+            retries=Retries(),
+            clock=script.time.clock,
+            deadline_seconds=60,
+            circuits=script.circuits,
+        )
+        return answered.value
+
+    first = asyncio.create_task(one())
+    await probing.wait()
+    others = await asyncio.gather(*(one() for _ in range(9)))
+    may_end.set()
+
+    assert await first == "a"
+    assert others == ["b"] * 9
+    assert asked.count("a") == 1
+
+
+async def test_a_probe_that_fails_falls_back_and_shuts_the_circuit_again() -> None:
+    script = Guarded(FakeTime(), a=[down("a")])
+    script.open("a")
+    script.time.seconds += 60
+
+    answered = await script.run("ab")
+
+    assert (answered.value, script.order) == ("b answers", "ab")
+    assert script.circuits.open_now == {"a/m"}
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "a bug"])
+async def test_a_probe_that_is_cut_off_makes_room_for_the_next_and_notes_nothing(ends: str) -> None:
+    script = Guarded(FakeTime())
+    script.open("a")
+    script.time.seconds += 60
+    entered = asyncio.Event()
+
+    async def call(candidate: Candidate, seconds: float) -> str:
+        entered.set()
+        if ends == "a bug":
+            raise LookupError("a bug")
+        return await asyncio.Event().wait() and ""
+
+    task = asyncio.create_task(
+        call_in_turn(
+            candidates("a"),
+            call,
+            retries=Retries(),
+            clock=script.time.clock,
+            deadline_seconds=60,
+            circuits=script.circuits,
+        )
+    )
+    await entered.wait()
+    task.cancel()
+    with pytest.raises((asyncio.CancelledError, LookupError)):
+        await task
+
+    assert script.circuits.snapshot()["a/m"].state == "half_open"
+    assert (await script.run("a")).value == "a answers"
+
+
+async def test_how_a_stream_ends_is_for_its_reader_to_note() -> None:
+    script = Guarded(FakeTime())
+    for _ in range(2):
+        script.circuits.note("a/m", down("a"))
+
+    await script.run("a", whole=False)
+    begun = script.failures("a")
+    script.circuits.note("a/m", StreamBroken(provider_id="a"))
+
+    assert begun == 2
+    assert script.circuits.open_now == {"a/m"}
+
+
+async def test_a_probe_that_begins_its_stream_makes_room_for_the_next() -> None:
+    script = Guarded(FakeTime())
+    script.open("a")
+    script.time.seconds += 60
+
+    first = await script.run("a", whole=False)
+    second = await script.run("a", whole=False)
+
+    assert first.probe
+    assert second.probe
+    assert script.circuits.admit("a/m")
+
+
+class Noting(Circuits):
+    """Circuits that remember what was noted."""
+
+    def __init__(self, rules: BreakerRules, noted: list[tuple[str, str | None]]) -> None:
+        super().__init__(rules)
+        self.noted = noted
+
+    def note(self, name: str, error: ProviderError | None, *, probe: str | None = None, seconds: float = 0.0) -> None:
+        self.noted.append((name, error.code if error else None))
+        super().note(name, error, probe=probe, seconds=seconds)
+
+
 kinds = st.sampled_from(["down", "limited", "auth", "content"])
 
 
@@ -216,9 +460,10 @@ kinds = st.sampled_from(["down", "limited", "auth", "content"])
     rounds=st.integers(1, 4),
     deadline=st.floats(1, 120),
     each=st.floats(0, 10),
+    guarded=st.booleans(),
 )
 def test_whatever_fails_the_rules_hold(
-    acts: list[list[str]], waits: list[float], rounds: int, deadline: float, each: float
+    acts: list[list[str]], waits: list[float], rounds: int, deadline: float, each: float, guarded: bool
 ) -> None:
     time = FakeTime()
     names = "abc"[: len(acts)]
@@ -235,8 +480,12 @@ def test_whatever_fails_the_rules_hold(
             case _:
                 return ContentRefused(provider_id=name)
 
-    script = Script(time, **{name: [error(kind, name) for kind in act] for name, act in zip(names, acts, strict=True)})
+    errors = {name: [error(kind, name) for kind in act] for name, act in zip(names, acts, strict=True)}
+    script = Script(time, **errors)
     script.seconds_each = each
+    noted: list[tuple[str, str | None]] = []
+    if guarded:
+        script.circuits = Noting(BreakerRules(failure_threshold=2), noted)
     planned = {name: list(errors) for name, errors in script.acts.items()}
 
     try:
@@ -245,6 +494,8 @@ def test_whatever_fails_the_rules_hold(
         attempts = failure.attempts
 
     assert len(attempts) == len(script.asked)
+    if guarded:
+        assert noted == [(f"{attempt.provider_id}/m", attempt.error) for attempt in attempts]
     assert max(at for _, at in script.asked) <= deadline
     assert min(script.allowed) > 0
     for name in names:
