@@ -17,6 +17,7 @@ from sekha.cli.exits import EXITS, READER_GONE, installed_version, report
 from sekha.cli.invocation import Invocation, config_option
 from sekha.cli.keeping import ingest, search
 from sekha.cli.running import run
+from sekha.cli.serving import serve
 
 __all__ = ["main", "sekha"]
 
@@ -24,6 +25,7 @@ STORY: Mapping[str, tuple[click.Command, ...]] = {
     "See what you have": (check, models),
     "Ask": (route, chat),
     "Keep and find": (ingest, search),
+    "Serve": (serve,),
     "Through Prefect": (run, up, deploy, blocks),
 }
 

@@ -85,3 +85,5 @@ class Serving:
 
     async def aclose(self) -> None:
         await self.runtime.aclose()
+        if self.recorder is not None:
+            await self.recorder.aclose()
