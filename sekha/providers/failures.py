@@ -29,7 +29,16 @@ from sekha.errors import (
     StreamBroken,
 )
 
-__all__ = ["BY_CLASS", "Wordless", "failure_of", "retry_after_seconds", "wordless"]
+__all__ = [
+    "BY_CLASS",
+    "Wordless",
+    "clean",
+    "failure_of",
+    "refusal_of",
+    "retry_after_seconds",
+    "texts_of",
+    "wordless",
+]
 
 BY_CLASS: Mapping[str, type[ProviderError]] = {
     # LiteLLM's own, every one.
@@ -139,12 +148,42 @@ def failure_of(
     if streaming and not issubclass(kind, ProviderTimeout):
         kind = StreamBroken
     return kind(
-        _clean(_said(body) if response is not None else _reason(error, chain, kind), secret, texts),
+        clean(_said(body) if response is not None else _reason(error, chain, kind), secret, texts),
         provider_id=provider_id,
         model_id=model_id,
         status=status,
         retry_after_seconds=None if response is None else retry_after_seconds(response.headers),
     )
+
+
+def refusal_of(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    provider_id: str,
+    model_id: str,
+    secret: str | None = None,
+    texts: Sequence[str] = (),
+) -> ProviderError:
+    """Say what a provider's answer means that is not the one asked for. Names of `headers` are in lower case."""
+    return _kind_answered(None, status, body)(
+        clean(_said(body), secret, texts),
+        provider_id=provider_id,
+        model_id=model_id,
+        status=status,
+        retry_after_seconds=retry_after_seconds(headers),
+    )
+
+
+def texts_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The texts of a chat, which no message of ours may repeat."""
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content")
+        parts = [{"text": content}] if isinstance(content, str) else content or ()
+        texts += [str(part["text"]) for part in parts if isinstance(part, Mapping) and part.get("text")]
+    return texts
 
 
 class Wordless(Exception):
@@ -209,7 +248,7 @@ def _content(response: Any, chain: Sequence[BaseException]) -> bytes:
         return next((str(text).encode() for text in texts if text), b"")
 
 
-def _kind_answered(error: Exception, status: int, body: bytes) -> type[ProviderError]:
+def _kind_answered(error: Exception | None, status: int, body: bytes) -> type[ProviderError]:
     words = body.decode(errors="replace").lower()
     if any(phrase in words for phrase in _OUT_OF_MONEY):
         return ProviderError
@@ -217,7 +256,7 @@ def _kind_answered(error: Exception, status: int, body: bytes) -> type[ProviderE
         for phrases, kind in ((_CONTENT, ContentRefused), (_CONTEXT, ContextExceeded)):
             if any(phrase in words for phrase in phrases):
                 return kind
-        known = _known(error)
+        known = None if error is None else _known(error)
         if known in (ContentRefused, ContextExceeded):
             return known
     if status in _BY_STATUS:
@@ -269,7 +308,8 @@ def _reason(error: Exception, chain: Sequence[BaseException], kind: type[Provide
     return re.sub(r"^(?:litellm\.)?(?:\w+(?:Error|Exception)\s*[:-]\s*)+", "", first_line)
 
 
-def _clean(detail: str, secret: str | None, texts: Sequence[str]) -> str:
+def clean(detail: str, secret: str | None, texts: Sequence[str]) -> str:
+    """A provider's sentence without the key and the texts of the request, and not too long."""
     if secret:
         detail = detail.replace(secret, "***")
     # Providers quote a wrong key with its middle starred out.

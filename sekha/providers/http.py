@@ -9,8 +9,9 @@ at all of them every tenth of a second, so a limit is kept to within that. Proxi
     response = await client.post(target, body, timeout_seconds=60)
     response.status, response.content
 
-What fails raises `TimeoutError`, `OSError` (`ConnectionError` for a connection that was lost), or
-`BadResponse` where the other side does not speak HTTP/1.1 as agreed.
+What fails raises `TimeoutError` (`NotSent` while there was no connection), `OSError` (`ConnectionError` for a
+connection that was lost, `AnswerCut` once an answer had begun), or `BadResponse` where the other side does
+not speak HTTP/1.1 as agreed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-__all__ = ["BadResponse", "HttpClient", "HttpLimits", "Response", "Target"]
+__all__ = ["AnswerCut", "BadResponse", "HttpClient", "HttpLimits", "NotSent", "Response", "Target"]
 
 _SWEEP_SECONDS = 0.1
 # A kept connection that the other side had closed is noticed within a round trip. What is lost later than
@@ -40,7 +41,15 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
 class BadResponse(Exception):
-    """The other side broke HTTP, or a limit of ours. The message quotes nothing that it sent."""
+    """The answer breaks HTTP, or a limit of ours. The message quotes nothing of it."""
+
+
+class NotSent(TimeoutError):
+    """No connection was to be had in time, so the other side knows nothing of the request."""
+
+
+class AnswerCut(ConnectionError):
+    """The connection was lost in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +131,7 @@ class HttpClient:
             self._start(loop)
         pool = self._pools.get((target.host, target.port, target.secure)) or self._pool(target)
         expires_at = loop.time() + timeout_seconds
-        connection = pool.idle.pop() if pool.idle else await pool.connection(expires_at)
+        connection = pool.take() or await pool.connection(expires_at)
         reused = connection.used
         response = Response(connection, loop, expires_at, wait)
         sent_at = loop.time()
@@ -134,6 +143,8 @@ class HttpClient:
                 raise
         else:
             return response
+        # A pool with no connection left may have been forgotten meanwhile.
+        pool = self._pools.get((target.host, target.port, target.secure)) or self._pool(target)
         connection = await pool.connect(expires_at)
         response = Response(connection, loop, expires_at, wait)
         connection.send(response, target.head, body)
@@ -178,6 +189,7 @@ class Response:
 
     __slots__ = (
         "_connection",
+        "_left",
         "_loop",
         "_parts",
         "_size",
@@ -206,6 +218,7 @@ class Response:
         """The loop's time at which waiting ends with `TimeoutError`. Set it later to allow more."""
         self.unpack: Any = None
         self._connection = connection
+        self._left = False
         self._loop = loop
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self._parts: list[bytes] = []
@@ -247,6 +260,12 @@ class Response:
         if not self.complete:
             self._connection.abort()
 
+    def leave(self, seconds: float) -> None:
+        """Take the rest unread, so that the connection can be used again; what is not there by then is cut off."""
+        self._left = True
+        self._parts.clear()
+        self.expires_at = self._loop.time() + seconds
+
     async def wait(self) -> None:
         """Wait for more: the head, a block or the whole, as it was asked for."""
         if self.error is None and not self.complete:
@@ -273,7 +292,7 @@ class Response:
 
     @property
     def is_awaited(self) -> bool:
-        return self._waiter is not None
+        return self._waiter is not None or self._left
 
     def add(self, data: bytes) -> None:
         self._parts.append(data)
@@ -373,14 +392,16 @@ class _Connection(asyncio.Protocol):
         response = self._response
         if response is None:
             # Nothing was asked.
-            self._end(BadResponse("it sent an answer to no request"))
+            self._end(BadResponse("nothing was asked"))
             return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
             self._excess = True
             if not response.complete:
-                failure = BadResponse("its answer is not HTTP/1.1")
+                # What a callback raises comes wrapped.
+                ours = error.__context__
+                failure = ours if isinstance(ours, BadResponse) else BadResponse("it is not HTTP/1.1")
                 failure.__cause__ = error
                 self._end(failure)
                 return
@@ -389,15 +410,18 @@ class _Connection(asyncio.Protocol):
         elif not response.headed:
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.header_bytes:
-                self._end(BadResponse(f"the head of its answer is longer than {self._limits.header_bytes:,} bytes"))
+                self._end(BadResponse(f"its head is longer than {self._limits.header_bytes:,} bytes"))
         elif response.is_whole:
             if response.size > self._limits.body_bytes:
-                self._end(BadResponse(f"its answer is longer than {self._limits.body_bytes:,} bytes"))
+                self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
         else:
             if response.size > self._limits.unread_bytes and not self.paused:
                 self.paused = True
                 self._transport.pause_reading()
             response.wake()
+
+    def eof_received(self) -> None:
+        self.closing = True
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing = True
@@ -407,7 +431,7 @@ class _Connection(asyncio.Protocol):
                 response.complete = True
                 response.wake()
             else:
-                lost = ConnectionResetError("the connection was lost")
+                lost = AnswerCut() if response.headed else ConnectionResetError()
                 lost.__cause__ = error
                 response.fail(lost)
         self._pool.closed(self)
@@ -430,12 +454,14 @@ class _Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         response = self._response
         if response is None or response.started:
-            raise BadResponse("it sent an answer to no request")
+            raise BadResponse("nothing was asked")
         response.started = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         response = self._response
         assert response is not None  # noqa: S101 - parsing begins with a request under way
+        if response.headed:
+            return  # trailers, which mean nothing to us
         response.raw_headers.append((name, value))
         if len(name) == 16 and name.lower() == b"content-encoding":
             match value.strip().lower():
@@ -444,7 +470,7 @@ class _Connection(asyncio.Protocol):
                 case b"gzip" | b"x-gzip" | b"deflate":
                     response.unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
                 case _:
-                    raise BadResponse("its answer is compressed, which we did not ask for")
+                    raise BadResponse("it is compressed, which we did not ask for")
 
     def on_headers_complete(self) -> None:
         response = self._response
@@ -458,7 +484,7 @@ class _Connection(asyncio.Protocol):
         if response.unpack is not None:
             data = response.unpack.decompress(data, self._limits.body_bytes)
             if response.unpack.unconsumed_tail:
-                raise BadResponse("its answer is too long unpacked")
+                raise BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes when unpacked")
         response.add(data)
 
     def on_message_complete(self) -> None:
@@ -492,10 +518,17 @@ class _Pool:
     def in_use(self) -> bool:
         return bool(self.connections or self._connecting or self._waiting)
 
+    def take(self) -> _Connection | None:
+        while self.idle:
+            connection = self.idle.pop()
+            if not connection.closing:
+                return connection
+        return None
+
     async def connection(self, expires_at: float) -> _Connection:
         while True:
-            if self.idle:
-                return self.idle.pop()
+            if (connection := self.take()) is not None:
+                return connection
             if len(self.connections) + self._connecting < self.limits.connections:
                 return await self.connect(expires_at)
             turn = self.loop.create_future()
@@ -503,9 +536,11 @@ class _Pool:
             try:
                 async with asyncio.timeout_at(expires_at):
                     await turn
-            except BaseException:
+            except BaseException as error:
                 if turn.done() and not turn.cancelled():
                     self._call_next()
+                if isinstance(error, TimeoutError):
+                    raise NotSent from error
                 raise
 
     async def connect(self, expires_at: float) -> _Connection:
@@ -516,8 +551,10 @@ class _Pool:
                 _, connection = await self.loop.create_connection(
                     lambda: _Connection(self), target.host, target.port, ssl=self._tls
                 )
-        except BaseException:
+        except BaseException as error:
             self._call_next()
+            if isinstance(error, TimeoutError):
+                raise NotSent from error
             raise
         finally:
             self._connecting -= 1

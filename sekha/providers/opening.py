@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from sekha.providers.base import Provider
-from sekha.providers.builtin import BuiltinProvider
-from sekha.providers.litellm import LiteLLMProvider
 from sekha.registry import ProviderSpec
 
 __all__ = ["open_provider"]
@@ -12,6 +10,16 @@ __all__ = ["open_provider"]
 
 def open_provider(spec: ProviderSpec) -> Provider:
     """Open a provider. It connects, and imports what it needs, with its first call."""
-    if spec.kind == "builtin":
-        return BuiltinProvider(spec)
-    return LiteLLMProvider(spec)
+    match spec.kind:
+        case "builtin":
+            from sekha.providers.builtin import BuiltinProvider
+
+            return BuiltinProvider(spec)
+        case "openai" | "openrouter":
+            from sekha.providers.relay import RelayProvider
+
+            return RelayProvider(spec)
+        case _:
+            from sekha.providers.litellm import LiteLLMProvider
+
+            return LiteLLMProvider(spec)

@@ -1,0 +1,476 @@
+"""Providers that speak OpenAI's protocol: what they say is handed on byte for byte.
+
+A request is written once, an answer is read once for its usage, and a stream is searched for the few
+events that mean something to us (usage, an error, the end) and otherwise not looked into. One attempt is
+made for each call, over a client of our own; LiteLLM has no part in it.
+
+A cost that a provider names in its usage, as OpenRouter does, stays in the body and is not believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import orjson
+
+from sekha.errors import (
+    BadReply,
+    DimensionMismatch,
+    ProviderAuthFailed,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    ProviderUnavailable,
+    StreamBroken,
+)
+from sekha.pricing import Usage
+from sekha.providers.addresses import base_url_of
+from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, RawEmbeddings
+from sekha.providers.events import DONE, EventSplitter, bodies, finishes, json_object, payloads, texts_in
+from sekha.providers.failures import clean, refusal_of, texts_of, wordless
+from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Response, Target
+from sekha.registry import Model, ProviderSpec
+from sekha.vectors.base import Vector
+
+__all__ = ["RelayProvider", "RelayStream"]
+
+_CHAT = "/chat/completions"
+_OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
+# Of a stream whose provider may yet report no usage, kept as it came to be counted.
+_KEPT_BYTES = 4 * 1024 * 1024
+# From the provider's last word to the end of its answer, when its connection is free again.
+_TAIL_SECONDS = 1.0
+_EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NOT_JSON = "it is not the JSON of its API"
+_NOT_VECTORS = "its vectors are not lists of numbers of one length"
+_NOTHING_SAID = "the stream ended before anything was said"
+
+
+class RelayProvider:
+    """One configured provider, with connections of its own."""
+
+    def __init__(self, spec: ProviderSpec, *, limits: HttpLimits | None = None) -> None:
+        self._spec = spec
+        self._secret = spec.api_key.get_secret_value() if spec.api_key else None
+        self._base_url = base_url_of(spec.kind, spec.base_url) or ""
+        self._http = HttpClient(limits=limits)
+        self._targets: dict[str, Target] = {}
+
+    async def complete(self, call: ChatCall) -> Completion:
+        failed = self._failing(call.model, partial(texts_of, call.messages))
+        response, body = await self._answer(_CHAT, self._chat_body(call, failed), call.timeout_seconds, failed)
+        choices = body.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise failed.bad("it has no choices")
+        for choice in choices:
+            if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+                raise failed.bad("a choice has no message")
+        return Completion(body=body, usage=_usage(body.get("usage")), raw=response.content)
+
+    async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
+        events = await self._open(call, hands_on_usage=True)
+        try:
+            async for block in events:
+                for body in bodies(block):
+                    yield Chunk(body=body, usage=_usage(body.get("usage")))
+        finally:
+            await events.aclose()
+
+    async def open_stream(self, call: ChatCall) -> RelayStream:
+        """Ask, and wait for the first event: until it is here, a failure leaves room for another provider."""
+        options = call.options.get("stream_options")
+        asked = isinstance(options, Mapping) and bool(options.get("include_usage"))
+        return await self._open(call, hands_on_usage=asked)
+
+    async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
+        failed = self._failing(model, lambda: texts)
+        # A quarter of the bytes of numbers written out, and far less work to read.
+        sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
+        _, body = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        items = _items(body, len(texts), failed)
+        try:
+            in_order = sorted(items, key=lambda item: int(item["index"]))
+            vectors = np.stack([_vector(item["embedding"]) for item in in_order])
+        except (LookupError, TypeError, ValueError) as error:
+            raise failed.bad(_NOT_VECTORS) from wordless(error)
+        if vectors.ndim != 2:
+            raise failed.bad(_NOT_VECTORS)
+        failed.unless_as_long(vectors.shape[1], model.dimension)
+        if not np.isfinite(vectors).all():
+            raise failed.bad("a vector holds a number that is not finite")
+        return Embeddings(vectors=vectors, usage=_usage(body.get("usage")))
+
+    async def embed_raw(self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float) -> RawEmbeddings:
+        """Embed what a caller of OpenAI's API asked for, and hand on the answer as it came.
+
+        Checked are the number of vectors and their lengths, against `dimensions` where it asks for some.
+        """
+        given = body.get("input")
+        # Tokens are one text when they are a list of numbers, and many when they are a list of such lists.
+        listed = isinstance(given, list | tuple) and not (given and isinstance(given[0], int))
+        inputs: Sequence[Any] = given if listed and given is not None else [given]
+        failed = self._failing(model, lambda: [text for text in inputs if isinstance(text, str)])
+        sent = self._json({**body, "model": model.id}, failed)
+        response, answer = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        items = _items(answer, len(inputs), failed)
+        try:
+            dimension, *others = {_length(item["embedding"]) for item in items}
+        except (LookupError, TypeError, ValueError) as error:
+            raise failed.bad(_NOT_VECTORS) from wordless(error)
+        if others:
+            raise failed.bad(_NOT_VECTORS)
+        failed.unless_as_long(dimension, body.get("dimensions") or model.dimension)
+        return RawEmbeddings(
+            raw=response.content, usage=_usage(answer.get("usage")), count=len(items), dimension=dimension
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    def _failing(self, model: Model, texts: Callable[[], Sequence[str]]) -> _Failing:
+        return _Failing(self._spec.id, model.id, self._secret, texts)
+
+    def _chat_body(self, call: ChatCall, failed: _Failing, *, stream: bool = False) -> bytes:
+        body: dict[str, Any] = {"model": call.model.id, "messages": call.messages}
+        for name, value in call.options.items():
+            if value is not None and name not in _OURS:
+                body[name] = value
+        if "max_tokens" in body and self._spec.kind == "openai" and _refuses_max_tokens(call.model.id):
+            limit = body.pop("max_tokens")
+            body.setdefault("max_completion_tokens", limit)
+        if stream:
+            options = call.options.get("stream_options")
+            body["stream"] = True
+            body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+        return self._json(body, failed)
+
+    def _json(self, body: Mapping[str, Any], failed: _Failing) -> bytes:
+        try:
+            return orjson.dumps(body, default=_plain)
+        except orjson.JSONEncodeError as error:
+            raise failed.rejected("a field of it cannot be written as JSON") from wordless(error)
+
+    async def _answer(
+        self, path: str, body: bytes, timeout_seconds: float, failed: _Failing
+    ) -> tuple[Response, dict[str, Any]]:
+        target = self._targets.get(path) or self._target(path, failed)
+        try:
+            response = await self._http.post(target, body, timeout_seconds=timeout_seconds)
+        except (OSError, BadResponse) as error:
+            raise failed.unanswered(error) from wordless(error)
+        if response.status != 200:
+            raise failed.refused(response, response.content)
+        return response, _parsed(response, response.content, failed)
+
+    async def _open(self, call: ChatCall, *, hands_on_usage: bool) -> RelayStream:
+        failed = self._failing(call.model, partial(texts_of, call.messages))
+        target = self._targets.get(_CHAT) or self._target(_CHAT, failed)
+        body = self._chat_body(call, failed, stream=True)
+        try:
+            response = await self._http.open(target, body, timeout_seconds=call.timeout_seconds)
+        except (OSError, BadResponse) as error:
+            raise failed.unanswered(error) from wordless(error)
+        stream = RelayStream(response, failed, timeout_seconds=call.timeout_seconds, hands_on_usage=hands_on_usage)
+        try:
+            await stream.begin()
+        except BaseException:
+            response.close()
+            raise
+        return stream
+
+    def _target(self, path: str, failed: _Failing) -> Target:
+        headers = {"content-type": "application/json", "accept": "*/*", "user-agent": "sekha"}
+        if self._secret:
+            headers["authorization"] = f"Bearer {self._secret}"
+        try:
+            target = Target.of(self._base_url + path, headers)
+        except ValueError as error:
+            raise failed.unreachable(str(error)) from wordless(error)
+        self._targets[path] = target
+        return target
+
+
+class RelayStream:
+    """A streamed answer in blocks of whole events, `[DONE]` left out: a `RawStream`."""
+
+    def __init__(self, response: Response, failed: _Failing, *, timeout_seconds: float, hands_on_usage: bool) -> None:
+        self.usage: Usage | None = None
+        self._response = response
+        self._failed = failed
+        self._timeout_seconds = timeout_seconds
+        self._hands_on_usage = hands_on_usage
+        self._loop = asyncio.get_running_loop()
+        self._events = EventSplitter()
+        self._first = b""
+        self._done = False
+        self._failure: ProviderError | None = None
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+        self._texts: list[str] = []
+        self._finished = False
+
+    async def begin(self) -> None:
+        """Wait for the first event. Raises what is wrong with the answer, as for one that is not streamed."""
+        response, failed = self._response, self._failed
+        if response.status != 200:
+            raise failed.refused(response, await _what_came(response))
+        try:
+            seen, first = await self._first_event()
+        except (OSError, BadResponse) as error:
+            failure = failed.unanswered(error)
+            failure.may_be_billed = True
+            raise failure from wordless(error)
+        if first == DONE:
+            raise failed.bad(_NOTHING_SAID)
+        _parsed(response, first, failed)
+        if not seen:
+            raise failed.bad("it is no stream of events")
+        self._first = self._sought(seen)
+
+    def said(self) -> str:
+        """The text that arrived, of every choice, with the calls of tools."""
+        return "".join([*self._texts, *texts_in(self._kept)])
+
+    def __aiter__(self) -> RelayStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        block, self._first = self._first, b""
+        while not block:
+            if self._failure is not None:
+                raise self._failure
+            if self._done:
+                raise StopAsyncIteration
+            self._response.expires_at = self._loop.time() + self._timeout_seconds
+            try:
+                data = await self._response.block()
+                block = self._events.feed(data) if data else self._events.rest()
+            except (OSError, BadResponse) as error:
+                raise self._failed.broken_by(error) from wordless(error)
+            if block:
+                block = self._sought(block)
+            if not data:
+                self._end()
+        return block
+
+    async def aclose(self) -> None:
+        if self._done:
+            self._response.leave(_TAIL_SECONDS)
+        else:
+            self._response.close()
+
+    async def _first_event(self) -> tuple[bytes, bytes]:
+        """The events until the first that is no comment, and what it carries; or no event, and the whole body."""
+        seen = b""
+        while True:
+            data = await self._response.block()
+            start = data.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+            if not seen and start not in _EVENT_STARTS:
+                return b"", data + await self._response.body()
+            seen += self._events.feed(data) if data else self._events.rest()
+            if (first := next(payloads(seen), None)) is not None:
+                return seen, first
+            if not data:
+                return seen, DONE
+
+    def _sought(self, block: bytes) -> bytes:
+        """What of a block is handed on. It is taken apart only where it holds one of the words."""
+        if b"[DONE]" in block or b'"error"' in block or block.count(b'"usage"') != block.count(b'"usage":null'):
+            block = self._sifted(block)
+        if self._kept_bytes <= _KEPT_BYTES:
+            self._kept.append(block)
+            self._kept_bytes += len(block)
+        else:
+            # Its text alone is a small part of it.
+            self._finished = self._finished or any(map(finishes, [*self._kept, block]))
+            self._texts += texts_in([*self._kept, block])
+            self._kept.clear()
+        return block
+
+    def _sifted(self, block: bytes) -> bytes:
+        kept: list[bytes] = []
+        for event in block.split(b"\n\n"):
+            payload = next(payloads(event), b"")
+            if payload == DONE:
+                self._done = True
+                break
+            body = json_object(payload) if b'"error"' in payload or b'"usage"' in payload else None
+            if body is not None:
+                if error := body.get("error"):
+                    self._failure = self._failed.broken_off(error)
+                    break
+                if (usage := _usage(body.get("usage"))) is not None:
+                    self.usage = usage
+                    if not body.get("choices") and not self._hands_on_usage:
+                        continue
+            if event:
+                kept.append(event + b"\n\n")
+        return b"".join(kept)
+
+    def _end(self) -> None:
+        """The answer ended. Some providers say why every choice ends, and never `[DONE]`."""
+        if not self._done and self._failure is None:
+            if self._finished or any(map(finishes, self._kept)):
+                self._done = True
+            else:
+                self._failure = self._failed.broken("it ended without saying so")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failing:
+    """What can go wrong with one attempt, each way as one error."""
+
+    provider_id: str
+    model_id: str
+    secret: str | None
+    texts: Callable[[], Sequence[str]]
+    """What was asked, which no message may repeat."""
+
+    def bad(self, detail: str) -> BadReply:
+        return BadReply(detail, provider_id=self.provider_id, model_id=self.model_id)
+
+    def rejected(self, detail: str) -> ProviderRejected:
+        return ProviderRejected(detail, provider_id=self.provider_id, model_id=self.model_id)
+
+    def broken(self, detail: str) -> StreamBroken:
+        return StreamBroken(detail, provider_id=self.provider_id, model_id=self.model_id)
+
+    def refused(self, response: Response, body: bytes, status: int | None = None) -> ProviderError:
+        return refusal_of(
+            status or response.status,
+            response.headers,
+            body,
+            provider_id=self.provider_id,
+            model_id=self.model_id,
+            secret=self.secret,
+            texts=self.texts(),
+        )
+
+    def unanswered(self, error: OSError | BadResponse) -> ProviderError:
+        if isinstance(error, BadResponse):
+            return self.bad(str(error))
+        failure: ProviderError
+        if isinstance(error, TimeoutError):
+            failure = ProviderTimeout(provider_id=self.provider_id, model_id=self.model_id)
+            failure.may_be_billed = not isinstance(error, NotSent)
+        else:
+            why = f"the connection failed ({type(error).__name__})"
+            failure = ProviderUnavailable(why, provider_id=self.provider_id, model_id=self.model_id)
+            failure.may_be_billed = isinstance(error, AnswerCut)
+        return failure
+
+    def broken_by(self, error: OSError | BadResponse) -> ProviderError:
+        failure = self.unanswered(error)
+        return failure if isinstance(failure, ProviderTimeout) else self.broken(failure.detail)
+
+    def broken_off(self, error: object) -> StreamBroken:
+        """A stream whose provider says in the middle of it what went wrong."""
+        said = error.get("message") if isinstance(error, Mapping) else error
+        return self.broken(clean(" ".join(str(said or "").split()), self.secret, self.texts()))
+
+    def unreachable(self, why: str) -> ProviderError:
+        """The file names an address or a key that no request can carry."""
+        kind = ProviderAuthFailed if "authorization" in why else ProviderUnavailable
+        return kind(why, provider_id=self.provider_id, model_id=self.model_id)
+
+    def unless_as_long(self, returned: int, declared: object) -> None:
+        if isinstance(declared, int) and returned != declared:
+            raise DimensionMismatch(
+                declared=declared, returned=returned, provider_id=self.provider_id, model_id=self.model_id
+            )
+
+
+def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
+    """An answer's JSON, which may yet be an error: OpenRouter then writes the status that it stands for into it."""
+    body = json_object(raw)
+    if body is None:
+        raise failed.bad(_NOT_JSON)
+    if error := body.get("error"):
+        code = error.get("code") if isinstance(error, dict) else None
+        raise failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
+    return body
+
+
+async def _what_came(response: Response) -> bytes:
+    """The body of a refusal, or nothing where it does not come: the status alone says enough."""
+    try:
+        return await response.body()
+    except (OSError, BadResponse):
+        return b""
+
+
+def _items(body: Mapping[str, Any], count: int, failed: _Failing) -> list[Any]:
+    items = body.get("data")
+    found = len(items) if isinstance(items, list) else 0
+    if not isinstance(items, list) or found != count:
+        raise failed.bad(f"{found} vectors for {count} texts")
+    return items
+
+
+def _usage(reported: object) -> Usage | None:
+    """No real call takes no tokens, so zeros are no report."""
+    if not isinstance(reported, dict):
+        return None
+    went_in, came_out = _tokens(reported, "prompt_tokens"), _tokens(reported, "completion_tokens")
+    if not went_in and not came_out:
+        return None
+    details = reported.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    cached = (
+        _tokens(details, "cached_tokens")
+        or _tokens(reported, "cache_read_input_tokens")
+        or _tokens(reported, "prompt_cache_hit_tokens")
+    )
+    written = _tokens(details, "cache_write_tokens") or _tokens(reported, "cache_creation_input_tokens")
+    cached = min(cached, went_in)
+    return Usage(
+        input_tokens=went_in,
+        output_tokens=came_out,
+        cached_tokens=cached,
+        cache_write_tokens=min(written, went_in - cached),
+    )
+
+
+def _tokens(reported: Mapping[str, Any], name: str) -> int:
+    value = reported.get(name)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _vector(embedding: object) -> Vector:
+    if isinstance(embedding, str):
+        return np.frombuffer(binascii.a2b_base64(embedding), dtype="<f4")
+    return np.array(embedding, dtype=np.float32)
+
+
+def _length(embedding: object) -> int:
+    if isinstance(embedding, str):
+        length, left = divmod(len(embedding) * 3 // 4 - embedding.count("=", -2), 4)
+        if left:
+            raise ValueError("no whole number of 32-bit floats")
+        return length
+    if isinstance(embedding, list):
+        return len(embedding)
+    raise TypeError("neither base64 nor a list")
+
+
+def _plain(value: object) -> object:
+    """Values that callers in the same process hand in; what came over HTTP is plain already."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(type(value).__name__)
+
+
+@cache
+def _refuses_max_tokens(model_id: str) -> bool:
+    """OpenAI's o series, and GPT-5 and later, take `max_completion_tokens` in its place."""
+    return bool(re.match(r"(ft:)?(o\d|gpt-([5-9]|\d\d))", model_id.rpartition("/")[2]))
