@@ -295,6 +295,7 @@ async def test_a_circuit_that_others_open_while_a_call_waits_ends_the_wait() -> 
         await script.run("a")
 
     assert script.order == "a"
+    assert script.time.slept == [5]
 
 
 async def test_what_the_caller_did_wrong_and_limits_open_nothing() -> None:

@@ -260,6 +260,41 @@ async def until(true: Callable[[], bool], seconds: float = 10) -> float:
     return time.monotonic() - began
 
 
+class Breakable:
+    """A database that can be away, or do what it is told and keep quiet about it for a while."""
+
+    def __init__(self, path: Path) -> None:
+        self.inner: Database = SqliteDatabase(str(path))
+        self.away = False
+        self.quiet: list[Callable[[], None]] | None = None
+
+    def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:
+        if self.away:
+            return self._gone()
+        done = self.inner.write(work, durable=durable)
+        if self.quiet is None:
+            return done
+        told: Future[T] = Future()
+        self.quiet.append(lambda: told.set_result(done.result()))
+        return told
+
+    def speak(self) -> None:
+        quiet, self.quiet = self.quiet or [], None
+        for tell in quiet:
+            tell()
+
+    def read(self, work: Callable[[Transaction], T]) -> Future[T]:
+        return self._gone() if self.away else self.inner.read(work)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _gone(self) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_exception(LedgerUnavailable("ledger.db", "it is away"))
+        return future
+
+
 async def test_what_one_opens_is_open_for_all_and_closed_for_all(url: str) -> None:
     wall = Wall()
     async with sharing(url, wall) as one, sharing(url, wall) as other:
@@ -356,29 +391,28 @@ async def test_a_probe_that_takes_longer_than_its_lease_is_renewed(tmp_path: Pat
         assert await other.claim(NAME) is None
 
 
+async def test_what_the_table_said_before_a_change_here_does_not_undo_it(tmp_path: Path) -> None:
+    wall, database = Wall(), Breakable(tmp_path / "ledger.db")
+    circuits = opened(wall, shared=SharedCircuits(database))
+    await circuits.start()
+    told: list[Tripped] = []
+    circuits.subscribe(told.append)
+    wall.seconds += 60
+    circuits.note(NAME, None, probe=await circuits.claim(NAME))
+    last = await circuits.claim(NAME)
+    wall.seconds += 6  # late enough for the probe to be renewed
+
+    database.quiet = []
+    await until(lambda: bool(database.quiet))
+    circuits.note(NAME, None, probe=last)
+    database.speak()
+    await circuits.aclose()
+    await asyncio.to_thread(database.close)
+
+    assert [each.after for each in told] == ["half_open", "closed"]
+
+
 # --- without the database ------------------------------------------------------------------
-
-
-class Breakable:
-    """A database that can be away."""
-
-    def __init__(self, path: Path) -> None:
-        self.inner: Database = SqliteDatabase(str(path))
-        self.away = False
-
-    def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:
-        return self._gone() if self.away else self.inner.write(work, durable=durable)
-
-    def read(self, work: Callable[[Transaction], T]) -> Future[T]:
-        return self._gone() if self.away else self.inner.read(work)
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def _gone(self) -> Future[T]:
-        future: Future[T] = Future()
-        future.set_exception(LedgerUnavailable("ledger.db", "it is away"))
-        return future
 
 
 async def test_without_the_database_circuits_go_on_alone_and_say_so_once(
