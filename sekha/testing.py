@@ -45,6 +45,8 @@ FaultKind: TypeAlias = Literal[
     "cut",
     "stall",
     "end",
+    "mumble",
+    "error",
     "dimension",
     "usage",
 ]
@@ -97,6 +99,8 @@ class _Answer:
     cached_tokens: int
     cache_write_tokens: int
     with_usage: bool
+    replies: int
+    logprobs: bool
 
     @property
     def output_tokens(self) -> int:
@@ -120,9 +124,9 @@ class StandIn:
         self.models: list[str] | None = None
         """The models that exist; None means every one does."""
         self.cached_tokens = 0
+        """How many input tokens each answer says it found in a cache."""
         self.cache_write_tokens = 0
         """Of the Anthropic protocol alone: tokens that it says it wrote to its cache."""
-        """How many input tokens each answer says it found in a cache."""
         self.arrived = asyncio.Event()
         """Set once a request has come in; clear it to wait for another."""
         self.abandoned = asyncio.Event()
@@ -232,6 +236,14 @@ class StandIn:
     def end_early(self, *, after: int = 2, times: int | None = 1) -> None:
         """End a stream politely after some events, without the protocol's word for the end."""
         self._plan(Fault(kind="end", after=after), times)
+
+    def mumble(self, *, after: int = 2, times: int | None = 1) -> None:
+        """Write what is no event of any protocol after some events of a stream, and close the connection."""
+        self._plan(Fault(kind="mumble", after=after), times)
+
+    def fail_within(self, message: str | None = None, *, after: int = 2, times: int | None = 1) -> None:
+        """Say that it failed after some events of a stream, in the protocol's own shape, and end it."""
+        self._plan(Fault(kind="error", after=after, message=message), times)
 
     def wrong_dimension(self, dimension: int, *, times: int | None = 1) -> None:
         self._plan(Fault(kind="dimension", dimension=dimension), times)
@@ -372,7 +384,7 @@ class StandIn:
         kind = "application/x-ndjson" if protocol == "ollama" else "text/event-stream"
         response = web.StreamResponse(headers={"Content-Type": kind, **_HEADERS[protocol]})
         await response.prepare(request)
-        breaks = fault is not None and fault.kind in ("cut", "stall", "end")
+        breaks = fault is not None and fault.kind in ("cut", "stall", "end", "mumble", "error")
         for frame in frames[: fault.after] if fault is not None and breaks else frames:
             if fault is not None and fault.kind == "trickle":
                 await asyncio.sleep(fault.seconds)
@@ -382,6 +394,12 @@ class StandIn:
                 return _abort(request, response)
             case Fault(kind="stall"):
                 await self._closing.wait()
+            case Fault(kind="mumble"):
+                await response.write(b"\x00\xff<html>\n\n")
+                return _abort(request, response)
+            case Fault(kind="error"):
+                await response.write(_failure_event(protocol, fault))
+                await response.write_eof()
             case _:
                 await response.write_eof()
         return response
@@ -423,6 +441,8 @@ def _answer(sent: Mapping[str, Any], cached: tuple[int, int], *, with_usage: boo
         cached_tokens=cached[0],
         cache_write_tokens=cached[1],
         with_usage=with_usage,
+        replies=int(sent.get("n") or 1),
+        logprobs=bool(sent.get("logprobs")),
     )
 
 
@@ -444,9 +464,10 @@ def _body(protocol: Protocol, answer: _Answer) -> dict[str, Any]:
             message: dict[str, Any] = {"role": "assistant", "content": answer.text or None, "refusal": None}
             if answer.tool:
                 message["tool_calls"] = [_openai_tool(answer.tool)]
-            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
+            choice = {"message": message, "logprobs": _openai_logprobs(answer), "finish_reason": _finish(answer)}
+            choices = [{"index": index} | choice for index in range(answer.replies)]
             usage = {"usage": _openai_usage(protocol, answer)} if answer.with_usage else {}
-            return _openai_envelope(answer, "chat.completion") | {"choices": [choice]} | usage
+            return _openai_envelope(answer, "chat.completion") | {"choices": choices} | usage
 
 
 def _frames(protocol: Protocol, answer: _Answer, sent: Mapping[str, Any]) -> Iterator[bytes]:
@@ -484,11 +505,20 @@ def _openai_tool(tool: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _openai_logprobs(answer: _Answer) -> dict[str, Any] | None:
+    if not answer.logprobs:
+        return None
+    said: list[dict[str, Any]] = [
+        {"token": piece, "logprob": -0.25, "bytes": None, "top_logprobs": []} for piece in answer.pieces
+    ]
+    return {"content": said, "refusal": None}
+
+
 def _openai_usage(protocol: Protocol, answer: _Answer) -> dict[str, Any]:
     usage: dict[str, Any] = {
         "prompt_tokens": answer.input_tokens,
-        "completion_tokens": answer.output_tokens,
-        "total_tokens": answer.input_tokens + answer.output_tokens,
+        "completion_tokens": answer.output_tokens * answer.replies,
+        "total_tokens": answer.input_tokens + answer.output_tokens * answer.replies,
         "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
     }
     return usage | {"cost": 0.00014} if protocol == "openrouter" else usage
@@ -654,6 +684,19 @@ def _refusal(protocol: Protocol, fault: Fault, sent: Mapping[str, Any]) -> web.R
     return web.Response(
         status=status, body=orjson.dumps(body), content_type="application/json", headers={**_HEADERS[protocol], **retry}
     )
+
+
+def _failure_event(protocol: Protocol, fault: Fault) -> bytes:
+    message = fault.message or _SENTENCES[529]
+    match protocol:
+        case "anthropic":
+            event = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+            return b"event: error\ndata: %s\n\n" % orjson.dumps(event)
+        case "ollama":
+            return orjson.dumps({"error": message}) + b"\n"
+        case "openai" | "openrouter":
+            error = {"message": message, "type": "server_error", "param": None, "code": None}
+            return b"data: %s\n\n" % orjson.dumps({"error": error})
 
 
 def _abort(request: web.Request, response: web.StreamResponse | None = None) -> web.StreamResponse:
