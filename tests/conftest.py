@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 pytest_plugins = [
+    "tests.fixtures.gateway",
     "tests.fixtures.postgres",
     "tests.fixtures.pipeline",
     "tests.fixtures.prefect",
