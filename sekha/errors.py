@@ -244,10 +244,18 @@ class NoCandidate(RequestRefused):
 
     code = "no_candidate"
 
-    def __init__(self, wanted: str, reasons: Sequence[tuple[str, str]], *, retryable: bool = False) -> None:
+    def __init__(
+        self,
+        wanted: str,
+        reasons: Sequence[tuple[str, str]],
+        *,
+        retryable: bool = False,
+        retry_after_seconds: float | None = None,
+    ) -> None:
         self.wanted = wanted
         self.reasons = tuple(reasons)
         self.retryable = retryable
+        self.retry_after_seconds = retry_after_seconds
         if self.reasons:
             listed = "; ".join(f"{model}: {why}" for model, why in self.reasons[:5])
             more = f"; and {len(self.reasons) - 5} more" if len(self.reasons) > 5 else ""

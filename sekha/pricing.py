@@ -19,6 +19,7 @@ __all__ = [
     "cost",
     "estimate_chat",
     "estimate_embedding",
+    "most_of",
     "price_of",
 ]
 
@@ -76,8 +77,9 @@ class Price:
         amounts = (self.input, cached, written, self.output, self.per_image or Decimal(0))
         # A million tokens cost the amount, so that one costs a whole number six places further down.
         places = 6 + max(0, *(-int(amount.normalize().as_tuple().exponent) for amount in amounts))
-        tokens = [int(amount.scaleb(places - 6)) for amount in amounts[:4]]
-        return Tariff(*tokens, int(amounts[4].scaleb(places)), places, Decimal(1).scaleb(-places))
+        of_input, of_cached, of_written, of_output = (int(amount.scaleb(places - 6)) for amount in amounts[:4])
+        of_image = int(amounts[4].scaleb(places))
+        return Tariff(of_input, of_cached, of_written, of_output, of_image, places, Decimal(1).scaleb(-places))
 
 
 FREE = Price(source="local")
@@ -157,7 +159,7 @@ def estimate_chat(
     pass it. The worst case counts input that is not `exact` as `INEXACT` times as long, and all of it
     as written to the provider's cache when the request `writes_cache`.
     """
-    most = input_tokens if exact else _at_most(input_tokens)
+    most = input_tokens if exact else most_of(input_tokens)
     now = price.at(input_tokens).tariff
     then = price.at(most).tariff
     before = input_tokens * now.input + images * now.image
@@ -195,13 +197,13 @@ def estimate_chat(
 
 def estimate_embedding(price: Price, *, input_tokens: int, longest: int, exact: bool = True) -> Estimate:
     """Price an embedding before it is made: exact but for the tokenizer, since nothing comes back."""
-    most = input_tokens if exact else _at_most(input_tokens)
+    most = input_tokens if exact else most_of(input_tokens)
     now, then = price.at(input_tokens).tariff, price.at(most).tariff
     return Estimate(input_tokens * now.input * now.unit, most * then.input * then.unit, input_tokens, 0, longest)
 
 
-def _at_most(tokens: int) -> int:
-    """The tokens times `INEXACT`, rounded up."""
+def most_of(tokens: int) -> int:
+    """Tokens that a provider may count where we, not exactly, count these."""
     return -(-tokens * _INEXACT[0] // _INEXACT[1])
 
 

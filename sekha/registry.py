@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from pydantic import SecretStr
 
@@ -145,6 +145,15 @@ class Registry:
     def models(self) -> tuple[Model, ...]:
         by_priority = sorted(self.providers.values(), key=lambda provider: provider.priority)
         return tuple(model for provider in by_priority for model in provider.models)
+
+    @cached_property
+    def worked_out(self) -> dict[Hashable, Any]:
+        """What routing has worked out from this registry and keeps with it, since neither ever changes."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was worked out is worked out again wherever it is unpickled.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def provider_of(self, model: Model) -> ProviderSpec:
         return self.providers[model.provider_id]

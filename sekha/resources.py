@@ -16,7 +16,7 @@ from sekha.loading import Loaded
 from sekha.price_map import PriceMap
 from sekha.providers.base import Provider
 from sekha.registry import ProviderSpec, Registry
-from sekha.routing import Plan, Rules
+from sekha.routing import Conditions, Estimates, Plan, Rules
 from sekha.vectors.base import VectorStore
 
 __all__ = ["WALL", "Resources", "utc_now"]
@@ -79,6 +79,10 @@ class Resources:
                 self._open_provider = open_provider
             self._providers[provider_id] = self._open_provider(self.registry.providers[provider_id])
         return self._providers[provider_id]
+
+    def conditions(self, estimates: Estimates) -> Conditions:  # noqa: ARG002 - nothing is shut or slow yet
+        """What is shut or slow just now for a request of this size."""
+        return Conditions()
 
     def patience_seconds(self, chosen: Plan) -> float:
         """How long one request may take, all attempts together."""

@@ -1,73 +1,48 @@
-"""Which model serves a request, which stand behind it, and why: one pure function."""
+"""Which model serves a request, which stand behind it, and why: pure functions, one quick and one that explains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Literal, TypeAlias
+from itertools import groupby
+from typing import Literal, NamedTuple, TypeAlias
 
-from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, UnknownModel, dollars
-from sekha.ledger import Budget, Scope
+from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
+from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, dollars
+from sekha.ledger import Budget, period_end
+from sekha.lineup import SHORTLIST, Cap, Entrant, LineUp, considered, drawn, incapable, line_up, preferred
 from sekha.pricing import Estimate
-from sekha.registry import TASKS, Model, Registry, Task
+from sekha.registry import Model, Registry
 
-__all__ = ["Ask", "Candidate", "Dropped", "Estimates", "Plan", "Rule", "Rules", "cap", "considered", "plan"]
+__all__ = [
+    "SHORTLIST",
+    "Ask",
+    "Candidate",
+    "Conditions",
+    "Count",
+    "Counter",
+    "Estimates",
+    "Explanation",
+    "Plan",
+    "Rule",
+    "Rules",
+    "Size",
+    "Verdict",
+    "cap",
+    "considered",
+    "explain",
+    "plan",
+]
 
-NO_CHAT: frozenset[Task] = frozenset({"embedding", "image_generation"})
-Rule: TypeAlias = Literal["capability", "context", "circuit", "price", "cost", "budget", "fallback"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """What a request asks of a model, whatever it is to do with it."""
-
-    kind: Literal["chat", "embedding"]
-    model: str | None = None
-    """A model, `provider/model`, a task's name, `auto`, or None."""
-    task: Task | None = None
-    preferred_model: str | None = None
-    """Goes first, but unlike `model` other models of the task stand behind it."""
-    vision: bool = False
-    max_cost: Decimal | None = None
-    priced_apart: str | None = None
-    """A field of the request that providers bill otherwise than by the prices of their tokens."""
-    bulk: bool = False
-    """Many requests' worth of work: `max_cost_per_request` does not cap it, `max_cost` does."""
-    key: str | None = None
-    tags: frozenset[str] = frozenset()
-
-    def scope(self, model: Model) -> Scope:
-        """What a call to the model would be charged to."""
-        task = self.task or (self.model if self.model in TASKS else None) or model.tasks[0]
-        return Scope(provider=model.provider_id, model=model.id, task=task, key=self.key, tags=self.tags)
-
-    def __str__(self) -> str:
-        what = self.model if self.model not in (None, "auto") else self.task or self.kind
-        return f"{what!r}" + (" with images" if self.vision else "")
+Rule: TypeAlias = Literal["capability", "price", "context", "cost", "budget", "circuit", "rate", "fallback"]
+ANYTIME = Conditions()
+_ANY = Decimal(0)
+"""Stands for every price where price does not decide."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """The file's `routing:` section, as far as it decides."""
-
-    auto_fallback: bool = True
-    cost_aware: bool = True
-    max_cost_per_request: Decimal | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimates:
-    """The price of the request at every model considered, and what the budgets had left."""
-
-    by_model: Mapping[str, Estimate | None] = field(repr=False)
-    """`provider/model` → estimate; None where the price is unknown."""
-    remaining: Mapping[str, Decimal] = field(default_factory=dict)
-    """Budget → dollars left when this was estimated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A model that may serve the request, with what it will cost."""
 
     model: Model
@@ -75,21 +50,13 @@ class Candidate:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    model: Model
-    rule: Rule
-    why: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Who is asked, in this order, and who is not."""
+    """Who is asked, in this order."""
 
     ask: Ask
     candidates: tuple[Candidate, ...]
-    """At least one; each later one is asked when those before it failed."""
-    dropped: tuple[Dropped, ...] = ()
+    """One to `SHORTLIST`; each later one is asked when those before it failed."""
 
     @property
     def first(self) -> Candidate:
@@ -102,135 +69,195 @@ class Plan:
     def holds(self, budgets: Sequence[Budget]) -> dict[str, Decimal]:
         """Dollars to hold against each budget: the dearest candidate that counts against it."""
         amounts: dict[str, Decimal] = {}
-        for budget in budgets:
-            for candidate in self.candidates:
-                if budget.covers(self.ask.scope(candidate.model)):
-                    most = amounts.get(budget.name, Decimal(0))
-                    amounts[budget.name] = max(most, candidate.estimate.worst_case)
+        if not budgets:
+            return amounts
+        for candidate in self.candidates:
+            scope, worst = self.ask.scope(candidate.model), candidate.estimate.worst_case
+            for budget in budgets:
+                if budget.covers(scope):
+                    most = amounts.get(budget.name)
+                    amounts[budget.name] = worst if most is None or worst > most else most
         return amounts
 
 
-def considered(ask: Ask, registry: Registry) -> tuple[Model, ...]:
-    """The models that a request may mean, the preferred ones first, else by the providers' priority.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Everything that decided over one model."""
 
-    Raises `UnknownModel` for a name that nothing carries.
-    """
-    if ask.kind == "embedding":
-        return _embedding_models(ask, registry)
-    if ask.model not in (None, "auto") and ask.model not in TASKS:
-        return registry.named(ask.model)
-    task = ask.task or ask.model
-    if task in TASKS:
-        models = registry.for_task(task)
-    elif task in (None, "auto"):
-        models = registry.chat_models()
-    else:
-        raise UnknownModel(str(task), TASKS, kind="task")
-    preferred = _preferred(ask, registry)
-    if ask.preferred_model:
-        models = (*preferred, *models)
-    first = [model for model in preferred if model in models]
-    return tuple(dict.fromkeys([*first, *models]))
-
-
-def _preferred(ask: Ask, registry: Registry) -> tuple[Model, ...]:
-    """The models that go first: those the caller prefers, else the file's default for the role."""
-    if ask.preferred_model:
-        return registry.named(ask.preferred_model)
-    task = ask.task or (None if ask.model == "auto" else ask.model)
-    role = _ROLES.get("vision" if ask.vision and task is None else task)
-    return registry.default_for(role) if role is not None and role in registry.default_models else ()
+    model: Model
+    place: int | None
+    """1 is asked first; None when it is not asked."""
+    rule: Rule | None
+    """The rule that dropped it."""
+    why: str
+    """Why it stands at its place, or what the rule says of it."""
+    estimate: Estimate | None
+    """None when its price is unknown, or it cannot do what is asked."""
+    priority: int
+    circuit: Literal["closed", "open"]
+    throttled_seconds: float
+    """Until its provider's rate limit lets this request pass; 0 for at once."""
+    latency_seconds: float | None
+    equals: int
+    """How many equals it was drawn among, itself included; 0 when it is not asked."""
+    budgets: Mapping[str, Decimal]
+    """What is left in the budgets that a call to it counts against."""
 
 
-_ROLES: Mapping[str | None, str] = {None: "chat_fast", "chat_smart": "chat_smart", "vision": "chat_vision"}
-"""Task of a chat → the role in `default_models` whose model goes first; no task is auto-routing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What became of every model that a request may mean: first those that are asked, in their order."""
+
+    ask: Ask
+    verdicts: tuple[Verdict, ...]
+    refusal: RequestRefused | None = field(default=None, compare=False)
+    """What is said to the caller when nobody can be asked."""
+
+    @property
+    def kept(self) -> tuple[Verdict, ...]:
+        return tuple(each for each in self.verdicts if each.place is not None)
+
+    @property
+    def dropped(self) -> tuple[Verdict, ...]:
+        return tuple(each for each in self.verdicts if each.place is None)
 
 
-def _embedding_models(ask: Ask, registry: Registry) -> tuple[Model, ...]:
-    """One model, at every provider that has it: another model's vectors would not be comparable."""
-    if ask.model in (None, "auto", "embedding"):
-        found = registry.default_for("embedding")[:1]
-        if not found:
-            return ()
-        return tuple(model for model in registry.models if _same_space(model, found[0]))
-    found = tuple(model for model in registry.named(ask.model) if model.dimension is not None)
-    return tuple(model for model in found if _same_space(model, found[0]))
+def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYTIME) -> Plan:
+    """Choose who is asked, and who stands behind.
 
+    Preferred or named models go first, then the lower priority, then the lower price when `cost_aware`.
+    Of equals one is drawn to go first, by weight and latency. A plan names at most `SHORTLIST`
+    candidates, and one alone without `auto_fallback`; of all the others `explain` tells.
 
-def _same_space(model: Model, other: Model) -> bool:
-    return (model.id, model.dimension) == (other.id, other.dimension)
-
-
-def plan(
-    ask: Ask,
-    registry: Registry,
-    estimates: Estimates,
-    *,
-    rules: Rules,
-    budgets: Sequence[Budget] = (),
-    open_circuits: frozenset[str] = frozenset(),
-) -> Plan:
-    """Choose the candidates for a request and say what dropped the others.
-
-    Raises the refusal that helps most: when models that are able and healthy are dropped for money,
+    Raises the refusal that helps most: when models that are able and not shut are dropped for money,
     `CostRefused` or `BudgetExceeded` for the cheapest; else `NoCandidate` with each model's reason.
     """
+    count = SHORTLIST if estimates.rules.auto_fallback else 1
+    lined_up = line_up(estimates.ask, registry)
+    candidates = _shortlisted(lined_up, estimates, conditions, count)
+    if not candidates:
+        raise explain(estimates, registry, conditions).refusal or NoCandidate(str(estimates.ask), [])
+    return Plan(ask=estimates.ask, candidates=candidates)
+
+
+def explain(estimates: Estimates, registry: Registry, conditions: Conditions = ANYTIME) -> Explanation:
+    """Say of every model that the request may mean where it stands, or which rule drops it.
+
+    What `plan` decides of the same arguments, looked at one by one: slow where there are many models.
+    """
+    ask, rules = estimates.ask, estimates.rules
     models = considered(ask, registry)
-    limits = _Limits(rules, budgets, open_circuits)
-    dropped: list[Dropped] = []
-    kept: list[Model] = []
-    for model in models:
-        verdict = next(_objections(ask, model, estimates, limits), None)
-        if verdict is None:
-            kept.append(model)
-        else:
-            dropped.append(verdict)
-    if not kept:
-        raise _refusal(ask, dropped, estimates, rules, budgets)
+    objections = {model.name: next(_objections(model, estimates, conditions), None) for model in models}
+    able = [model for model in models if objections[model.name] is None]
+    ranked = list(_ranked(able, registry, estimates, conditions))
+    count = SHORTLIST if rules.auto_fallback else 1
+    for model, _ in ranked[count:]:
+        why = f"{count} others stand before it" if rules.auto_fallback else "`auto_fallback` is off"
+        objections[model.name] = ("fallback", why)
 
-    ranked = sorted(kept, key=_rank(ask, registry, estimates, rules, models))
-    if not rules.auto_fallback:
-        dropped += [Dropped(model, "fallback", "`auto_fallback` is off") for model in ranked[1:]]
-        ranked = ranked[:1]
-    candidates = tuple(
-        Candidate(model=model, estimate=_estimate(model, estimates), reason=_reason(ask, registry, model, at, rules))
-        for at, model in enumerate(ranked)
-    )
-    return Plan(ask=ask, candidates=candidates, dropped=tuple(dropped))
+    def verdict(model: Model, place: int | None, equals: int) -> Verdict:
+        objection = objections[model.name]
+        scope = ask.scope(model)
+        return Verdict(
+            model=model,
+            place=place,
+            rule=None if objection is None else objection[0],
+            why=_reason(estimates, registry, model, place or 1) if objection is None else objection[1],
+            estimate=None if incapable(ask, model) else estimates.of(model),
+            priority=registry.provider_of(model).priority,
+            circuit="open" if model.name in conditions.open_circuits else "closed",
+            throttled_seconds=conditions.throttled.get(model.provider_id, 0.0),
+            latency_seconds=conditions.latency_seconds.get(model.name),
+            equals=equals,
+            budgets={each.name: estimates.left(each) for each in estimates.budgets if each.covers(scope)},
+        )
+
+    asked = [verdict(model, place, equals) for place, (model, equals) in enumerate(ranked[:count], 1)]
+    left_out = [verdict(model, None, 0) for model in models if objections[model.name] is not None]
+    refusal = None if asked else _refusal(left_out, estimates)
+    return Explanation(ask=ask, verdicts=(*asked, *left_out), refusal=refusal)
 
 
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    rules: Rules
-    budgets: Sequence[Budget]
-    open_circuits: frozenset[str]
+# --- quickly -------------------------------------------------------------------------------
 
 
-def _objections(ask: Ask, model: Model, estimates: Estimates, limits: _Limits) -> Iterator[Dropped]:
-    if ask.kind == "chat" and NO_CHAT.issuperset(model.tasks):
-        yield Dropped(model, "capability", f"it does not chat: its task is {', '.join(model.tasks)}")
-    if ask.vision and not model.vision:
-        yield Dropped(model, "capability", "it does not take images")
-    if model.name in limits.open_circuits:
-        yield Dropped(model, "circuit", "its circuit is open after repeated failures")
-    estimate = estimates.by_model.get(model.name)
+def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions, count: int) -> tuple[Candidate, ...]:
+    entrants, caps = lined_up.entrants, lined_up.caps(estimates)
+    if len(entrants) > SHORTLIST:
+        best = lined_up.best(estimates, caps, conditions, count)
+        if best is not None:
+            return _candidates([(entrants[at], _priced(entrants[at], at, estimates, caps)) for at in best], estimates)
+    cost_aware = estimates.rules.cost_aware
+    kept: list[tuple[int, Decimal, int, Estimate]] = []
+    for at, entrant in enumerate(entrants):
+        model = entrant.model
+        if entrant.name in conditions.open_circuits or model.provider_id in conditions.throttled:
+            continue
+        estimate = _priced(entrant, at, estimates, caps)
+        if model.context_window and estimate.context_tokens > model.context_window:
+            continue
+        if caps and any(estimate.worst_case > each.most and each.holds_at(at) for each in caps):
+            continue
+        kept.append((entrant.group, estimate.expected if cost_aware else _ANY, at, estimate))
+    kept.sort()
+    at = 0
+    while at < len(kept):
+        stop = at + 1
+        while stop < len(kept) and kept[stop][:2] == kept[at][:2]:
+            stop += 1
+        if stop - at > 1:
+            first = _drawn([entrants[position].model for _, _, position, _ in kept[at:stop]], conditions)
+            kept.insert(at, kept.pop(at + first))
+        at = stop
+    return _candidates([(entrants[at], estimate) for _, _, at, estimate in kept[:count]], estimates)
+
+
+def _priced(entrant: Entrant, at: int, estimates: Estimates, caps: Sequence[Cap]) -> Estimate:
+    most = min((each.most for each in caps if each.holds_at(at)), default=None) if caps else None
+    return estimates.priced(entrant.model, most, entrant.name)
+
+
+def _candidates(chosen: list[tuple[Entrant, Estimate]], estimates: Estimates) -> tuple[Candidate, ...]:
+    cost_aware = estimates.rules.cost_aware
+    found = []
+    for at, (entrant, estimate) in enumerate(chosen):
+        why = f"{entrant.why}, then price" if entrant.by_priority and cost_aware else entrant.why
+        found.append(Candidate(entrant.model, estimate, f"fallback {at}: {why}" if at else why))
+    return tuple(found)
+
+
+def _drawn(models: Sequence[Model], conditions: Conditions) -> int:
+    latencies = [conditions.latency_seconds.get(model.name) for model in models]
+    return drawn([model.weight for model in models], latencies, conditions.draw)
+
+
+# --- in full -------------------------------------------------------------------------------
+
+
+def _objections(model: Model, estimates: Estimates, conditions: Conditions) -> Iterator[tuple[Rule, str]]:
+    """What speaks against a model. What passes by itself comes last, so that it is named only where nothing else is."""
+    ask = estimates.ask
+    if (why := incapable(ask, model)) is not None:
+        yield "capability", why
+    estimate = estimates.of(model)
     if estimate is None:
-        yield Dropped(model, "price", _unpriced(ask, model))
+        yield "price", _unpriced(ask, model)
         return
     if model.context_window and estimate.context_tokens > model.context_window:
         needs, takes = f"{estimate.context_tokens:,}", f"{model.context_window:,}"
-        yield Dropped(model, "context", f"{needs} tokens do not fit its context window of {takes}")
-    limit, name = cap(ask, limits.rules)
+        yield "context", f"{needs} tokens do not fit its context window of {takes}"
+    limit, name = cap(ask, estimates.rules)
     if limit is not None and estimate.worst_case > limit:
-        most = dollars(estimate.worst_case)
-        yield Dropped(model, "cost", f"it may cost {most}, above `{name}` of {dollars(limit)}")
+        yield "cost", f"it may cost {dollars(estimate.worst_case)}, above `{name}` of {dollars(limit)}"
     scope = ask.scope(model)
-    for budget in limits.budgets:
-        left = estimates.remaining.get(budget.name, budget.limit)
+    for budget in estimates.budgets:
+        left = estimates.left(budget)
         if budget.covers(scope) and estimate.worst_case > left:
-            yield Dropped(
-                model, "budget", f"budget {budget.name!r} has {dollars(left)} left of {dollars(budget.limit)}"
-            )
+            yield "budget", f"budget {budget.name!r} has {dollars(left)} left of {dollars(budget.limit)}"
+    if model.name in conditions.open_circuits:
+        yield "circuit", "its circuit is open after repeated failures"
+    if (seconds := conditions.throttled.get(model.provider_id)) is not None:
+        yield "rate", _throttled(seconds)
 
 
 def _unpriced(ask: Ask, model: Model) -> str:
@@ -239,62 +266,75 @@ def _unpriced(ask: Ask, model: Model) -> str:
     return "its price is unknown: set `price:` for it, or `unknown_price: free`"
 
 
-def cap(ask: Ask, rules: Rules) -> tuple[Decimal | None, str]:
-    """The dollars that one call may cost, and the name of the limit that says so."""
-    per_request = None if ask.bulk else rules.max_cost_per_request
-    limits = [(ask.max_cost, "max_cost"), (per_request, "max_cost_per_request")]
-    return min(((cap, name) for cap, name in limits if cap is not None), default=(None, ""))
+def _throttled(seconds: float) -> str:
+    if math.isinf(seconds):
+        return "its provider's `limits:` never let as many tokens pass in a minute"
+    return f"its provider's `limits:` are reached for the next {math.ceil(seconds)} s"
 
 
-def _estimate(model: Model, estimates: Estimates) -> Estimate:
-    estimate = estimates.by_model[model.name]
-    if estimate is None:
-        raise ValueError(f"{model.name!r} was kept without an estimate")
-    return estimate
+def _ranked(
+    able: Sequence[Model], registry: Registry, estimates: Estimates, conditions: Conditions
+) -> Iterator[tuple[Model, int]]:
+    """Models in the order in which they are asked, each with the number of its equals."""
+    first = preferred(estimates.ask, registry)
+
+    def rank(model: Model) -> tuple[bool, int, Decimal]:
+        estimate = estimates.of(model)
+        price = estimate.expected if estimate is not None and estimates.rules.cost_aware else _ANY
+        return (model not in first, registry.provider_of(model).priority, price)
+
+    for _, same in groupby(sorted(able, key=rank), key=rank):
+        equals = list(same)
+        chosen = equals.pop(_drawn(equals, conditions))
+        yield from ((model, len(equals) + 1) for model in (chosen, *equals))
 
 
-def _rank(
-    ask: Ask, registry: Registry, estimates: Estimates, rules: Rules, models: Sequence[Model]
-) -> Callable[[Model], tuple[bool, int, Decimal, int]]:
-    """Preferred first, then priority, then price when `cost_aware`, then the order of the file."""
-    preferred = frozenset(model.name for model in _preferred(ask, registry))
-    order = {model.name: at for at, model in enumerate(models)}
-
-    def key(model: Model) -> tuple[bool, int, Decimal, int]:
-        price = _estimate(model, estimates).expected if rules.cost_aware else Decimal(0)
-        priority = registry.provider_of(model).priority
-        return (model.name not in preferred, priority, price, order[model.name])
-
-    return key
-
-
-def _reason(ask: Ask, registry: Registry, model: Model, at: int, rules: Rules) -> str:
-    if model in _preferred(ask, registry):
+def _reason(estimates: Estimates, registry: Registry, model: Model, place: int) -> str:
+    ask = estimates.ask
+    if model in preferred(ask, registry):
         why = "preferred" if ask.preferred_model else "the default model"
     elif ask.model in (model.id, model.name):
         why = "named by the request"
     else:
-        why = f"priority {registry.provider_of(model).priority}" + (", then price" if rules.cost_aware else "")
-    return why if at == 0 else f"fallback {at}: {why}"
+        why = f"priority {registry.provider_of(model).priority}" + (
+            ", then price" if estimates.rules.cost_aware else ""
+        )
+    return why if place == 1 else f"fallback {place - 1}: {why}"
 
 
-def _refusal(
-    ask: Ask, dropped: Sequence[Dropped], estimates: Estimates, rules: Rules, budgets: Sequence[Budget]
-) -> RequestRefused:
-    rule_of = {drop.rule for drop in dropped}
-    priced = [drop.model for drop in dropped if drop.rule in ("cost", "budget")]
-    limit, limit_name = cap(ask, rules)
-    if priced and not rule_of & {"circuit", "price"}:
-        cheapest = min(priced, key=lambda model: _estimate(model, estimates).worst_case)
-        needed = _estimate(cheapest, estimates).worst_case
+def _refusal(dropped: Sequence[Verdict], estimates: Estimates) -> RequestRefused:
+    ask = estimates.ask
+    may_pass = [each for each in dropped if each.rule == "circuit" or (each.rule == "rate" and not _forever(each))]
+    priced = [(each.estimate.worst_case, each) for each in dropped if each.estimate and each.rule in ("cost", "budget")]
+    if priced and not may_pass and not any(each.rule == "price" for each in dropped):
+        needed, cheapest = min(priced, key=lambda each: each[0])
+        limit, limit_name = cap(ask, estimates.rules)
         if limit is not None and needed > limit:
-            replies = ask.kind == "chat"
-            return CostRefused(limit=limit, limit_name=limit_name, cheapest=cheapest.name, cost=needed, replies=replies)
-        for budget in budgets:
-            left = estimates.remaining.get(budget.name, budget.limit)
-            if budget.covers(ask.scope(cheapest)) and needed > left:
-                return BudgetExceeded(
-                    budget.name, limit=budget.limit, remaining=left, needed=needed, period=budget.period, resets=None
-                )
-    reasons = [(drop.model.name, drop.why) for drop in dropped]
-    return NoCandidate(str(ask), reasons, retryable="circuit" in rule_of)
+            name, replies = cheapest.model.name, ask.kind == "chat"
+            return CostRefused(limit=limit, limit_name=limit_name, cheapest=name, cost=needed, replies=replies)
+        budget = next(each for each in estimates.budgets if needed > cheapest.budgets.get(each.name, needed))
+        return BudgetExceeded(
+            budget.name,
+            limit=budget.limit,
+            remaining=estimates.left(budget),
+            needed=needed,
+            period=budget.period,
+            resets=_resets(budget, needed, estimates),
+        )
+    waits = [each.throttled_seconds for each in may_pass if each.rule == "rate"]
+    return NoCandidate(
+        str(ask),
+        [(each.model.name, each.why) for each in dropped],
+        retryable=bool(may_pass),
+        retry_after_seconds=min(waits, default=None),
+    )
+
+
+def _forever(verdict: Verdict) -> bool:
+    return math.isinf(verdict.throttled_seconds)
+
+
+def _resets(budget: Budget, needed: Decimal, estimates: Estimates) -> str | None:
+    """When waiting helps, in ISO 8601; None when it never does."""
+    ends = None if estimates.at is None or needed > budget.limit else period_end(budget.period, estimates.at)
+    return None if ends is None else f"{ends:%Y-%m-%dT%H:%MZ}"

@@ -12,7 +12,7 @@ from sekha.documents import Document
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
 from sekha.ingest import IngestReport, IngestRequest, IngestSteps, Progress, ingest
 from sekha.resources import Resources
-from sekha.routing import Plan
+from sekha.routing import Explanation, Plan
 from sekha.search import Found, SearchRequest, SearchSteps, search
 from sekha.steps.calls import Calls
 from sekha.steps.keeping import Keeping
@@ -43,6 +43,7 @@ class Runtime:
         await self.aclose()
 
     async def aclose(self) -> None:
+        await self.money.aclose()
         await self.resources.aclose()
 
     async def chat(self, request: str | Sequence[Mapping[str, Any]] | ChatRequest, **fields: Any) -> Reply:
@@ -84,6 +85,10 @@ class Runtime:
     async def route(self, request: ChatRequest | EmbedRequest) -> Plan:
         """Say who would serve a request, at what price and why, calling nobody."""
         return await self.money.select_provider(request, await self.money.estimate_cost(request))
+
+    async def explain(self, request: ChatRequest | EmbedRequest) -> Explanation:
+        """Say of every model that a request may mean where it stands, or which rule drops it, calling nobody."""
+        return self.money.explain_choice(await self.money.estimate_cost(request))
 
     # --- the steps, in this process: `flows/` fills the same lines with Prefect tasks -------
 

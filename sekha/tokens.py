@@ -23,6 +23,7 @@ from sekha.images import Image, data_in_url, formula_of, read_image
 __all__ = [
     "Tokenizer",
     "TokenizerName",
+    "count_each",
     "count_messages",
     "count_text",
     "count_texts",
@@ -97,7 +98,11 @@ def count_text(text: str, model: str) -> int:
 
 
 def count_texts(texts: Sequence[str], model: str) -> list[int]:
-    count = _counter(tokenizer_of(model).name)
+    return count_each(texts, tokenizer_of(model).name)
+
+
+def count_each(texts: Sequence[str], tokenizer: TokenizerName) -> list[int]:
+    count = _counter(tokenizer)
     return [_count(text, count) for text in texts]
 
 

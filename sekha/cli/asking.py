@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -22,7 +23,7 @@ from sekha.registry import TASKS, Task
 if TYPE_CHECKING:
     from sekha.chat import ChatRequest, Reply
     from sekha.loading import Loaded
-    from sekha.routing import Plan
+    from sekha.routing import Explanation, Verdict
 
 __all__ = ["chat", "route"]
 
@@ -58,7 +59,8 @@ def route(invocation: Invocation, /, **request: Any) -> None:
     """Show who would answer, at what price and why, calling nobody.
 
     PROMPT is counted and priced at every model that it may mean; `-` reads it from stdin. Candidates
-    are asked in this order, each only when those before it failed.
+    are asked in this order, each only when those before it failed. Below them stands every other model
+    with the rule that left it out. When nobody can be asked, it says so as `sekha chat` would.
 
     \b
     Examples:
@@ -66,10 +68,13 @@ def route(invocation: Invocation, /, **request: Any) -> None:
       sekha route --max-cost 0.01 --json - < letter.txt
     """
     loaded = configuration(invocation)
-    plan = run_async(_plan(loaded, _request(**request)))
+    explained = run_async(_explained(loaded, _request(**request)))
     if invocation.as_json:
-        return write_json(_plan_values(plan))
-    return _show_plan(plan)
+        write_json(_explained_values(explained))
+    else:
+        _show_explained(explained)
+    if explained.refusal is not None:
+        raise explained.refusal
 
 
 @click.command()
@@ -146,9 +151,9 @@ def _image_url(image: str) -> str:
     return f"data:image/{read_image(data).format};base64,{base64.b64encode(data).decode()}"
 
 
-async def _plan(loaded: Loaded, request: ChatRequest) -> Plan:
+async def _explained(loaded: Loaded, request: ChatRequest) -> Explanation:
     async with open_here(loaded) as sekha:
-        return await sekha.route(request)
+        return await sekha.explain(request)
 
 
 async def _answered(loaded: Loaded, request: ChatRequest) -> Reply:
@@ -159,48 +164,79 @@ async def _answered(loaded: Loaded, request: ChatRequest) -> Reply:
 # --- what is shown -------------------------------------------------------------------------
 
 
-def _show_plan(plan: Plan) -> None:
-    table = columns("", "model", "expected", "at most", "why", right=("expected", "at most"), wrap=("why",))
-    for at, candidate in enumerate(plan.candidates, 1):
-        estimate = candidate.estimate
-        table.add_row(
-            f"{at}.", candidate.model.name, dollars(estimate.expected), dollars(estimate.worst_case), candidate.reason
-        )
-    show_table(table)
-    if plan.dropped:
-        say()
+def _show_explained(explained: Explanation) -> None:
+    if explained.kept:
+        table = columns("", "model", "expected", "at most", "why", right=("expected", "at most"), wrap=("why",))
+        for verdict in explained.kept:
+            shared = f", one of {verdict.equals} equals" if verdict.equals > 1 else ""
+            table.add_row(f"{verdict.place}.", verdict.model.name, *_prices(verdict), f"{verdict.why}{shared}")
+        show_table(table)
+    if explained.dropped:
+        if explained.kept:
+            say()
         say("Not asked", "bold")
-        left_out = columns("model", "rule", "why", wrap=("why",))
-        for dropped in plan.dropped:
-            left_out.add_row(dropped.model.name, dropped.rule, dropped.why)
+        left_out = columns("model", "expected", "at most", "rule", "why", right=("expected", "at most"), wrap=("why",))
+        for verdict in explained.dropped:
+            left_out.add_row(verdict.model.name, *_prices(verdict), verdict.rule, verdict.why)
         show_table(left_out)
-    first = plan.first.estimate
-    say()
+    budgets = {name: left for verdict in explained.verdicts for name, left in verdict.budgets.items()}
+    if budgets:
+        say()
+        say("Left in budgets: " + ", ".join(f"{name} {dollars(left)}" for name, left in budgets.items()))
+    first = explained.kept[0].estimate if explained.kept else None
+    if first is None:
+        return
     length = {
         "max_tokens": "as long as `max_tokens` allows",
         "history": "as long as its replies usually are",
         "assumed": "a guess, as it has no history yet",
         "no reply": "no reply",
     }[first.basis]
+    say()
     note(f"{first.input_tokens:,} tokens in, {first.output_tokens:,} out expected ({length}). Nobody was called.")
 
 
-def _plan_values(plan: Plan) -> dict[str, Any]:
+def _prices(verdict: Verdict) -> tuple[str, str]:
+    if verdict.estimate is None:
+        return "", ""
+    return dollars(verdict.estimate.expected), dollars(verdict.estimate.worst_case)
+
+
+def _explained_values(explained: Explanation) -> dict[str, Any]:
+    kept = explained.kept
     return {
         "candidates": [
-            {
-                "model": candidate.model.name,
-                "provider_id": candidate.model.provider_id,
-                "model_id": candidate.model.id,
-                "reason": candidate.reason,
-                "estimate": candidate.estimate,
-            }
-            for candidate in plan.candidates
+            {"model": verdict.model.name, "reason": verdict.why, "equals": verdict.equals, **_facts(verdict)}
+            for verdict in kept
         ],
         "dropped": [
-            {"model": dropped.model.name, "rule": dropped.rule, "why": dropped.why} for dropped in plan.dropped
+            {"model": verdict.model.name, "rule": verdict.rule, "why": verdict.why, **_facts(verdict)}
+            for verdict in explained.dropped
         ],
-        "worst_case": plan.worst_case,
+        "worst_case": max((each.estimate.worst_case for each in kept if each.estimate), default=None),
+    }
+
+
+def _facts(verdict: Verdict) -> dict[str, Any]:
+    model = verdict.model
+    return {
+        "provider_id": model.provider_id,
+        "model_id": model.id,
+        "estimate": None if verdict.estimate is None else verdict.estimate._asdict(),
+        "priority": verdict.priority,
+        "weight": model.weight,
+        "circuit": verdict.circuit,
+        "throttled_seconds": None if math.isinf(verdict.throttled_seconds) else verdict.throttled_seconds,
+        "latency_seconds": verdict.latency_seconds,
+        "budgets": verdict.budgets,
+        "capabilities": {
+            "tasks": model.tasks,
+            "vision": model.vision,
+            "audio": model.audio,
+            "function_calling": model.function_calling,
+            "context_window": model.context_window,
+            "max_output_tokens": model.max_output_tokens,
+        },
     }
 
 

@@ -3,23 +3,106 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from sekha import tokens
+from sekha.asks import Count, Counter
 from sekha.chat import ChatRequest
-from sekha.registry import Model
+from sekha.images import Formula, formula_of
+from sekha.registry import Registry
 
-__all__ = ["count_chat", "count_embedding", "count_reply", "counts_exactly"]
+__all__ = ["Counters", "count_chat", "count_embedding", "count_reply"]
 
 INLINE = 20_000
 """Characters up to which counting is quicker than a thread."""
 
 
-def counts_exactly(model: Model) -> bool:
-    """Whether we count as the provider does; what is free need not be."""
-    free = model.price is not None and model.price.is_free
-    return free or tokens.tokenizer_of(model.id).exact
+class _Way(NamedTuple):
+    tokenizer: tokens.TokenizerName
+    formula: Formula | None
+
+
+class Counters:
+    """How the models of a registry count: many models, few tokenizers and image formulas."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._ids = list(dict.fromkeys(model.id for model in registry))
+        self._ways: dict[str, _Way] = {}
+
+    @cached_property
+    def of_words(self) -> Mapping[str, Counter]:
+        """Model id → what counts it where there are no images."""
+        return {model_id: self._counter(model_id, None) for model_id in self._ids}
+
+    @cached_property
+    def of_images(self) -> Mapping[str, Counter]:
+        """Model id → what counts it where there are images."""
+        return {model_id: self._counter(model_id, formula_of(model_id)) for model_id in self._ids}
+
+    def _counter(self, model_id: str, formula: Formula | None) -> Counter:
+        tokenizer = tokens.tokenizer_of(model_id)
+        name = tokenizer.name if formula is None else f"{tokenizer.name}, {formula}"
+        self._ways[name] = _Way(tokenizer.name, formula)
+        return Counter(name, tokenizer.exact)
+
+    async def count_chat(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
+        """What each of these counters makes of a chat: its words are counted once by each tokenizer."""
+        ways = [self._ways[name] for name in names]
+
+        def count() -> dict[str, Count]:
+            tools = request.options.get("tools")
+            if len(ways) == 1 and ways[0].formula is None:
+                return {names[0]: Count(tokens.count_words(request.messages, ways[0].tokenizer, tools=tools))}
+            words = {
+                name: tokens.count_words(request.messages, name, tools=tools)
+                for name in dict.fromkeys(way.tokenizer for way in ways)
+            }
+            images = tokens.images_in(request.messages) if any(way.formula for way in ways) else []
+            return {
+                name: Count(words[way.tokenizer] + sum(_tokens(way.formula, *image) for image in images))
+                for name, way in zip(names, ways, strict=True)
+            }
+
+        return count() if _is_short(request.messages) else await asyncio.to_thread(count)
+
+    async def count_texts(self, texts: Sequence[str], names: Sequence[str]) -> dict[str, Count]:
+        """What each of these counters makes of texts to embed."""
+
+        def count() -> dict[str, Count]:
+            made: dict[str, Count] = {}
+            for name in names:
+                each = tokens.count_each(texts, self._ways[name].tokenizer)
+                made[name] = Count(sum(each), max(each, default=0))
+            return made
+
+        return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
+
+
+def _tokens(formula: Formula | None, image: Any, detail: str) -> int:
+    return 0 if formula is None else formula.tokens(image, detail)
+
+
+def _is_short(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether counting them takes no longer than handing them to a thread would."""
+    characters = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            characters += len(content)
+        else:
+            characters += sum(map(_characters, content or ()))
+        if characters > INLINE:
+            return False
+    return True
+
+
+def _characters(part: Mapping[str, Any]) -> int:
+    if (text := part.get("text")) is not None:
+        return len(text)
+    image = part.get("image_url")
+    return len(image.get("url", "") if isinstance(image, Mapping) else str(part))
 
 
 async def count_chat(request: ChatRequest, model_id: str) -> int:
@@ -28,8 +111,7 @@ async def count_chat(request: ChatRequest, model_id: str) -> int:
     def count() -> int:
         return tokens.count_messages(request.messages, model_id, tools=request.options.get("tools"))
 
-    size = sum(len(str(message.get("content", ""))) for message in request.messages)
-    return count() if size <= INLINE else await asyncio.to_thread(count)
+    return count() if _is_short(request.messages) else await asyncio.to_thread(count)
 
 
 async def count_embedding(texts: Sequence[str], model_id: str) -> tuple[int, int]:

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
+from weakref import WeakSet
 
+from sekha.asks import Ask, Estimates, Size
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest
-from sekha.ledger import Hold, Spend, remaining
-from sekha.pricing import Estimate, estimate_chat, estimate_embedding
-from sekha.registry import Model
+from sekha.errors import LedgerError
+from sekha.ledger import Budget, Hold, Spend, remaining
+from sekha.lineup import LineUp, line_up
 from sekha.resources import Resources
-from sekha.routing import Ask, Estimates, Plan, cap, considered, plan
-from sekha.steps.counting import count_chat, count_embedding, counts_exactly
+from sekha.routing import Explanation, Plan, explain, plan
+from sekha.steps.counting import Counters
 
-__all__ = ["HOLD_SECONDS", "Money", "spend_of"]
+__all__ = ["HOLD_SECONDS", "Money", "UsualReplies", "spend_of"]
 
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
+log = logging.getLogger("sekha.money")
 
 
 class Money:
     def __init__(self, resources: Resources) -> None:
         self._open = resources
+        self._counters = Counters(resources.registry)
+        self._usual = UsualReplies(resources)
+
+    async def aclose(self) -> None:
+        await self._usual.aclose()
 
     async def estimate_cost(self, request: ChatRequest | EmbedRequest) -> Estimates:
-        """Count the request's tokens and price it at every model that it may mean."""
+        """Count the request, from which its price at every model follows."""
         ask = self._ask(request)
-        models = considered(ask, self._open.registry)
-        left = await self._remaining(ask, models)
-        by_model: dict[str, Estimate | None] = {}
-        for model in models:
-            if isinstance(request, ChatRequest):
-                by_model[model.name] = await self._chat_estimate(request, ask, model, left)
-            else:
-                by_model[model.name] = await self._embedding_estimate(request, model)
-        return Estimates(by_model=by_model, remaining=left)
+        lined_up = line_up(ask, self._open.registry)
+        budgets = lined_up.covered(ask, self._open.budgets) if self._open.budgets else ()
+        at = self._open.now() if budgets else None
+        left = await self._remaining(budgets, at) if at is not None else {}
+        usual: Mapping[str, int] = {}
+        if isinstance(request, ChatRequest):
+            usual = await self._usual.of(lined_up)
+            images = request.image_count
+            counters = self._counters.of_images if images else self._counters.of_words
+            counts = await self._counters.count_chat(request, lined_up.counter_names(counters))
+            size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache)
+        else:
+            counters = self._counters.of_words
+            counts = await self._counters.count_texts(request.texts, lined_up.counter_names(counters))
+            size = Size(ask)
+        return Estimates(size, counters, counts, usual, self._open.rules, self._open.budgets, left, at)
 
-    async def select_provider(self, request: ChatRequest | EmbedRequest, estimates: Estimates) -> Plan:
-        """Choose who is asked, in which order, and note why the others are not."""
-        ask, rules, budgets = self._ask(request), self._open.rules, self._open.budgets
-        return plan(ask, self._open.registry, estimates, rules=rules, budgets=budgets)
+    async def select_provider(
+        self,
+        request: ChatRequest | EmbedRequest,  # noqa: ARG002 - what of it decides is in the estimates
+        estimates: Estimates,
+    ) -> Plan:
+        """Choose who is asked, in which order."""
+        return plan(estimates, self._open.registry, self._open.conditions(estimates))
+
+    def explain_choice(self, estimates: Estimates) -> Explanation:
+        """Say who would be asked and why, and which rule drops each of the others."""
+        return explain(estimates, self._open.registry, self._open.conditions(estimates))
 
     async def reserve_budget(self, chosen: Plan) -> Hold:
         """Hold the worst case against every budget that the calls may count against."""
@@ -60,56 +84,83 @@ class Money:
             # Embeddings were charged call by call, so that one that fails late hides nothing.
             await ledger.release(hold)
 
-    async def _embedding_estimate(self, request: EmbedRequest, model: Model) -> Estimate | None:
-        if model.price is None:
-            return None
-        total, longest = await count_embedding(request.texts, model.id)
-        exact = counts_exactly(model)
-        return estimate_embedding(model.price, input_tokens=total, longest=longest, exact=exact)
-
     def _ask(self, request: ChatRequest | EmbedRequest) -> Ask:
         if isinstance(request, ChatRequest):
             return request.ask(images_need_vision=self._open.loaded.config.routing.require_vision_for_images)
         return request.ask()
 
-    async def _remaining(self, ask: Ask, models: Sequence[Model]) -> dict[str, Decimal]:
-        """What is left now in the budgets that any of the models would count against."""
-        scopes = [ask.scope(model) for model in models]
-        at = self._open.now()
+    async def _remaining(self, budgets: Iterable[Budget], at: datetime) -> dict[str, Decimal]:
+        """What is left in these budgets, which any of the models would count against."""
+        ledger = await self._open.ledger()
         left: dict[str, Decimal] = {}
-        for budget in self._open.budgets:
-            if any(budget.covers(scope) for scope in scopes):
-                spent, held = await (await self._open.ledger()).spent(budget, at=at)
-                left[budget.name] = remaining(budget, spent, held)
+        for budget in budgets:
+            spent, held = await ledger.spent(budget, at=at)
+            left[budget.name] = remaining(budget, spent, held)
         return left
 
-    async def _chat_estimate(
-        self, request: ChatRequest, ask: Ask, model: Model, left: Mapping[str, Decimal]
-    ) -> Estimate | None:
-        if model.price is None:
-            return None
-        if ask.priced_apart is not None and model.price.source == "price map" and not model.price.is_free:
-            return None  # the map's price is another one, which would record too little
-        counted = await count_chat(request, model.id)
-        usual = None
-        if model.price.output:
-            usual = await (await self._open.ledger()).usual_output_tokens(model.provider_id, model.id)
-        scope = ask.scope(model)
-        caps = [left[budget.name] for budget in self._open.budgets if budget.name in left and budget.covers(scope)]
-        most, _ = cap(ask, self._open.rules)
-        return estimate_chat(
-            model.price,
-            input_tokens=counted,
-            images=request.image_count,
-            replies=request.replies,
-            requested=request.reply_limit,
-            model_limit=model.max_output_tokens,
-            usual=usual,
-            cap=min([*caps, most] if most is not None else caps, default=None),
-            context_window=model.context_window,
-            exact=counts_exactly(model),
-            writes_cache=request.writes_cache,
-        )
+
+class UsualReplies:
+    """How long the models' replies usually are: read once before it is needed, and then behind the requests."""
+
+    REFRESH_SECONDS = 30.0
+
+    def __init__(self, resources: Resources) -> None:
+        self._open = resources
+        self._tokens: Mapping[str, int] = {}
+        """`provider/model` → tokens. Never changed, but replaced: estimates that were made keep what they saw."""
+        self._models: dict[str, tuple[str, str]] = {}
+        self._read: WeakSet[LineUp] = WeakSet()
+        self._reading = asyncio.Lock()
+        self._refreshed = 0.0
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def of(self, lined_up: LineUp) -> Mapping[str, int]:
+        """Tokens of a usual reply, for those models of the line-up that have a history."""
+        if lined_up not in self._read:
+            await self._read_first(lined_up)
+        elif self._open.clock.now() - self._refreshed > self.REFRESH_SECONDS and self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh())
+        return self._tokens
+
+    async def aclose(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait([self._refreshing])
+
+    async def _read_first(self, lined_up: LineUp) -> None:
+        async with self._reading:
+            new = {
+                entrant.name: (entrant.model.provider_id, entrant.model.id)
+                for entrant in lined_up.entrants
+                # What a reply costs nothing for is worth no question.
+                if entrant.name not in self._models and entrant.model.price and entrant.model.price.output
+            }
+            if new:
+                self._tokens = {**self._tokens, **await self._ask(new)}
+            if not self._models:
+                self._refreshed = self._open.clock.now()
+            self._models |= new
+            self._read.add(lined_up)
+
+    async def _refresh(self) -> None:
+        try:
+            tokens = await self._ask(self._models)
+            if tokens.items() - self._tokens.items():
+                self._tokens = {**self._tokens, **tokens}
+        except LedgerError as error:
+            log.warning("How long replies usually are could not be read again: %s", error)
+        finally:
+            self._refreshed = self._open.clock.now()
+            self._refreshing = None
+
+    async def _ask(self, models: Mapping[str, tuple[str, str]]) -> dict[str, int]:
+        ledger = await self._open.ledger()
+        found: dict[str, int] = {}
+        for name, (provider, model) in list(models.items()):
+            usual = await ledger.usual_output_tokens(provider, model)
+            if usual:
+                found[name] = usual
+        return found
 
 
 def spend_of(outcome: Reply | Embedded, *, identity: str, at: datetime) -> Spend:

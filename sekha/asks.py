@@ -1,0 +1,172 @@
+"""What a decision is made from: what is asked, under which rules, what it costs, and what is shut just now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Literal, NamedTuple
+
+from sekha.ledger import Budget, Scope
+from sekha.pricing import Estimate, estimate_chat, estimate_embedding
+from sekha.registry import TASKS, Model, Task
+
+__all__ = ["Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What a request asks of a model, whatever it is to do with it."""
+
+    kind: Literal["chat", "embedding"]
+    model: str | None = None
+    """A model, `provider/model`, a task's name, `auto`, or None."""
+    task: Task | None = None
+    preferred_model: str | None = None
+    """Goes first, but unlike `model` other models of the task stand behind it."""
+    vision: bool = False
+    max_cost: Decimal | None = None
+    priced_apart: str | None = None
+    """A field of the request that providers bill otherwise than by the prices of their tokens."""
+    bulk: bool = False
+    """Many requests' worth of work: `max_cost_per_request` does not cap it, `max_cost` does."""
+    key: str | None = None
+    tags: frozenset[str] = frozenset()
+
+    def scope(self, model: Model) -> Scope:
+        """What a call to the model would be charged to."""
+        task = self.task or (self.model if self.model in TASKS else None) or model.tasks[0]
+        return Scope(provider=model.provider_id, model=model.id, task=task, key=self.key, tags=self.tags)
+
+    def __str__(self) -> str:
+        what = self.model if self.model not in (None, "auto") else self.task or self.kind
+        return f"{what!r}" + (" with images" if self.vision else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """The file's `routing:` section, as far as it decides."""
+
+    auto_fallback: bool = True
+    cost_aware: bool = True
+    max_cost_per_request: Decimal | None = None
+
+
+def cap(ask: Ask, rules: Rules) -> tuple[Decimal | None, str]:
+    """The dollars that one call may cost, and the name of the limit that says so."""
+    most, per_request = ask.max_cost, None if ask.bulk else rules.max_cost_per_request
+    if per_request is None or (most is not None and most <= per_request):
+        return most, "" if most is None else "max_cost"
+    return per_request, "max_cost_per_request"
+
+
+# What is made anew for each request is a named tuple from here on: a frozen dataclass takes six times as long to make.
+
+
+class Conditions(NamedTuple):
+    """What is shut or slow just now. A snapshot: the mappings do not change once they are in here."""
+
+    open_circuits: frozenset[str] = frozenset()
+    """Models, as `provider/model`, that are left alone because they kept failing."""
+    throttled: Mapping[str, float] = {}
+    """Provider → seconds until its rate limit lets this request pass; infinite when it never will."""
+    latency_seconds: Mapping[str, float] = {}
+    """`provider/model` → the seconds that its answers take of late."""
+    draw: float = 0.0
+    """In [0, 1): chooses among equals."""
+
+
+class Counter(NamedTuple):
+    """How a model counts a request."""
+
+    name: str
+    exact: bool
+    """Whether its provider counts just so."""
+
+
+class Count(NamedTuple):
+    tokens: int
+    longest: int = 0
+    """The longest of the texts to embed."""
+
+
+class Size(NamedTuple):
+    """What a request is, whoever serves it."""
+
+    ask: Ask
+    images: int = 0
+    replies: int = 1
+    reply_limit: int | None = None
+    """Tokens that the caller allows each reply."""
+    writes_cache: bool = False
+
+
+class Estimates(NamedTuple):
+    """What the request costs at any model that was counted for, worked out when it is asked."""
+
+    size: Size
+    counters: Mapping[str, Counter]
+    """Model id → how it counts."""
+    counts: Mapping[str, Count]
+    """Counter → what it made of the request."""
+    usual: Mapping[str, int] = {}
+    """`provider/model` → tokens of its usual reply, where it has a history."""
+    rules: Rules = Rules()
+    budgets: tuple[Budget, ...] = ()
+    remaining: Mapping[str, Decimal] = {}
+    """Budget → dollars left when this was estimated; a budget that is not here is untouched."""
+    at: datetime | None = None
+    """When the budgets were looked at."""
+
+    @property
+    def ask(self) -> Ask:
+        return self.size.ask
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go in, by whichever tokenizer makes the most of them."""
+        return max((count.tokens for count in self.counts.values()), default=0)
+
+    def of(self, model: Model) -> Estimate | None:
+        """What one call to the model will cost; None where its price is unknown."""
+        if not self.knows_price(model):
+            return None
+        scope = self.ask.scope(model)
+        most, _ = cap(self.ask, self.rules)
+        caps = [self.left(budget) for budget in self.budgets if budget.covers(scope)]
+        return self.priced(model, min([*caps, most] if most is not None else caps, default=None), model.name)
+
+    def knows_price(self, model: Model) -> bool:
+        if model.price is None:
+            return False
+        # With what is priced apart the map's price is another one, which would record too little.
+        return self.ask.priced_apart is None or model.price.source != "price map" or model.price.is_free
+
+    def left(self, budget: Budget) -> Decimal:
+        return self.remaining.get(budget.name, budget.limit)
+
+    def priced(self, model: Model, most: Decimal | None, name: str) -> Estimate:
+        """What one call to a model whose price is known costs, when it may cost `most`."""
+        price = model.price
+        if price is None:
+            raise ValueError(f"{name!r} has no price to estimate with")
+        counter = self.counters[model.id]
+        count = self.counts[counter.name]
+        exact = counter.exact or price.is_free
+        size = self.size
+        if size.ask.kind == "embedding":
+            return estimate_embedding(price, input_tokens=count.tokens, longest=count.longest, exact=exact)
+        return estimate_chat(
+            price,
+            input_tokens=count.tokens,
+            images=size.images,
+            replies=size.replies,
+            requested=size.reply_limit,
+            model_limit=model.max_output_tokens,
+            usual=self.usual.get(name),
+            cap=most,
+            context_window=model.context_window,
+            exact=exact,
+            writes_cache=size.writes_cache,
+        )

@@ -1,0 +1,466 @@
+"""Who may serve asks of one form, worked out once for all of them, and the best of a thousand in microseconds."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from sekha.asks import Ask, Conditions, Counter, Estimates, Size, cap
+from sekha.errors import UnknownModel
+from sekha.ledger import Budget
+from sekha.pricing import ASSUMED_REPLY, LONGEST_REPLY, Price, most_of
+from sekha.registry import TASKS, Model, Registry, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+__all__ = ["SHORTLIST", "Cap", "Entrant", "LineUp", "considered", "drawn", "incapable", "line_up", "preferred"]
+
+SHORTLIST = 8
+"""Candidates that a plan has at the most."""
+FORMS = 64
+"""Forms of asks remembered with a registry; callers name models freely, so there may be very many."""
+SHORTEST_SECONDS = 0.001
+"""A latency below counts as this one, so that nobody takes all of the traffic for a rounding error."""
+_NO_CHAT: frozenset[Task] = frozenset({"embedding", "image_generation"})
+_ROLES: Mapping[str | None, str] = {None: "chat_fast", "chat_smart": "chat_smart", "vision": "chat_vision"}
+"""Task of a chat → the role in `default_models` whose model goes first; no task is auto-routing."""
+_ROOM = 1 << 62
+"""Sums below this fit into a machine word."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+# --- who may be meant ----------------------------------------------------------------------
+
+
+def considered(ask: Ask, registry: Registry) -> tuple[Model, ...]:
+    """The models that a request may mean, the preferred ones first, else by the providers' priority.
+
+    Raises `UnknownModel` for a name that nothing carries.
+    """
+    if ask.kind == "embedding":
+        return _embedding_models(ask, registry)
+    if ask.model not in (None, "auto") and ask.model not in TASKS:
+        return registry.named(ask.model)
+    task = ask.task or ask.model
+    if task in TASKS:
+        models = registry.for_task(task)
+    elif task in (None, "auto"):
+        models = registry.chat_models()
+    else:
+        raise UnknownModel(str(task), TASKS, kind="task")
+    first = preferred(ask, registry)
+    if ask.preferred_model:
+        models = (*first, *models)
+    known = set(map(id, models))
+    return tuple({id(model): model for model in (*(each for each in first if id(each) in known), *models)}.values())
+
+
+def preferred(ask: Ask, registry: Registry) -> tuple[Model, ...]:
+    """The models that go first: those the caller prefers, else the file's default for the role."""
+    if ask.preferred_model:
+        return registry.named(ask.preferred_model)
+    task = ask.task or (None if ask.model == "auto" else ask.model)
+    role = _ROLES.get("vision" if ask.vision and task is None else task)
+    return registry.default_for(role) if role is not None and role in registry.default_models else ()
+
+
+def _embedding_models(ask: Ask, registry: Registry) -> tuple[Model, ...]:
+    """One model, at every provider that has it: another model's vectors would not be comparable."""
+    if ask.model in (None, "auto", "embedding"):
+        found = registry.default_for("embedding")[:1]
+        if not found:
+            return ()
+        return tuple(model for model in registry.models if _same_space(model, found[0]))
+    found = tuple(model for model in registry.named(ask.model) if model.dimension is not None)
+    return tuple(model for model in found if _same_space(model, found[0]))
+
+
+def _same_space(model: Model, other: Model) -> bool:
+    return (model.id, model.dimension) == (other.id, other.dimension)
+
+
+def incapable(ask: Ask, model: Model) -> str | None:
+    """Why the model cannot do what is asked, at any price; None when it can."""
+    if ask.kind == "chat" and _NO_CHAT.issuperset(model.tasks):
+        return f"it does not chat: its task is {', '.join(model.tasks)}"
+    if ask.vision and not model.vision:
+        return "it does not take images"
+    return None
+
+
+def drawn(weights: Sequence[int], latencies: Sequence[float | None], draw: float) -> int:
+    """Which of several equals goes first: each as often as its weight, and the more often the quicker it is.
+
+    One whose latency is unknown counts as the mean of the known, so that a new one gets its share.
+    """
+    known = [max(seconds, SHORTEST_SECONDS) for seconds in latencies if seconds is not None]
+    mean = math.fsum(known) / len(known) if known else 1.0
+    shares = (
+        weight / (mean if seconds is None else max(seconds, SHORTEST_SECONDS))
+        for weight, seconds in zip(weights, latencies, strict=True)
+    )
+    upto = list(accumulate(shares))
+    return min(bisect_right(upto, draw * upto[-1]), len(upto) - 1)
+
+
+# --- what holds for all asks of one form ---------------------------------------------------
+
+
+class Entrant(NamedTuple):
+    """A model that is able to serve, at a known price."""
+
+    model: Model
+    name: str
+    group: int
+    """Those of a lower group go first, whatever they cost: by preference, then by priority."""
+    why: str
+    """Why it stands where it stands, but for its price."""
+    by_priority: bool
+
+
+class _Cover:
+    """A budget, and at which entrants a call counts against it; `at` is None for all of them."""
+
+    def __init__(self, budget: Budget, at: tuple[bool, ...] | None) -> None:
+        self.budget = budget
+        self.at = at
+
+    @cached_property
+    def elsewhere(self) -> Numbers | None:
+        import numpy as np
+
+        return None if self.at is None else ~np.array(self.at)
+
+
+class Cap(NamedTuple):
+    """Dollars that a call may cost, and at whom; `cover` is None for everybody."""
+
+    most: Decimal
+    cover: _Cover | None
+
+    def holds_at(self, position: int) -> bool:
+        return self.cover is None or self.cover.at is None or self.cover.at[position]
+
+
+class _Once(Generic[T, R]):
+    """What a function gives, kept for as long as it is given the very same thing."""
+
+    __slots__ = ("_given", "_result", "_work")
+
+    def __init__(self, work: Callable[[T], R]) -> None:
+        self._work = work
+        self._given: T | None = None
+        self._result: R | None = None
+
+    def __call__(self, given: T) -> R:
+        if self._result is None or given is not self._given:
+            self._result = self._work(given)
+            self._given = given
+        return self._result
+
+
+class LineUp:
+    """The models that asks of one form may mean, and what is true of each whatever else is in the request."""
+
+    def __init__(self, ask: Ask, registry: Registry) -> None:
+        self.models = considered(ask, registry)
+        self.entrants = tuple(_entrants(ask, registry, self.models))
+        self._ask = ask
+        self._covers = _Once(self._covers_of)
+        self.counter_names = _Once(self._counter_names)
+
+    def covered(self, ask: Ask, budgets: tuple[Budget, ...]) -> list[Budget]:
+        """The budgets that a call to any of the entrants would count against."""
+        return [cover.budget for cover in self._covers(budgets) if _concerns(cover.budget, ask)]
+
+    def caps(self, estimates: Estimates) -> list[Cap]:
+        """What a call may cost by `max_cost` and by what is left in the budgets."""
+        ask = estimates.size.ask
+        caps = [
+            Cap(estimates.left(cover.budget), cover)
+            for cover in self._covers(estimates.budgets)
+            if _concerns(cover.budget, ask)
+        ]
+        most, _ = cap(ask, estimates.rules)
+        if most is not None:
+            caps.append(Cap(most, None))
+        return caps
+
+    def best(self, estimates: Estimates, caps: Sequence[Cap], conditions: Conditions, count: int) -> list[int] | None:
+        """The positions of the first `count` that may serve, best first; None where machine words are too short."""
+        return self._field.best(estimates, caps, conditions, count)
+
+    @cached_property
+    def _field(self) -> _Field:
+        return _Field(self.entrants)
+
+    def _covers_of(self, budgets: tuple[Budget, ...]) -> tuple[_Cover, ...]:
+        found: list[_Cover] = []
+        for budget in budgets:
+            key, tag = budget.match.get("key"), budget.match.get("tag")
+            theirs = replace(self._ask, key=key, tags=frozenset() if tag is None else frozenset({tag}))
+            at = tuple(budget.covers(theirs.scope(entrant.model)) for entrant in self.entrants)
+            if any(at):
+                found.append(_Cover(budget, None if all(at) else at))
+        return tuple(found)
+
+    def _counter_names(self, counters: Mapping[str, Counter]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(counters[entrant.model.id].name for entrant in self.entrants))
+
+
+def _concerns(budget: Budget, ask: Ask) -> bool:
+    """Whether the budget is for requests of this key with these tags, whichever model serves them."""
+    match = budget.match
+    return not match or (match.get("key", ask.key) == ask.key and ("tag" not in match or match["tag"] in ask.tags))
+
+
+def line_up(ask: Ask, registry: Registry) -> LineUp:
+    """Who may serve asks of this form. Raises `UnknownModel` for a name that nothing carries."""
+    form = (ask.kind, ask.model, ask.task, ask.preferred_model, ask.vision, ask.priced_apart is not None)
+    known: dict[Hashable, LineUp] = registry.worked_out
+    found = known.get(form)
+    if found is None:
+        found = LineUp(ask, registry)
+        while len(known) >= FORMS:
+            known.pop(next(iter(known)))
+        known[form] = found
+    return found
+
+
+def _entrants(ask: Ask, registry: Registry, models: Sequence[Model]) -> Iterator[Entrant]:
+    first = {model.name for model in preferred(ask, registry)}
+    pricing = Estimates(size=Size(ask), counters={}, counts={})
+    able = [model for model in models if incapable(ask, model) is None and pricing.knows_price(model)]
+    ranks = [(model.name not in first, registry.provider_of(model).priority) for model in able]
+    groups = {rank: group for group, rank in enumerate(sorted(set(ranks)))}
+    for rank, model in sorted(zip(ranks, able, strict=True), key=lambda each: each[0]):
+        if model.name in first:
+            why = "preferred" if ask.preferred_model else "the default model"
+        elif ask.model in (model.id, model.name):
+            why = "named by the request"
+        else:
+            why = None
+        by_priority = why is None
+        yield Entrant(model, model.name, groups[rank], why or f"priority {rank[1]}", by_priority)
+
+
+# --- the best of very many -----------------------------------------------------------------
+
+
+class _Lengths(NamedTuple):
+    """How long the replies are expected to be, where no request says otherwise."""
+
+    usual: Numbers
+    """Without a history, longer than any."""
+    assumed: Numbers
+    """Without a history, `ASSUMED_REPLY`."""
+    output: Numbers
+    """What the replies cost when nothing but the models' own limits cuts them."""
+    longest: int
+
+
+class _Field:
+    """Numbers of all entrants side by side. Prices are whole ones, so that what they decide is exact."""
+
+    def __init__(self, entrants: Sequence[Entrant]) -> None:
+        import numpy as np
+
+        self._np = np
+        self._entrants = entrants
+        models = [entrant.model for entrant in entrants]
+        tariffs = [(model.price or Price()).tariff for model in models]
+        self._places = max(tariff.places for tariff in tariffs)
+        scale = [10 ** (self._places - tariff.places) for tariff in tariffs]
+        whole = {
+            "input": [tariff.input * by for tariff, by in zip(tariffs, scale, strict=True)],
+            "written": [max(tariff.input, tariff.written) * by for tariff, by in zip(tariffs, scale, strict=True)],
+            "output": [tariff.output * by for tariff, by in zip(tariffs, scale, strict=True)],
+            "image": [tariff.image * by for tariff, by in zip(tariffs, scale, strict=True)],
+        }
+        self._dearest = tuple(max(whole[sort]) for sort in ("written", "output", "image"))
+        # Where it does not fit, `best` is never asked for a sum.
+        fits = max(self._dearest) < _ROOM
+        arrays = {sort: np.array(each if fits else [0] * len(models)) for sort, each in whole.items()}
+        self._input, self._written = arrays["input"], arrays["written"]
+        self._output, self._image = arrays["output"], arrays["image"]
+        prices = [model.price for model in models if model.price is not None]
+        self._long_from = min((above for price in prices for above, _ in price.long_input), default=_ROOM)
+        self._limit = np.array([model.max_output_tokens or LONGEST_REPLY for model in models])
+        self._window = np.array([model.context_window or _ROOM for model in models])
+        self._slack = int((self._window - self._limit).min())
+        self._smallest_window = int(self._window.min())
+        self._weight = np.array([model.weight for model in models])
+        self._everybody = np.arange(len(models))
+        groups = [entrant.group for entrant in entrants]
+        self._group_ends = [bisect_right(groups, group) for group in groups]
+        self._position = {entrant.name: at for at, entrant in enumerate(entrants)}
+        self._at_provider: dict[str, list[int]] = {}
+        for at, model in enumerate(models):
+            self._at_provider.setdefault(model.provider_id, []).append(at)
+        self._ways = _Once(self._ways_of)
+        self._lengths = _Once(self._lengths_of)
+        self._latency = _Once(self._latency_of)
+        self._shut = _Once(self._shut_of)
+
+    def best(self, estimates: Estimates, caps: Sequence[Cap], conditions: Conditions, count: int) -> list[int] | None:
+        size = estimates.size
+        ways, way = self._ways(estimates.counters)
+        counts = [estimates.counts[name] for name, _ in ways]
+        tokens = [each.tokens for each in counts]
+        at_most = [
+            each.tokens if exact else most_of(each.tokens) for each, (_, exact) in zip(counts, ways, strict=True)
+        ]
+        lengths = self._lengths(estimates.usual)
+        chats = size.ask.kind == "chat"
+        longest = (size.reply_limit or lengths.longest) * size.replies if chats else 0
+        dearest = [
+            most * price for most, price in zip((max(at_most), longest, size.images), self._dearest, strict=True)
+        ]
+        if max(at_most) > self._long_from or sum(dearest) >= _ROOM:
+            return None
+
+        context = [each.tokens + (size.reply_limit or 0) if chats else each.longest for each in counts]
+        alive = self._open(self._fitting(context, way), conditions)
+        most = self._each(at_most, way)
+        replies = self._replies(estimates, lengths, most, max(at_most)) if chats else None
+        for each in caps:
+            units = int(each.most.scaleb(self._places))
+            if units < sum(dearest):
+                worst = most * (self._written if size.writes_cache else self._input)
+                if size.reply_limit is not None and chats:
+                    worst += self._output * (size.reply_limit * size.replies)
+                elif replies is not None:
+                    worst += replies
+                if size.images:
+                    worst += self._image * size.images
+                affordable = worst <= units
+                if each.cover is not None and each.cover.elsewhere is not None:
+                    affordable |= each.cover.elsewhere
+                alive = affordable if alive is None else alive & affordable
+        costs: Numbers | None = None
+        if estimates.rules.cost_aware:
+            costs = self._each(tokens, way) * self._input
+            if replies is not None:
+                costs += replies
+            if size.images:
+                costs += self._image * size.images
+        return self._in_order(alive, costs, conditions, count)
+
+    def _each(self, by_way: list[int], way: Numbers) -> Any:
+        """A number for each entrant; one for all where they count alike."""
+        return by_way[0] if len(by_way) == 1 else self._np.array(by_way).take(way)
+
+    def _fitting(self, context: list[int], way: Numbers) -> Numbers | None:
+        """Whose context window is large enough; None for everybody's."""
+        if max(context) <= self._smallest_window:
+            return None
+        fitting: Numbers = self._each(context, way) <= self._window
+        return fitting
+
+    def _open(self, alive: Numbers | None, conditions: Conditions) -> Numbers | None:
+        """Who of them is neither shut out by a circuit nor by a rate limit."""
+        if not conditions.open_circuits and not conditions.throttled:
+            return alive
+        alive = self._np.ones(len(self._entrants), dtype=bool) if alive is None else alive
+        alive[self._shut(conditions.open_circuits)] = False
+        for provider in conditions.throttled:
+            alive[self._at_provider.get(provider, [])] = False
+        return alive
+
+    def _replies(self, estimates: Estimates, lengths: _Lengths, at_most: Any, longest_input: int) -> Numbers:
+        """What the replies are expected to cost."""
+        size = estimates.size
+        if size.reply_limit is not None:
+            replies = self._output * self._np.minimum(lengths.usual, size.reply_limit)
+        elif longest_input <= self._slack:
+            replies = lengths.output
+        else:
+            room = self._np.maximum(self._window - at_most, 1)
+            replies = self._output * self._np.minimum(lengths.assumed, self._np.minimum(self._limit, room))
+        return replies if size.replies == 1 else replies * size.replies
+
+    def _in_order(self, alive: Numbers | None, costs: Numbers | None, conditions: Conditions, count: int) -> list[int]:
+        found: list[int] = []
+        positions = self._everybody if alive is None else alive.nonzero()[0]
+        at = 0
+        while at < len(positions) and len(found) < count:
+            end = self._group_ends[positions[at]]
+            stop = len(positions) if end == len(self._entrants) else int(positions.searchsorted(end))
+            group = positions[at:stop]
+            at = stop
+            if costs is None:
+                found += self._equals(group, conditions, count - len(found))
+            else:
+                found += self._cheapest(group, costs[group], conditions, count - len(found))
+        return found
+
+    def _cheapest(self, group: Numbers, costs: Numbers, conditions: Conditions, count: int) -> list[int]:
+        np = self._np
+        if len(group) > count:
+            # Of those who cost just as much as the last one that is taken, all may be drawn.
+            near = (costs <= np.partition(costs, count - 1)[count - 1]).nonzero()[0]
+            group, costs = group[near], costs[near]
+        order = costs.argsort(kind="stable")
+        group, levels = group[order], costs[order].tolist()
+        found: list[int] = []
+        at = 0
+        while at < len(levels) and len(found) < count:
+            stop = bisect_right(levels, levels[at], at)
+            found += self._equals(group[at:stop], conditions, count - len(found))
+            at = stop
+        return found
+
+    def _equals(self, equals: Numbers, conditions: Conditions, count: int) -> list[int]:
+        """One of them drawn, and the others behind it in the file's order."""
+        if len(equals) == 1:
+            return [int(equals[0])]
+        first = self._drawn(equals, conditions)
+        others = [int(each) for each in equals[: count + 1] if each != equals[first]]
+        return [int(equals[first]), *others][:count]
+
+    def _drawn(self, equals: Numbers, conditions: Conditions) -> int:
+        """What `drawn` draws, for a thousand at once."""
+        np = self._np
+        shares = self._weight[equals]
+        if conditions.latency_seconds:
+            latency = self._latency(conditions.latency_seconds)[equals]
+            known = latency[~np.isnan(latency)]
+            mean = math.fsum(known.tolist()) / len(known) if len(known) else 1.0
+            shares = shares / np.where(np.isnan(latency), mean, latency)
+        upto = shares.cumsum()
+        return min(int(upto.searchsorted(conditions.draw * upto[-1], side="right")), len(upto) - 1)
+
+    # --- what is looked up anew only when it has changed ---
+
+    def _ways_of(self, counters: Mapping[str, Counter]) -> tuple[tuple[tuple[str, bool], ...], Numbers]:
+        """The different ways of counting, and which of them is whose."""
+        counted = [counters[entrant.model.id] for entrant in self._entrants]
+        free = [entrant.model.price is not None and entrant.model.price.is_free for entrant in self._entrants]
+        each = [(counter.name, counter.exact or gratis) for counter, gratis in zip(counted, free, strict=True)]
+        ways = {way: number for number, way in enumerate(dict.fromkeys(each))}
+        return tuple(ways), self._np.array([ways[way] for way in each])
+
+    def _lengths_of(self, usual: Mapping[str, int]) -> _Lengths:
+        np = self._np
+        seen = np.array([usual.get(entrant.name) or 0 for entrant in self._entrants])
+        assumed = np.where(seen > 0, seen, ASSUMED_REPLY)
+        cut = np.minimum(assumed, self._limit)
+        return _Lengths(np.where(seen > 0, seen, _ROOM), assumed, self._output * cut, int(cut.max()))
+
+    def _latency_of(self, seconds: Mapping[str, float]) -> Numbers:
+        known = [seconds.get(entrant.name, math.nan) for entrant in self._entrants]
+        return self._np.maximum(known, SHORTEST_SECONDS)
+
+    def _shut_of(self, circuits: frozenset[str]) -> list[int]:
+        return [at for name in circuits if (at := self._position.get(name)) is not None]
