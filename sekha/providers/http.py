@@ -75,7 +75,7 @@ class Target:
     head: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, url: str, headers: Mapping[str, str]) -> Target:
+    def of(cls, url: str, headers: Mapping[str, str], *, method: str = "POST") -> Target:
         """Raises `ValueError`, which quotes no header, for an address or header that HTTP cannot carry."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -86,7 +86,7 @@ class Target:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not path.isascii() or not path.isprintable() or " " in path:
             raise ValueError("the path of an address holds a character that has to be percent-encoded")
-        lines = [f"POST {path} HTTP/1.1", f"host: {shown}{f':{parts.port}' if parts.port else ''}"]
+        lines = [f"{method} {path} HTTP/1.1", f"host: {shown}{f':{parts.port}' if parts.port else ''}"]
         for name, value in {**headers, "accept-encoding": "identity"}.items():
             if not _HEADER_VALUE.fullmatch(value):
                 raise ValueError(f"the header {name!r} holds a character that no header can carry")
