@@ -37,7 +37,7 @@ import bounds
 import processes
 import uvloop
 from bounds import Figures, judge
-from gateways import GATEWAYS, HERE, Gateway, Running, Unavailable, embeds
+from gateways import GATEWAYS, HERE, Gateway, Running, Unavailable, ask, embeds
 from load import CHAT, EMBEDDING, STREAM, Asking, Connection, Failed, Sample, Streaming, Target, load
 from upstream import WORDS
 
@@ -100,6 +100,8 @@ def start(bench: Bench, gateway: Gateway, figures: Figures, starts: int, stack: 
                 figures.note(bounds.START, running.seconds_to_first_answer)
     last = Running(gateway, bench.address, bench.folder / f"{gateway.name}-last", core=bench.core)
     running = stack.enter_context(last)
+    if running.target.headers and (status := ask(Target(running.target.port, {}), "/chat/completions", CHAT)[0]) != 401:
+        raise Failed(f"{gateway.name} answers {status} to a caller without a key, so it is not measured with keys")
     figures.note(bounds.START, running.seconds_to_first_answer)
     time.sleep(SETTLING_SECONDS)
     idle = processes.memory(running.serving)
@@ -268,8 +270,8 @@ def main() -> int:
             if each.unavailable:
                 print(f"\n{name} not measured: {each.unavailable}")
         print()
-        for each in judged:
-            print(f"{each.promise:48} {each.verdict:12} {each.measured}")
+        for one in judged:
+            print(f"{one.promise:48} {one.verdict:12} {one.measured}")
     ours_did_not_run = "ours" in figures and bool(figures["ours"].unavailable)
     return int(ours_did_not_run or any(each.verdict == "MISSED" for each in judged))
 

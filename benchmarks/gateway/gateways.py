@@ -20,6 +20,8 @@ import processes
 from load import CHAT, EMBEDDING, STREAM, Failed, Target
 from upstream import CHAT_MODEL, DIMENSION, EMBEDDING_MODEL, WORDS
 
+from sekha.keys import hash_of, new_key
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sekha"
@@ -55,8 +57,7 @@ class Gateway:
 
 def ours(upstream: str, port: int, folder: Path) -> Started:
     """With every feature on: keys, a budget, circuits, metrics, and one in ten requests recorded."""
-    created = run([sys.executable, "-m", "sekha", "keys", "create", "bench", "--json"])
-    key = json.loads(created)
+    key = new_key()
     # JSON is YAML.
     config = {
         "providers": [
@@ -64,7 +65,7 @@ def ours(upstream: str, port: int, folder: Path) -> Started:
                 "id": "upstream",
                 "provider_type": "openai",
                 "base_url": f"{upstream}/v1",
-                "api_key": "none",
+                "api_key": "${UPSTREAM_KEY}",
                 "models": [
                     {
                         "model_id": CHAT_MODEL,
@@ -84,7 +85,7 @@ def ours(upstream: str, port: int, folder: Path) -> Started:
             }
         ],
         "budgets": [{"name": "bench", "limit": 1_000_000, "period": "day", "match": {"provider": "upstream"}}],
-        "keys": [{"name": "bench", "hash": key["hash"]}],
+        "keys": [{"name": "bench", "hash": hash_of(key)}],
         "recording": {"sample": 0.1},
         "log_level": "warning",
     }
@@ -92,8 +93,8 @@ def ours(upstream: str, port: int, folder: Path) -> Started:
     file.write_text(json.dumps(config, indent=2))
     return Started(
         [sys.executable, "-m", "sekha", "serve", "--config", str(file), "--port", str(port)],
-        {"SEKHA_HOME": str(folder)},
-        {"authorization": f"Bearer {key['key']}"},
+        {"SEKHA_HOME": str(folder), "UPSTREAM_KEY": "none"},
+        {"authorization": f"Bearer {key}"},
     )
 
 
