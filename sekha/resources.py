@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from sekha.calling import Clock, Retries
+from sekha.circuits import Circuits
 from sekha.config import Config
 from sekha.ledger import Budget, Ledger
 from sekha.loading import Loaded
@@ -19,7 +20,7 @@ from sekha.registry import ProviderSpec, Registry
 from sekha.routing import Conditions, Estimates, Plan, Rules
 from sekha.vectors.base import VectorStore
 
-__all__ = ["WALL", "Resources", "utc_now"]
+__all__ = ["WALL", "Resources", "ledger_url", "utc_now"]
 
 WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
 PATIENT = Retries()
@@ -40,8 +41,14 @@ class Resources:
         retries: Retries = PATIENT,
         now: Callable[[], datetime] = utc_now,
         open_provider: Callable[[ProviderSpec], Provider] | None = None,
+        ledger: Ledger | None = None,
+        circuits: Circuits | None = None,
     ) -> None:
-        """`open_provider` opens providers of your own making; left out, those that the file can name."""
+        """`open_provider` opens providers of your own making; left out, those that the file can name.
+
+        `ledger` is used in place of the file's, and closed with the rest. Without `circuits` every call
+        is tried: one that a person waits for alone has no others to spare.
+        """
         self.loaded = loaded
         self.registry = Registry.from_config(loaded.config, PriceMap.bundled())
         self.budgets = _budgets(loaded.config)
@@ -52,7 +59,8 @@ class Resources:
         self._open_provider = open_provider
         self._providers: dict[str, Provider] = {}
         self._store: VectorStore | None = None
-        self._ledger: Ledger | None = None
+        self._ledger: Ledger | None = ledger
+        self.circuits = circuits
         self._opening = asyncio.Lock()
 
     async def store(self) -> VectorStore:
@@ -64,12 +72,11 @@ class Resources:
             return self._store
 
     async def ledger(self) -> Ledger:
-        async with self._opening:
-            if self._ledger is None:
-                from sekha.ledgers import open_ledger
+        if self._ledger is None:
+            from sekha.ledgers import open_ledger
 
-                self._ledger = open_ledger(_ledger_url(self.loaded))
-            return self._ledger
+            self._ledger = open_ledger(ledger_url(self.loaded))
+        return self._ledger
 
     def provider(self, provider_id: str) -> Provider:
         if provider_id not in self._providers:
@@ -121,7 +128,7 @@ def _rules(config: Config) -> Rules:
     )
 
 
-def _ledger_url(loaded: Loaded) -> str:
+def ledger_url(loaded: Loaded) -> str:
     """The ledger's address, a file's path made absolute."""
     url = loaded.config.ledger.url
     if not url.startswith("sqlite:///"):

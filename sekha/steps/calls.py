@@ -109,7 +109,7 @@ class Calls:
             return await lost.attempt(candidate, begin, _worst_of)
 
         try:
-            answered = await self._in_turn(chosen, once)
+            answered = await self._in_turn(chosen, once, whole=False)
         except BaseException:
             await lost.free()
             raise
@@ -129,6 +129,8 @@ class Calls:
             raise
         finally:
             await events.aclose()
+        if self._open.circuits is not None:
+            self._open.circuits.note(opened.candidate.model.name, None)
         reply = await self._streamed(request, chosen, opened)
         await opened.charge(reply)
         return reply
@@ -142,6 +144,8 @@ class Calls:
                 *opened.attempts[:-1],
                 replace(opened.attempts[-1], error=error.code, detail=error.detail),
             )
+            if self._open.circuits is not None:
+                self._open.circuits.note(opened.candidate.model.name, error)
         await opened.events.aclose()
         part = await self._streamed(request, chosen, opened)
         await self._charge(hold, spend_of(part, identity=hold.id, at=self._open.now()))
@@ -312,13 +316,17 @@ class Calls:
         ledger = await self._open.ledger()
         await to_the_end(ledger.charge(hold, spend))
 
-    async def _in_turn(self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]]) -> Answered[T]:
+    async def _in_turn(
+        self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]], *, whole: bool = True
+    ) -> Answered[T]:
         return await call_in_turn(
             chosen.candidates,
             once,
             retries=self._open.retries,
             clock=self._open.clock,
             deadline_seconds=self._open.patience_seconds(chosen),
+            circuits=self._open.circuits,
+            whole=whole,
         )
 
     async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: _Lost) -> Embedded:
