@@ -100,9 +100,10 @@ class Resources:
         providers, self._providers = self._providers, {}
         store, self._store = self._store, None
         ledger, self._ledger = self._ledger, None
-        # Each is closed even when another fails to; the ledger last, since what closes may still charge.
+        # Each is closed even when another fails to; the ledger last, since what closes may still charge,
+        # and the circuits before it, since they are kept in its database.
         async with AsyncExitStack() as closing:
-            for each in (ledger, store, *providers.values()):
+            for each in (ledger, self.circuits, store, *providers.values()):
                 if each is not None:
                     closing.push_async_callback(each.aclose)
 

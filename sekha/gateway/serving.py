@@ -33,6 +33,7 @@ class Serving:
     ) -> None:
         self.resources = resources
         self.recorder = recorder
+        self.circuits = resources.circuits
         self.runtime = Runtime(resources)
         self.metrics = metrics
         self.keys = Keyring(
