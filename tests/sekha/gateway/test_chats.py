@@ -1,0 +1,312 @@
+"""Whole answers over HTTP: what the caller sends goes through as it is, and the reply says who gave it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sekha.testing import StandIn
+from tests.fixtures.gateway import Opens, config_for
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
+
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello there."}]
+WEATHER: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Says what the weather is.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+# As far as anybody looks: the first bytes of a PNG of 64 by 32.
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", 64, 32) + b"\x08\x02\x00\x00\x00"
+BASE64 = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+ADDRESS = "https://example.com/cat.png"
+
+
+def _note(reply: ChatCompletion) -> dict[str, Any]:
+    assert reply.model_extra is not None
+    note = reply.model_extra["sekha"]
+    assert isinstance(note, dict)
+    return note
+
+
+async def test_a_reply_says_who_gave_it_and_what_it_cost(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        answered = await served.openai.chat.completions.with_raw_response.create(model="chat", messages=HELLO)
+        reply = answered.parse()
+        spent = await served.spent()
+
+    note = _note(reply)
+    assert reply.choices[0].message.content == "You said: Hello there."
+    # Two words at $1,000 a million, and four at $2,000.
+    assert float(answered.headers["x-sekha-cost"]) == note["cost"] == float(spent) == 0.01
+    assert answered.headers["x-sekha-provider"] == note["provider_id"] == "first"
+    assert answered.headers["x-sekha-model"] == note["model_id"] == "chat"
+    assert note["attempts"] == 1
+    assert note["estimated_cost"] >= note["cost"]
+    assert note["run_id"]
+    assert answered.headers["x-request-id"] == reply._request_id
+
+
+async def test_a_callers_request_id_comes_back(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        response = await served.http.post(
+            "/v1/chat/completions", json={"messages": HELLO}, headers={"X-Request-ID": "abc123"}
+        )
+
+    assert response.headers["x-request-id"] == "abc123"
+
+
+async def test_fields_that_are_not_ours_reach_the_provider_as_they_came(gateway: Opens) -> None:
+    fields: dict[str, Any] = {
+        "n": 2,
+        "stop": ["\n", "END"],
+        "seed": 7,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "user": "u-1",
+        "frequency_penalty": 0.5,
+        "logit_bias": {"50256": -100},
+        "parallel_tool_calls": False,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "object"}}},
+    }
+    async with StandIn() as standin, gateway(standin) as served:
+        await served.openai.chat.completions.create(model="chat", messages=HELLO, max_tokens=9, **fields)
+        sent = standin.requests[-1].json
+
+    assert {name: sent[name] for name in fields} == fields
+    assert sent["max_tokens"] == 9
+    assert sent["messages"] == HELLO
+
+
+async def test_our_own_fields_stay_here(gateway: Opens) -> None:
+    ours = {"task": "chat_small", "max_cost": 5, "preferred_model": "chat", "require_vision": False}
+    async with StandIn() as standin, gateway(standin) as served:
+        await served.openai.chat.completions.create(
+            model="auto", messages=HELLO, store=False, metadata={"team": "search"}, extra_body=ours
+        )
+        sent = standin.requests[-1].json
+
+    assert not sent.keys() & {*ours, "store", "metadata"}
+    assert sent["model"] == "chat"
+
+
+async def test_every_reply_and_its_log_probabilities_come_back(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        reply = await served.openai.chat.completions.create(model="chat", messages=HELLO, n=3, logprobs=True)
+
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert {choice.message.content for choice in reply.choices} == {"You said: Hello there."}
+    logprobs = reply.choices[2].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [said.logprob for said in logprobs.content] == [-0.25] * 4
+
+
+async def test_a_tool_is_called_and_its_result_is_answered(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        asked: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Reykjavik"}]
+        first = await served.openai.chat.completions.create(model="chat", messages=asked, tools=[WEATHER])
+        (call,) = first.choices[0].message.tool_calls or ()
+        assert call.type == "function"
+        result: ChatCompletionMessageParam = {"role": "tool", "tool_call_id": call.id, "content": "Rain."}
+        answered = await served.openai.chat.completions.create(
+            model="chat",
+            messages=[*asked, first.choices[0].message.model_dump(exclude_none=True), result],  # type: ignore[list-item]
+            tools=[WEATHER],
+        )
+
+    assert first.choices[0].finish_reason == "tool_calls"
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city":"Reykjavik"}')
+    assert answered.choices[0].message.content == "You said: Rain."
+
+
+async def test_a_blocking_client_is_served_as_well(gateway: Opens) -> None:
+    from openai import OpenAI
+
+    async with StandIn() as standin, gateway(standin) as served:
+
+        def ask() -> str | None:
+            with OpenAI(base_url=served.v1, api_key="nobody's", max_retries=0) as client:
+                return client.chat.completions.create(model="chat", messages=HELLO).choices[0].message.content
+
+        said = await asyncio.to_thread(ask)
+
+    assert said == "You said: Hello there."
+
+
+# --- which model ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "answers"),
+    [
+        ("chat", "first/chat"),
+        ("second/chat", "second/chat"),
+        ("chat_small", "first/chat"),
+        ("vision", "first/eyes"),
+        ("auto", "first/chat"),
+        (None, "first/chat"),
+        ("", "first/chat"),
+    ],
+)
+async def test_a_model_may_be_named_in_several_ways(gateway: Opens, named: str | None, answers: str) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
+        response = await served.chat(**{} if named is None else {"model": named})
+
+    assert f"{response.headers['x-sekha-provider']}/{response.headers['x-sekha-model']}" == answers
+
+
+async def test_the_preferred_model_goes_first_and_others_stand_behind_it(gateway: Opens) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
+        preferred = await served.chat(preferred_model="second/chat")
+        two.fail(500)
+        behind = await served.chat(preferred_model="second/chat")
+
+    assert preferred.headers["x-sekha-provider"] == "second"
+    assert behind.headers["x-sekha-provider"] == "first"
+
+
+@pytest.mark.parametrize("field", ["model", "preferred_model"])
+async def test_an_unknown_model_is_refused_with_the_nearest_name(gateway: Opens, field: str) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        response = await served.chat(**{field: "chatt"})
+
+    error = response.json()["error"]
+    assert response.status_code == 404
+    assert (error["code"], error["type"]) == ("model_not_found", "not_found_error")
+    assert "Did you mean 'chat'?" in error["message"]
+    assert not standin.requests
+
+
+async def test_an_unknown_task_is_refused_with_the_tasks_that_there_are(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        response = await served.chat(task="chat_smal")
+
+    assert response.status_code == 404
+    assert "Did you mean 'chat_small'?" in response.json()["error"]["message"]
+
+
+# --- images --------------------------------------------------------------------------------
+
+
+async def test_images_go_to_a_model_that_sees_them_as_they_were_sent(gateway: Opens) -> None:
+    messages: list[ChatCompletionMessageParam] = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "What are these?"},
+                {"type": "image_url", "image_url": {"url": ADDRESS, "detail": "high"}},
+                {"type": "image_url", "image_url": {"url": BASE64, "detail": "low"}},
+            ],
+        },
+        {"role": "assistant", "content": "A cat and a dot."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": BASE64}}]},
+    ]
+    async with StandIn() as standin, gateway(standin) as served:
+        reply = await served.openai.chat.completions.create(model="auto", messages=messages)
+        sent = standin.requests[-1].json
+
+    assert _note(reply)["model_id"] == "eyes"
+    assert sent["messages"] == messages
+
+
+async def test_a_blind_model_is_not_asked_about_an_image(gateway: Opens) -> None:
+    seen = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ADDRESS}}]}]
+    async with StandIn() as standin, gateway(standin) as served:
+        response = await served.http.post("/v1/chat/completions", json={"model": "chat", "messages": seen})
+
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "no_candidate"
+    assert response.headers["x-should-retry"] == "false"
+    assert not standin.requests
+
+
+@pytest.mark.parametrize("kind", ["openai", "anthropic", "ollama"])
+async def test_an_image_reaches_each_provider_in_its_own_shape(gateway: Opens, kind: str) -> None:
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": BASE64}}]
+    async with StandIn() as standin, gateway(config=config_for(standin, kind=kind)) as served:
+        response = await served.http.post(
+            "/v1/chat/completions", json={"model": "auto", "messages": [{"role": "user", "content": parts}]}
+        )
+        sent = standin.requests[-1].json["messages"][0]
+
+    assert response.status_code == 200, response.text
+    encoded = base64.b64encode(PNG).decode()
+    match kind:
+        case "openai":
+            assert sent["content"] == parts
+        case "anthropic":
+            assert sent["content"][1]["source"] == {"type": "base64", "media_type": "image/png", "data": encoded}
+        case _:
+            assert sent["images"] == [encoded]
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "ollama", "openrouter"])
+async def test_other_protocols_answer_in_openais_shape(gateway: Opens, kind: str) -> None:
+    async with StandIn() as standin, gateway(config=config_for(standin, kind=kind)) as served:
+        reply = await served.openai.chat.completions.create(model="chat", messages=HELLO)
+        called = await served.openai.chat.completions.create(
+            model="chat", messages=[{"role": "user", "content": "Reykjavik"}], tools=[WEATHER]
+        )
+
+    assert reply.choices[0].message.content == "You said: Hello there."
+    assert reply.usage is not None
+    assert _note(reply)["cost"] == pytest.approx(0.01)
+    (call,) = called.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "weather"
+
+
+# --- what it cost --------------------------------------------------------------------------
+
+
+async def test_usage_that_no_provider_reports_is_counted_and_marked(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        standin.omit_usage()
+        reply = await served.openai.chat.completions.create(model="chat", messages=HELLO)
+        spent = await served.spent()
+
+    note = _note(reply)
+    assert note["usage"] == "counted"
+    assert note["cost"] == float(spent) > 0
+
+
+async def test_tokens_that_the_provider_had_cached_cost_less(gateway: Opens) -> None:
+    config = """
+        providers:
+          - id: first
+            provider_type: openai
+            base_url: {url}
+            models:
+              - model_id: chat
+                task: chat_small
+                price: {{input_per_million: 1000, output_per_million: 0, cached_input_per_million: 100}}
+        """
+    async with StandIn() as standin, gateway(config=config.format(url=standin.openai_url)) as served:
+        standin.cached_tokens = 1
+        reply = await served.openai.chat.completions.create(model="chat", messages=HELLO)
+
+    assert _note(reply)["cost"] == pytest.approx(0.0011)
+
+
+async def test_costs_are_reported_by_provider_and_tag(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        await served.chat(metadata={"team": "search"})
+        await served.chat()
+        by_provider = (await served.http.get("/api/v1/costs")).json()
+        by_tag = (await served.http.get("/api/v1/costs?by=tag")).json()
+
+    assert [(line["group"], line["calls"]) for line in by_provider["costs"]] == [("first", 2)]
+    assert ("team:search", 1) in [(line["group"], line["calls"]) for line in by_tag["costs"]]
