@@ -4,6 +4,10 @@
     python benchmarks/ledger.py --url postgresql://…         an empty database that may be written to
     python benchmarks/ledger.py --spends 200000              after this many calls, in one month
 
+Then the same pair from slices that are leased and a journal, as a gateway does it, one after another in
+one event loop: what a request waits (reserve and settle alone), and what the process pays for it in all,
+with the journal and every transaction behind it.
+
 The bare figure is the same disk's price for two SQLite commits of one row each, the second made durable.
 Nothing is bounded: a call to a provider takes hundreds of times as long.
 """
@@ -20,10 +24,10 @@ import tempfile
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 from sekha.ledger import Budget, Ledger, Scope, Spend
-from sekha.ledgers import open_ledger
+from sekha.ledgers import open_leased, open_ledger
 from sekha.pricing import Usage
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
@@ -77,6 +81,28 @@ async def measure(url: str, *, pairs: int, at_once: int, spends: int) -> dict[st
     }
 
 
+async def measure_leased(url: str, folder: Path, *, pairs: int, per_second: int) -> dict[str, float]:
+    ledger = open_leased(url, folder)
+    for _ in range(100):
+        await pair(ledger)
+    await asyncio.sleep(1)
+    taken: list[float] = []
+    started, cpu = perf_counter(), process_time()
+    while len(taken) < pairs:
+        taken.append(await pair(ledger))
+        # A caller waits for its provider meanwhile, and the worker has its turn.
+        ahead = len(taken) / per_second - (perf_counter() - started)
+        await asyncio.sleep(max(ahead, 0))
+    cpu = process_time() - cpu
+    await ledger.aclose()
+    return {
+        "leased pair p50, us": statistics.median(taken) * 1e6,
+        "leased pair mean, us": statistics.fmean(taken) * 1e6,
+        "leased pair p99, us": statistics.quantiles(taken, n=100)[98] * 1e6,
+        f"leased, CPU in all at {per_second}/s, us": cpu / pairs * 1e6,
+    }
+
+
 def bare(path: Path, pairs: int) -> float:
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA journal_mode=WAL")
@@ -101,6 +127,9 @@ def main() -> None:
         "--pairs", type=int, default=2_000, help="reservations settled one after another, and as many at once"
     )
     parser.add_argument("--at-once", type=int, default=64, help="how many reserve and settle at the same time")
+    parser.add_argument(
+        "--per-second", type=int, default=5_000, help="how many reserve and settle from slices a second"
+    )
     parser.add_argument("--spends", type=int, default=0, help="calls already on record")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args()
@@ -108,12 +137,14 @@ def main() -> None:
         url = options.url or f"sqlite:///{folder}/ledger.db"
         figures = {"two bare commits p50, ms": bare(Path(folder) / "bare.db", options.pairs)}
         figures |= asyncio.run(measure(url, pairs=options.pairs, at_once=options.at_once, spends=options.spends))
+        journals = Path(folder) / "journals"
+        figures |= asyncio.run(measure_leased(url, journals, pairs=10 * options.pairs, per_second=options.per_second))
     figures["pair alone / two bare commits"] = figures["pair alone p50, ms"] / figures["two bare commits p50, ms"]
     if options.json:
         json.dump(figures, sys.stdout)
     else:
         for name, figure in figures.items():
-            print(f"{name:30} {figure:10.3f}")
+            print(f"{name:34} {figure:10.3f}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
 from sekha.errors import ConfigError, Problem
 from sekha.ledger import Ledger
 from sekha.ledgers.sql import Database, SqlLedger
 
-__all__ = ["open_database", "open_ledger"]
+if TYPE_CHECKING:
+    from sekha.ledgers.leased import LeasedLedger
+
+__all__ = ["open_database", "open_leased", "open_ledger"]
 
 
 def open_ledger(url: str) -> Ledger:
     """Open the ledger in the database at this URL. Closing it closes the database."""
     return SqlLedger(open_database(url))
+
+
+def open_leased(url: str, folder: Path) -> LeasedLedger:
+    """Open the ledger at a URL for a process that answers many requests a second, its journal in this folder.
+
+    Journals are kept apart by the ledger that they belong to, so one folder may serve several.
+    """
+    from sekha.ledgers.leased import LeasedLedger
+
+    return LeasedLedger(SqlLedger(open_database(url)), folder / _fingerprint(url))
 
 
 def open_database(url: str) -> Database:
@@ -41,3 +59,14 @@ def open_database(url: str) -> Database:
                 "`postgresql://user@host/database`.",
             )
             raise ConfigError("sekha.yaml", [problem])
+
+
+def _fingerprint(url: str) -> str:
+    """Name a ledger by where it is, whoever asks and with whatever password."""
+    where, _, options = url.partition("?")
+    split = urlsplit(where)
+    if split.scheme == "sqlite":
+        place = str(Path(split.path[1:]).resolve())
+    else:
+        place = f"{split.hostname}:{split.port or 5432}{split.path}?{options}"
+    return hashlib.sha256(place.encode()).hexdigest()[:16]

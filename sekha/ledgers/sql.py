@@ -37,6 +37,7 @@ from sekha.errors import BudgetExceeded, LedgerError
 from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start, remaining
 
 __all__ = [
+    "SHARE",
     "Coverage",
     "Database",
     "Kept",
@@ -95,7 +96,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-_SHARE = 20
+SHARE = 20
 """A slice is this part of what is left, so that it shrinks toward nothing as the budget is spent."""
 _RECALL_MICROS = 2_000_000
 """An idle slice that its owner has not given back so long after it was recalled is not waited for."""
@@ -515,7 +516,7 @@ def _lease(
                 fitting += need
             elif line not in short:
                 short.append(line)
-        share = 0 if want.exact else available // _SHARE
+        share = 0 if want.exact else available // SHARE
         granted = max(min(max(fitting, share), available) - idle, 0)
         _write_slice(transaction, owner, want.slice._replace(idle=idle + granted), expires_at)
         standing = Standing(total, others.amount - others.idle)

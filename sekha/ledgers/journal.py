@@ -1,0 +1,331 @@
+"""What one process holds and spends, written down before it goes on, for whoever survives it.
+
+A line is a CRC and a JSON list. It reaches the operating system in one write, so it survives
+`kill -9`; `sync` makes it survive a power cut. A process keeps its journal's lock file locked for as
+long as it lives, so whoever gets the lock knows that its owner is dead. That holds within one
+machine: a journal is recovered where it was written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from sekha.errors import LedgerError, LedgerUnavailable
+from sekha.ledger import Budget, Scope, Spend
+from sekha.ledgers.sql import picos, storable, to_dollars
+from sekha.pricing import Usage
+
+__all__ = ["Abandoned", "Journal", "abandoned", "scope_record", "spend_record"]
+
+log = logging.getLogger("sekha.ledgers")
+
+_VERSION = 1
+_MOST = 2**63 - 1
+
+
+class Journal:
+    """An append-only file in segments. `records` and their meaning are the caller's, but for the first line's."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._name = name
+        self._folder = folder
+        self._number = 0
+        self._segment = -1
+        self._torn = False
+        self.size = 0
+        """Bytes in the present segment."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Locked before it goes by the name that others look for: they take what is not locked for abandoned.
+            unseen = self._lock_path.with_suffix(".new")
+            self._lock = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            unseen.rename(self._lock_path)
+            self.rotate(0, ())
+        except OSError as error:
+            raise LedgerError(
+                f"Journal {str(folder)!r} cannot be made: {error.strerror}. Name a folder that this process may write "
+                "to."
+            ) from error
+
+    def write(self, record: Sequence[object]) -> None:
+        """Append one record; raises `LedgerUnavailable` when the disk takes it not or not whole."""
+        line = orjson.dumps(record)
+        line = b"%08x %b\n" % (zlib.crc32(line), line)
+        if self._torn:
+            line = b"\n" + line
+        try:
+            written = os.write(self._segment, line)
+        except OSError as error:
+            raise LedgerUnavailable(str(self._folder), error.strerror or "it cannot be written") from error
+        self.size += written
+        self._torn = written < len(line)
+        if self._torn:
+            raise LedgerUnavailable(str(self._folder), "the disk is full")
+
+    def sync(self) -> None:
+        """Make all that was written survive a power cut. Blocks: not for the event loop."""
+        os.fdatasync(self._segment)
+
+    def rotate(self, spends: int, records: Iterable[Sequence[object]]) -> list[Path]:
+        """Begin a new segment with these records, and say which ones it may replace.
+
+        `spends` is how many were written before: once they are on record elsewhere, the segments
+        returned may be deleted.
+        """
+        before = self._segments()
+        self._number += 1
+        path = self._folder / f"{self._name}-{self._number:06}.journal"
+        segment = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        if self._segment >= 0:
+            os.close(self._segment)
+        self._segment, self._torn, self.size = segment, False, 0
+        self.write(["v", _VERSION, spends])
+        for record in records:
+            self.write(record)
+        return before
+
+    def close(self) -> None:
+        """Let go of the journal as it is: whoever finds it next recovers it."""
+        os.close(self._segment)
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        for path in self._segments():
+            path.unlink(missing_ok=True)
+        self._lock_path.unlink(missing_ok=True)
+        self.close()
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._folder / f"{self._name}.lock"
+
+    def _segments(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._name}-*.journal"))
+
+
+def scope_record(scope: Scope) -> orjson.Fragment:
+    """A scope as journals write it, encoded once for many records."""
+    fields = [scope.provider, scope.model, scope.task, scope.key]
+    try:
+        return orjson.Fragment(orjson.dumps([*fields, *scope.tags]))
+    except TypeError:  # half a surrogate, which no database could store either
+        return orjson.Fragment(orjson.dumps([*map(storable, fields), *map(storable, scope.tags)]))
+
+
+def spend_record(
+    kind: str, hold: str, spend: Spend, scope: orjson.Fragment, *, cost: int, estimated: int
+) -> list[object]:
+    usage = spend.usage
+    return [
+        kind,
+        hold,
+        spend.id,
+        spend.at,
+        scope,
+        cost,
+        estimated,
+        min(usage.input_tokens, _MOST),
+        min(usage.output_tokens, _MOST),
+        min(usage.cached_tokens, _MOST),
+        min(usage.cache_write_tokens, _MOST),
+        min(usage.images, _MOST),
+        usage.counted,
+    ]
+
+
+# --- what a dead process left behind -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A journal whose owner is dead, locked against everybody else until `close`."""
+
+    name: str
+    spends: tuple[Spend, ...]
+    """What it spent and may not have recorded, and what its calls under way may have cost at most."""
+    _paths: tuple[Path, ...]
+    _lock: int
+
+    def remove(self) -> None:
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+
+def abandoned(folder: Path) -> Iterator[Abandoned]:
+    """Find and lock each journal that has no owner any more."""
+    for path in sorted(folder.glob("*.lock")):
+        lock = _locked(path)
+        if lock is None:
+            continue
+        segments = sorted(folder.glob(f"{path.stem}-*.journal"))
+        try:
+            spends = tuple(_spends(segments))
+        except _Unreadable as error:
+            log.warning("Journal %s is left alone: %s", path.stem, error)
+            os.close(lock)
+            continue
+        # The lock file goes last, or what a second death leaves would never be found.
+        yield Abandoned(path.stem, spends, (*segments, path), lock)
+
+
+class _Unreadable(Exception):
+    pass
+
+
+@dataclass
+class _Open:
+    """A hold that nobody settled or released."""
+
+    at: datetime
+    scope: Scope
+    left: list[tuple[Budget, int]]
+    named: bool
+    """A spend went by its name."""
+
+
+def _spends(segments: Iterable[Path]) -> Iterator[Spend]:
+    spends: dict[int, Spend] = {}
+    holds: dict[str, _Open] = {}
+    budgets: dict[int, Budget] = {}
+    count = recorded = 0
+    for record in _records(segments):
+        match record:
+            case ["v", version, before]:
+                if version != _VERSION:
+                    raise _Unreadable(f"a Sekha of another version wrote it ({version!r}, not {_VERSION})")
+                count = before
+            case ["p", index, match, period]:
+                budgets[index] = Budget(name="", limit=Decimal(0), period=period, match=json.loads(match))
+            case ["h", hold, at, amounts, scope, named]:
+                left = [(budgets[index], amount) for index, amount in amounts]
+                holds[hold] = _Open(datetime.fromisoformat(at), _scope(scope), left, named)
+            case ["c" | "s" as kind, hold, *values]:
+                count += 1
+                spend = spends[count] = _spend(values)
+                if kind == "s":
+                    holds.pop(hold, None)
+                elif hold in holds:
+                    _charge(holds[hold], spend)
+                    holds[hold].named |= spend.id == hold
+            case ["r", hold]:
+                holds.pop(hold, None)
+            case ["f", recorded]:
+                pass
+    yield from (spend for number, spend in spends.items() if number > recorded)
+    for name, hold in holds.items():
+        yield from _worst_case(name, hold)
+
+
+def _charge(hold: _Open, spend: Spend) -> None:
+    cost = picos(spend.cost)
+    hold.left = [
+        (budget, max(amount - cost, 0) if budget.covers(spend.scope) else amount) for budget, amount in hold.left
+    ]
+
+
+def _worst_case(name: str, hold: _Open) -> Iterator[Spend]:
+    """Spends that count at least what is left of the hold against each of its budgets.
+
+    Where the scope that is known decides all budgets, that is one spend. A budget that it does not
+    reach, since a call may have gone to another candidate, gets one of its own.
+    """
+    left = [(budget, amount) for budget, amount in hold.left if amount]
+    number = 0
+    scope = hold.scope
+    reached = [amount for budget, amount in left if budget.covers(scope)]
+    cost = max(reached, default=0)
+    while left:
+        if cost:
+            # The first goes by the hold's own name, as its settling would have, so that only one of them counts.
+            identity = f"{name}/{number}" if number or hold.named else name
+            amount = to_dollars(cost)
+            yield Spend(id=identity, scope=scope, cost=amount, estimated=amount, usage=Usage(counted=True), at=hold.at)
+            number += 1
+        left = [(b, amount - cost if b.covers(scope) else amount) for b, amount in left]
+        left = sorted(
+            ((budget, amount) for budget, amount in left if amount > 0),
+            key=lambda one: (-len(one[0].match), sorted(one[0].match.items()), one[0].period),
+        )
+        if left:
+            budget, cost = left[0]
+            scope = _within(hold.scope, budget.match)
+
+
+def _within(scope: Scope, match: Mapping[str, str]) -> Scope:
+    """The scope, changed as little as makes the match cover it."""
+    fields: dict[str, Any] = {name: value for name, value in match.items() if name != "tag"}
+    if "provider" in fields and fields["provider"] != scope.provider:
+        fields.setdefault("model", None)
+    if "tag" in match:
+        fields["tags"] = scope.tags | {match["tag"]}
+    return replace(scope, **fields)
+
+
+def _scope(values: Sequence[str] | None) -> Scope:
+    if values is None:
+        return Scope()
+    provider, model, task, key, *tags = values
+    return Scope(provider=provider, model=model, task=task, key=key, tags=frozenset(tags))
+
+
+def _spend(values: Sequence[Any]) -> Spend:
+    identity, at, scope, cost, estimated, given, replied, cached, written, images, counted = values
+    return Spend(
+        id=identity,
+        scope=_scope(scope),
+        cost=to_dollars(cost),
+        estimated=to_dollars(estimated),
+        usage=Usage(
+            input_tokens=given,
+            output_tokens=replied,
+            cached_tokens=cached,
+            cache_write_tokens=written,
+            images=images,
+            counted=counted,
+        ),
+        at=datetime.fromisoformat(at),
+    )
+
+
+def _records(segments: Iterable[Path]) -> Iterator[list[Any]]:
+    for path in segments:
+        with path.open("rb") as lines:
+            for line in lines:
+                checksum, _, written = line.rstrip(b"\n").partition(b" ")
+                if checksum == b"%08x" % zlib.crc32(written) and written:
+                    yield orjson.loads(written)
+                elif checksum:
+                    log.warning("Journal %s has a line that was never finished", path.stem)
+
+
+def _locked(path: Path) -> int | None:
+    """Lock a file and open it; None while its owner lives, or when somebody else was faster."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    if os.fstat(lock).st_nlink:
+        return lock
+    os.close(lock)
+    return None

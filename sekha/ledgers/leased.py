@@ -1,0 +1,835 @@
+"""A ledger for processes that cannot wait for a transaction with every request.
+
+It leases slices of budgets from the ledger that all processes share, and spends from them in memory.
+A slice counts there as held, so all slices and all spending together never pass a limit. It is a
+twentieth of what is left, so it shrinks as a budget is spent until each call is leased by itself; what
+nobody used for a second goes back, and whatever lies idle goes back within about a second when
+another process runs short. A call is refused only after the shared ledger refused it.
+
+What is held and spent is written to a journal before it goes on and into the shared ledger soon
+behind. After a `kill -9` any process on this machine finishes the journal: what was spent is
+recorded, and calls whose outcome nobody knows are charged at their worst case. Only then is the dead
+process's slice free.
+
+What may be missed: a power cut takes what was written in the last second and is not yet on record
+in the shared ledger. A machine that stays dead keeps its journals, and others wait `LEASE_SECONDS`
+for its slices: until it is back, what it had in flight then and had spent in its last moments is
+missing, never more than its slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import Future
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal, TypeAlias, TypeVar
+from uuid import uuid4
+
+import orjson
+
+from sekha.errors import LedgerError, LedgerUnavailable
+from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start
+from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
+from sekha.ledgers.sql import (
+    SHARE,
+    Coverage,
+    Leased,
+    Slice,
+    SqlLedger,
+    Standing,
+    Wanted,
+    exceeded,
+    meaning,
+    picos,
+    to_dollars,
+)
+
+__all__ = ["BEHIND_SECONDS", "LEASE_SECONDS", "LeasedLedger"]
+
+log = logging.getLogger("sekha.ledgers")
+T = TypeVar("T")
+
+LEASE_SECONDS = 60.0
+"""A slice that its process does not renew is free after this long."""
+BEHIND_SECONDS = 30.0
+"""Nothing is held any more while spending waits this long to be recorded."""
+_RENEW_SECONDS = 15.0
+_SKEW = timedelta(seconds=5)
+"""A slice is left alone so long before it expires, since other machines' clocks may be ahead."""
+_FLUSH_SECONDS = 0.05
+_FLUSH_SPENDS = 500
+_BEAT_SECONDS = 0.25
+_IDLE_BEATS = 4
+_WATCHED_BEATS = 20
+_REFRESH_BEATS = 2
+_SYNC_BEATS = 4
+_LEAN_SECONDS = 2.0
+"""So long after its slice was recalled a process leases exactly what its calls need."""
+_RECALL_SECONDS = 1.5
+"""A call waits so long at most for what lies idle elsewhere."""
+_ASK_AGAIN_SECONDS = 0.05
+_RECOVER_SECONDS = 3.0
+_BACK_OFF_SECONDS = 0.5
+_USUAL_SECONDS = 30.0
+_SEGMENT_BYTES = 4_000_000
+_MANY = 10_000
+_NEVER = float("inf")
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+
+
+class _Pool:
+    """One budget's slice in this process, in picos, and what is known of the budget."""
+
+    __slots__ = (
+        "asked", "budget", "elsewhere", "end", "exact_until", "free", "held", "index", "limit", "match", "pending",
+        "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
+    )  # fmt: skip
+
+    def __init__(self, index: int, budget: Budget) -> None:
+        self.index = index
+        self.budget = budget
+        self.match = meaning(budget)
+        self.period: Period = budget.period
+        # What is leased is always `free + held + unrecorded`; the shared ledger has at least as much.
+        self.free = 0
+        self.held = 0
+        self.unrecorded = 0
+        self.written: tuple[int, int] | None = (0, 0)
+        """In use and idle, as the shared ledger has it; None when nobody knows."""
+        self.limit = 0
+        """The limit under which `free` was leased."""
+        self.since = _LAST
+        """When the period began in which it was leased."""
+        self.until = _FIRST
+        self.slice = 0
+        """How much of it to keep when it is not in use."""
+        self.exact_until = 0.0
+        self.used = self.asked = -_MANY
+        """The last beats when it was held from, and when its spending was asked for."""
+        # What the budget has spent in the period from `start` to `end`.
+        self.start, self.end = _LAST, _LAST
+        self.spent = 0
+        self.pending = 0
+        self.elsewhere = 0
+        self.refreshed = 0.0
+
+    @property
+    def leased(self) -> bool:
+        return bool(self.free or self.held or self.unrecorded or self.written != (0, 0))
+
+
+class _Open:
+    """A hold that is neither settled nor released."""
+
+    __slots__ = ("at", "expires_at", "hold", "left", "named", "scope")
+
+    def __init__(self, hold: Hold, left: dict[_Pool, int], at: datetime, scope: orjson.Fragment | None) -> None:
+        self.hold = hold
+        self.left = left
+        self.at = at
+        self.scope = scope
+        self.expires_at = hold.expires_at
+        self.named = False
+        """A spend under it goes by its name."""
+
+    def record(self) -> list[object]:
+        left = [[pool.index, amount] for pool, amount in self.left.items()]
+        return ["h", self.hold.id, self.at, left, self.scope, self.named]
+
+
+class _Pending:
+    """A spend that is in the journal and not yet in the shared ledger."""
+
+    __slots__ = ("cost", "number", "pools", "spend")
+
+    def __init__(self, spend: Spend, cost: int, pools: Sequence[_Pool], number: int) -> None:
+        self.spend = spend
+        self.cost = cost
+        self.pools = pools
+        self.number = number
+        """How many spends the journal had when this one was in it."""
+
+
+_Known: TypeAlias = tuple[Budget, _Pool, int]
+"""A budget, its pool and its limit in picos."""
+
+
+class _Want:
+    """A caller who waits for money."""
+
+    __slots__ = ("at", "bounds", "future", "hold", "needs", "scope", "since")
+
+    def __init__(
+        self, hold: Hold, needs: dict[_Pool, int], *, bounds: dict[_Pool, _Known], at: datetime, scope: Scope | None
+    ) -> None:
+        self.hold = hold
+        self.needs = needs
+        self.bounds = bounds
+        """The budget with the lowest limit for each pool."""
+        self.at = at
+        self.scope = scope
+        self.future: Future[Hold] = asyncio.get_running_loop().create_future()
+        self.since = monotonic()
+
+
+class LeasedLedger:
+    """A `Ledger` that answers from memory, over one that is shared. One event loop, one process.
+
+    `reserve`, `charge`, `settle`, `release` and `spent` normally return without suspending. `spent`
+    may be half a second behind what other processes do, and `usual_output_tokens` thirty seconds;
+    `reserve` is exact. A hold is settled or released where it was made; one that is open at `aclose`
+    stays in the shared ledger until it expires, and anybody may settle it there.
+    """
+
+    def __init__(
+        self, ledger: SqlLedger, journal_folder: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._ledger = ledger
+        self._folder = journal_folder
+        self._clock = clock
+        self._journal: Journal | None = None
+        self._worker: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._wake: asyncio.Event
+        self._closing = False
+        self._owner = uuid4().hex
+        self._holds = 0
+        # What is known.
+        self._pools: list[_Pool] = []
+        self._by_meaning: dict[tuple[str, str], _Pool] = {}
+        self._known: dict[int, _Known] = {}
+        self._coverage: Coverage[_Pool] = Coverage()
+        self._scopes: dict[Scope, tuple[orjson.Fragment, list[_Pool]]] = {}
+        self._usual: dict[tuple[str, str], tuple[int | None, float]] = {}
+        self._usual_asked: set[tuple[str, str]] = set()
+        # What is under way.
+        self._open: dict[str, _Open] = {}
+        self._next_expiry = _LAST
+        self._pending: list[_Pending] = []
+        self._behind_since = _NEVER
+        self._recent: dict[str, None] = {}
+        self._less_recent: dict[str, None] = {}
+        self._wants: list[_Want] = []
+        self._questions: list[tuple[Callable[[], Awaitable[Any]], Future[Any]]] = []
+        # The worker's own.
+        self._beat = 0
+        self._next_beat = 0.0
+        self._next_renewal = 0.0
+        self._next_recovery = 0.0
+        self._recovered = False
+        self._down: LedgerError | None = None
+        self._retry_at = 0.0
+        self._written = 0
+        self._recorded = 0
+        self._replaced: list[tuple[int, list[Path]]] = []
+        self._syncing: Future[None] | None = None
+        self._synced_size = 0
+
+    # --- what callers await ------------------------------------------------------------------
+
+    async def reserve(
+        self,
+        budgets: Sequence[Budget],
+        amounts: Mapping[str, Decimal],
+        *,
+        at: datetime,
+        ttl_seconds: float,
+        scope: Scope | None = None,
+    ) -> Hold:
+        behind = monotonic() - self._behind_since
+        if behind > BEHIND_SECONDS:
+            raise LedgerUnavailable(str(self._folder), f"spending has waited to be recorded for {behind:.0f} s")
+        ready = not self._closing
+        held: dict[str, Decimal] = {}
+        needs: dict[_Pool, int] = {}
+        bounds: dict[_Pool, _Known] = {}
+        for budget in budgets:
+            amount = amounts.get(budget.name)
+            if not amount or amount < 0:
+                continue
+            held[budget.name] = amount
+            known = self._known.get(id(budget)) or self._register(budget)
+            _, pool, limit = known
+            need = picos(amount)
+            if pool in needs:
+                need = max(need, needs[pool])
+                known = min(known, bounds[pool], key=itemgetter(2))
+            needs[pool], bounds[pool] = need, known
+            if pool.free < need or pool.limit > limit or not pool.since <= at < pool.until:
+                ready = False
+        self._holds += 1
+        hold = Hold(
+            id=f"{self._owner}-{self._holds:x}",
+            budgets=tuple(budgets),
+            amounts=held,
+            expires_at=at + timedelta(seconds=ttl_seconds),
+            ttl_seconds=ttl_seconds,
+        )
+        if not held:
+            return hold
+        if ready:
+            self._take(hold, needs, at, scope)
+            return hold
+        return await self._wait(_Want(hold, needs, bounds=bounds, at=at, scope=scope))
+
+    async def charge(self, hold: Hold, spend: Spend) -> None:
+        if self._is_foreign(hold):
+            await self._ledger.charge(hold, spend)
+        elif not self._spend("c", hold, spend):
+            await self._ask(_nothing)
+
+    async def settle(self, hold: Hold, spend: Spend) -> None:
+        if self._is_foreign(hold):
+            await self._ledger.settle(hold, spend)
+        elif not self._spend("s", hold, spend):
+            await self._ask(_nothing)
+
+    async def release(self, hold: Hold) -> None:
+        if self._is_foreign(hold):
+            await self._ledger.release(hold)
+        else:
+            self._release(hold.id)
+
+    async def spent(self, budget: Budget, *, at: datetime) -> tuple[Decimal, Decimal]:
+        known = self._known.get(id(budget))
+        if known is None:
+            period_start(budget.period, at)  # a time without a zone is refused before anything is kept for it
+            known = self._register(budget)
+        pool = known[1]
+        pool.asked = self._beat
+        fresh = pool.refreshed + BEHIND_SECONDS > monotonic() and at.tzinfo is not None
+        if fresh and pool.start <= at < pool.end:
+            held = pool.elsewhere + (pool.held if at < self._next_expiry else self._held(pool, at))
+            return to_dollars(pool.spent + pool.pending), to_dollars(held)
+        return await self._ask(partial(self._look, pool, budget, at))
+
+    async def usual_output_tokens(self, provider: str, model: str) -> int | None:
+        known = self._usual.get((provider, model))
+        if known is not None:
+            tokens, refreshed = known
+            age = monotonic() - refreshed
+            if age > _USUAL_SECONDS / 2:
+                self._usual_asked.add((provider, model))
+            if age < _USUAL_SECONDS or self._down:
+                return tokens
+        return await self._ask(partial(self._look_up_usual, provider, model))
+
+    async def report(self, by: GroupBy, *, since: datetime | None = None) -> list[Spent]:
+        return await self._ask(partial(self._ledger.report, by, since=since))
+
+    async def aclose(self) -> None:
+        """Record everything, give all slices back and remove the journal. What fails is left to be recovered."""
+        self._closing = True
+        if self._worker is not None and not self._worker.done():
+            self._wake.set()
+            await asyncio.wait([self._worker])
+        if self._journal is not None:
+            await self._hand_over(self._journal)
+        await self._ledger.aclose()
+
+    # --- in memory, and in the journal -------------------------------------------------------
+
+    def _register(self, budget: Budget) -> _Known:
+        journal = self._start()
+        key = meaning(budget), budget.period
+        pool = self._by_meaning.get(key)
+        if pool is None:
+            pool = _Pool(len(self._pools), budget)
+            journal.write(_pool_record(pool))
+            self._pools.append(pool)
+            self._by_meaning[key] = pool
+            self._coverage.add(budget.match, pool)
+            self._scopes.clear()
+        if len(self._known) >= _MANY:
+            self._known.clear()
+        # Budgets are found by identity, which is theirs alone for as long as they are kept here.
+        known = self._known[id(budget)] = budget, pool, picos(budget.limit)
+        return known
+
+    def _scope(self, scope: Scope) -> tuple[orjson.Fragment, list[_Pool]]:
+        known = self._scopes.get(scope)
+        if known is None:
+            if len(self._scopes) >= _MANY:
+                self._scopes.clear()
+            known = self._scopes[scope] = scope_record(scope), self._coverage.of(scope)
+        return known
+
+    def _take(self, hold: Hold, needs: dict[_Pool, int], at: datetime, scope: Scope | None) -> None:
+        under = _Open(hold, needs, at, None if scope is None else self._scope(scope)[0])
+        self._start().write(under.record())
+        for pool, need in needs.items():
+            pool.free -= need
+            pool.held += need
+            pool.used = self._beat
+        self._open[hold.id] = under
+        self._next_expiry = min(self._next_expiry, hold.expires_at)
+
+    def _spend(self, kind: Literal["c", "s"], hold: Hold, spend: Spend) -> bool:
+        """Note a spend; False when the journal could not take it, and it must be recorded before the caller goes on."""
+        if spend.id in self._recent or spend.id in self._less_recent:
+            if kind == "s":
+                self._release(hold.id)
+            return True
+        if spend.at.tzinfo is None:
+            raise ValueError("a ledger's times need a zone; pass datetime.now(UTC)")
+        journal = self._start()
+        cost, estimated = picos(spend.cost), picos(spend.estimated)
+        scope, pools = self._scope(spend.scope)
+        try:
+            journal.write(spend_record(kind, hold.id, spend, scope, cost=cost, estimated=estimated))
+            self._written += 1
+            written = True
+        except LedgerUnavailable:
+            written = False
+        self._queue(_Pending(spend, cost, pools, self._written))
+        under = self._open.get(hold.id)
+        left = under.left if under is not None else {}
+        for pool in pools:
+            pool.unrecorded += cost
+            if pool.start <= spend.at < pool.end:
+                pool.pending += cost
+            covered = min(left.get(pool, 0), cost)
+            if covered:
+                left[pool] -= covered
+                pool.held -= covered
+            # What no hold covers comes out of the slice, as far as it goes.
+            pool.free -= min(pool.free, cost - covered)
+        if under is None:
+            return written
+        if kind == "s":
+            self._free(hold.id)
+        else:
+            under.named |= spend.id == hold.id
+            if under.expires_at > spend.at:
+                under.expires_at = max(under.expires_at, spend.at + timedelta(seconds=hold.ttl_seconds))
+        return written
+
+    def _queue(self, one: _Pending) -> None:
+        if not self._pending:
+            self._behind_since = monotonic()
+            self._loop.call_later(_FLUSH_SECONDS, self._wake.set)
+        elif len(self._pending) == _FLUSH_SPENDS:
+            self._wake.set()
+        self._pending.append(one)
+        self._recent[one.spend.id] = None
+        if len(self._recent) >= _MANY:
+            self._recent, self._less_recent = {}, self._recent
+
+    def _release(self, hold: str) -> None:
+        if hold in self._open:
+            self._free(hold)
+            # Unwritten, it would be charged at its worst case after a crash: too much, and never too little.
+            with suppress(LedgerUnavailable):
+                self._start().write(["r", hold])
+
+    def _free(self, hold: str) -> None:
+        for pool, left in self._open.pop(hold).left.items():
+            pool.held -= left
+            pool.free += left
+
+    def _expire(self, at: datetime) -> None:
+        if at < self._next_expiry:
+            return
+        for hold in [name for name, under in self._open.items() if under.expires_at <= at]:
+            self._release(hold)
+        self._next_expiry = min((under.expires_at for under in self._open.values()), default=_LAST)
+
+    def _held(self, pool: _Pool, at: datetime) -> int:
+        return sum(under.left.get(pool, 0) for under in self._open.values() if under.expires_at > at)
+
+    def _is_foreign(self, hold: Hold) -> bool:
+        return hold.id not in self._open and bool(hold.amounts) and not hold.id.startswith(self._owner)
+
+    # --- waiting for the worker --------------------------------------------------------------
+
+    def _start(self) -> Journal:
+        if self._journal is None:
+            self._loop = asyncio.get_running_loop()
+            self._wake = asyncio.Event()
+            self._journal = Journal(self._folder, self._owner)
+            self._worker = self._loop.create_task(self._work(self._journal))
+        return self._journal
+
+    def _check(self) -> None:
+        """Raise what keeps the worker from answering."""
+        if self._closing:
+            raise LedgerUnavailable(str(self._folder), "it is being closed")
+        if self._worker is not None and self._worker.done():
+            raise LedgerError(f"Ledger with journal {str(self._folder)!r} has stopped") from self._worker.exception()
+        if self._down is not None and monotonic() < self._retry_at:
+            raise self._down
+
+    async def _wait(self, want: _Want) -> Hold:
+        self._check()
+        self._wants.append(want)
+        self._wake.set()
+        try:
+            return await want.future
+        except asyncio.CancelledError:
+            # The money may have been taken just before its caller left.
+            self._release(want.hold.id)
+            raise
+
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Have the worker answer once everything that was spent before is on record."""
+        self._start()
+        self._check()
+        answer: Future[T] = self._loop.create_future()
+        self._questions.append((question, answer))
+        self._wake.set()
+        return await answer
+
+    # --- the worker --------------------------------------------------------------------------
+
+    async def _work(self, journal: Journal) -> None:
+        """Do everything that takes a transaction, one after another."""
+        try:
+            while not self._closing:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._nap()):
+                        await self._wake.wait()
+                self._wake.clear()
+                try:
+                    await self._round(journal)
+                except LedgerError as error:
+                    self._back_off(error)
+        except Exception:
+            log.exception("The ledger stopped; what is spent stays in its journal")
+            raise
+        finally:
+            self._refuse_all(LedgerUnavailable(str(self._folder), "it is being closed"))
+
+    def _nap(self) -> float:
+        now = monotonic()
+        if self._down is not None:
+            due = self._retry_at
+        elif self._wants:
+            due = now + _ASK_AGAIN_SECONDS
+        elif any(pool.leased or self._beat - pool.asked < _WATCHED_BEATS for pool in self._pools):
+            due = self._next_beat
+        else:
+            due = self._next_recovery
+        return max(due - now, 0)
+
+    def _back_off(self, error: LedgerError) -> None:
+        if self._down is None:
+            log.warning("Spending goes on in the journal alone: %s", error)
+        self._down = error
+        self._retry_at = monotonic() + _BACK_OFF_SECONDS
+        self._refuse_all(error)
+
+    def _refuse_all(self, error: LedgerError) -> None:
+        waiting: list[Future[Any]] = [want.future for want in self._wants]
+        waiting += [answer for _, answer in self._questions]
+        self._wants, self._questions = [], []
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+
+    async def _round(self, journal: Journal) -> None:
+        now = monotonic()
+        if self._down is not None and now < self._retry_at:
+            return
+        if now >= self._next_recovery:
+            await self._recover()
+            self._next_recovery = monotonic() + _RECOVER_SECONDS
+        beat = now >= self._next_beat
+        if beat:
+            self._beat += 1
+            self._next_beat = now + _BEAT_SECONDS
+            self._expire(self._clock())
+            self._give_back()
+        # Whoever waits now is answered with all on record that was spent before.
+        wants, self._wants = [want for want in self._wants if not want.future.done()], []
+        questions, self._questions = self._questions, []
+        try:
+            await self._record(beat=beat)
+            await self._lease_more(wants)
+            for question, answer in questions:
+                await _answer(question, answer)
+        except BaseException:
+            self._wants, self._questions = wants + self._wants, questions + self._questions
+            raise
+        if beat:
+            await self._refresh()
+            self._keep_house(journal)
+        if self._down is not None:
+            log.warning("The ledger is back, and spending is recorded again")
+            self._down = None
+        if self._pending:
+            self._loop.call_later(_FLUSH_SECONDS, self._wake.set)
+
+    def _give_back(self) -> None:
+        """Return what was idle for a second, and what is more than a slice."""
+        now = monotonic()
+        for pool in self._pools:
+            if pool.free:
+                idle = self._beat - pool.used > _IDLE_BEATS or now < pool.exact_until
+                keep = 0 if idle else pool.slice
+                if pool.free > 2 * keep:
+                    pool.free = keep
+
+    async def _record(self, *, beat: bool) -> None:
+        """Write down what was spent until now, and the slices as they are."""
+        renew = monotonic() >= self._next_renewal
+        behind = len(self._pending)
+        while True:
+            batch = self._pending[:_FLUSH_SPENDS]
+            slices = self._slices(batch, all_of_them=renew)
+            # Whether a slice is recalled is looked at with every beat while something is idle in it.
+            if batch or slices or (beat and any(pool.free for pool in self._pools)):
+                await self._keep(batch, slices)
+            if renew:
+                self._next_renewal = monotonic() + _RENEW_SECONDS
+            behind -= len(batch)
+            if behind <= 0:
+                return
+
+    def _slices(self, batch: Sequence[_Pending], *, all_of_them: bool) -> dict[_Pool, Slice]:
+        """The slices as they are when this batch is on record: those that changed, or all of them."""
+        recorded: dict[_Pool, int] = {}
+        for one in batch:
+            for pool in one.pools:
+                recorded[pool] = recorded.get(pool, 0) + one.cost
+        slices: dict[_Pool, Slice] = {}
+        for pool in self._pools:
+            in_use = pool.held + pool.unrecorded - recorded.get(pool, 0)
+            if pool.written != (in_use, pool.free) or (all_of_them and (in_use or pool.free)):
+                slices[pool] = Slice(pool.match, pool.period, in_use, pool.free)
+        return slices
+
+    async def _keep(self, batch: Sequence[_Pending], slices: Mapping[_Pool, Slice]) -> None:
+        expires_at = self._clock() + timedelta(seconds=LEASE_SECONDS)
+        for pool in slices:
+            pool.written = None
+        spends = [one.spend for one in batch]
+        kept = await self._ledger.keep(self._owner, spends, list(slices.values()), expires_at=expires_at)
+        del self._pending[: len(batch)]
+        self._behind_since = monotonic() if self._pending else _NEVER
+        new = set(kept.new)
+        for one in batch:
+            is_new = one.spend.id in new
+            new.discard(one.spend.id)
+            for pool in one.pools:
+                pool.unrecorded -= one.cost
+                if pool.start <= one.spend.at < pool.end:
+                    pool.pending -= one.cost
+                    pool.spent += one.cost if is_new else 0
+        if batch:
+            self._recorded = batch[-1].number
+            # Unwritten, a survivor would hand these in again, which changes nothing.
+            with suppress(LedgerUnavailable):
+                self._start().write(["f", self._recorded])
+        for pool, had in slices.items():
+            lost = (pool.match, pool.period) in kept.lost
+            if lost:
+                pool.free -= min(had.idle, pool.free)
+            pool.written = had.in_use, 0 if lost else had.idle
+            pool.until = max(pool.until, expires_at - _SKEW)
+        for key in kept.recalled:
+            pool = self._by_meaning[key]
+            pool.exact_until = monotonic() + _LEAN_SECONDS
+            pool.free = 0
+            self._wake.set()
+
+    async def _lease_more(self, wants: list[_Want]) -> None:
+        """Lease what callers wait for, and what slices in use are short of."""
+        if wants:
+            self._expire(max(want.at for want in wants))
+        by: dict[_Pool, _Known] = {}
+        asking: list[_Want] = []
+        for want in wants:
+            # Two limits on the same calls are looked at one after the other.
+            if any(pool in by and by[pool][2] != known[2] for pool, known in want.bounds.items()):
+                self._wants.append(want)
+                self._wake.set()
+            else:
+                by |= want.bounds
+                asking.append(want)
+        now = monotonic()
+        for pool in self._pools:
+            in_use = pool.slice and self._beat - pool.used < 2 and now > pool.exact_until
+            if in_use and pool not in by and pool.free < pool.slice // 2:
+                by[pool] = pool.budget, pool, pool.limit
+        if by:
+            at = max((want.at for want in asking), default=self._clock())
+            self._serve(asking, await self._lease(by, asking, at))
+
+    async def _lease(self, by: Mapping[_Pool, _Known], asking: Sequence[_Want], at: datetime) -> dict[_Pool, Leased]:
+        now = monotonic()
+        wanted = {
+            pool: Wanted(
+                budget,
+                Slice(pool.match, pool.period, pool.held + pool.unrecorded, pool.free),
+                tuple(want.needs[pool] for want in asking if pool in want.needs),
+                exact=now < pool.exact_until,
+            )
+            for pool, (budget, _, _) in by.items()
+        }
+        expires_at = max(at, self._clock()) + timedelta(seconds=LEASE_SECONDS)
+        for pool in wanted:
+            pool.written = None
+        found = await self._ledger.lease(self._owner, list(wanted.values()), at=at, expires_at=expires_at)
+        leased = dict(zip(wanted, found, strict=True))
+        for pool, one in leased.items():
+            pool.budget, _, pool.limit = by[pool]
+            had = wanted[pool].slice
+            idle = 0 if one.lost else had.idle
+            pool.written = had.in_use, idle + one.granted
+            left = max(pool.limit - one.used, 0)
+            # Calls went on meanwhile, and what was idle may have been leased under a higher limit.
+            since_then = pool.held + pool.unrecorded - had.in_use
+            pool.free = min(max(pool.free - had.idle + idle, 0) + one.granted, max(left - since_then, 0))
+            pool.slice = 0 if wanted[pool].exact else left // SHARE
+            pool.since = period_start(pool.period, at) or _FIRST
+            pool.until = expires_at - _SKEW
+            self._know(pool, one.standing, at)
+        return leased
+
+    def _serve(self, wants: Iterable[_Want], leased: Mapping[_Pool, Leased]) -> None:
+        """Give what was leased to those who wait, the first in line first."""
+        for want in wants:
+            if want.future.done():
+                continue
+            if all(pool.free >= need for pool, need in want.needs.items()):
+                try:
+                    self._take(want.hold, want.needs, want.at, want.scope)
+                except LedgerUnavailable as error:
+                    want.future.set_exception(error)
+                else:
+                    want.future.set_result(want.hold)
+                continue
+            for pool, need in want.needs.items():
+                budget, _, limit = want.bounds[pool]
+                left = max(limit - leased[pool].used, 0)
+                if need > left:
+                    patient = monotonic() - want.since < _RECALL_SECONDS
+                    if patient and need <= left + leased[pool].recalled:
+                        self._wants.append(want)
+                    else:
+                        want.future.set_exception(exceeded(budget, to_dollars(need), to_dollars(left), want.at))
+                    break
+            else:
+                # Somebody was faster, and there may be more.
+                self._wants.append(want)
+                self._wake.set()
+
+    # --- what is known of the shared ledger --------------------------------------------------
+
+    def _know(self, pool: _Pool, standing: Standing, at: datetime) -> None:
+        start = period_start(pool.period, at) or _FIRST
+        if pool.start != start:
+            pool.start, pool.end = start, period_end(pool.period, at) or _LAST
+            pool.pending = sum(
+                one.cost for one in self._pending if pool in one.pools and start <= one.spend.at < pool.end
+            )
+        pool.spent, pool.elsewhere = standing
+        pool.refreshed = monotonic()
+
+    async def _look(self, pool: _Pool, budget: Budget, at: datetime) -> tuple[Decimal, Decimal]:
+        [standing] = await self._ledger.standings(self._owner, [budget], at=at)
+        self._know(pool, standing, at)
+        return to_dollars(pool.spent + pool.pending), to_dollars(pool.elsewhere + self._held(pool, at))
+
+    async def _look_up_usual(self, provider: str, model: str) -> int | None:
+        tokens = await self._ledger.usual_output_tokens(provider, model)
+        if len(self._usual) >= _MANY:
+            self._usual.clear()
+        self._usual[provider, model] = tokens, monotonic()
+        return tokens
+
+    async def _refresh(self) -> None:
+        """Keep what callers ask for as fresh as is promised, and let go of what they no longer ask for."""
+        if self._beat % _REFRESH_BEATS:
+            return
+        watched: list[_Pool] = []
+        for pool in self._pools:
+            if self._beat - pool.asked < _WATCHED_BEATS:
+                watched.append(pool)
+            else:
+                pool.refreshed = -BEHIND_SECONDS
+        if watched:
+            at = self._clock()
+            standings = await self._ledger.standings(self._owner, [pool.budget for pool in watched], at=at)
+            for pool, standing in zip(watched, standings, strict=True):
+                self._know(pool, standing, at)
+        asked, self._usual_asked = self._usual_asked, set()
+        for provider, model in asked:
+            await self._look_up_usual(provider, model)
+
+    # --- the journal -------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        """Finish the journals of processes that died."""
+        found = await asyncio.to_thread(lambda: list(abandoned(self._folder)))
+        try:
+            for journal in found:
+                await self._ledger.close_lease(journal.name, journal.spends, ())
+                await asyncio.to_thread(journal.remove)
+                if journal.spends:
+                    log.warning("Recorded %d calls of a process that died", len(journal.spends))
+        finally:
+            for journal in found:
+                journal.close()
+
+    def _keep_house(self, journal: Journal) -> None:
+        if self._syncing is not None and not self._syncing.done():
+            return
+        while self._replaced and self._replaced[0][0] <= self._recorded:
+            for path in self._replaced.pop(0)[1]:
+                path.unlink(missing_ok=True)
+        if journal.size > _SEGMENT_BYTES:
+            records = [*map(_pool_record, self._pools), *(under.record() for under in self._open.values())]
+            self._replaced.append((self._written, journal.rotate(self._written, records)))
+            self._synced_size = 0
+        if self._beat % _SYNC_BEATS == 0 and journal.size != self._synced_size:
+            self._synced_size = journal.size
+            self._syncing = self._loop.run_in_executor(None, journal.sync)
+
+    async def _hand_over(self, journal: Journal) -> None:
+        if self._syncing is not None:
+            await asyncio.wait([self._syncing])
+        holds = [
+            (
+                replace(under.hold, expires_at=under.expires_at),
+                [Slice(pool.match, pool.period, left, 0) for pool, left in under.left.items()],
+            )
+            for under in self._open.values()
+        ]
+        try:
+            await self._ledger.close_lease(self._owner, [one.spend for one in self._pending], holds)
+        except LedgerError as error:
+            log.warning("%d calls stay in the journal until they can be recorded: %s", len(self._pending), error)
+            journal.close()
+        else:
+            journal.remove()
+
+
+async def _nothing() -> None:
+    """Asks nothing but that all was recorded that was spent before."""
+
+
+async def _answer(question: Callable[[], Awaitable[Any]], answer: Future[Any]) -> None:
+    if answer.done():
+        return
+    try:
+        result = await question()
+    except Exception as error:
+        if not answer.done():
+            answer.set_exception(error)
+    else:
+        if not answer.done():
+            answer.set_result(result)
+
+
+def _pool_record(pool: _Pool) -> list[object]:
+    return ["p", pool.index, pool.match, pool.period]
