@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal, Protocol, TypeAlias, assert_never
+from typing import Literal, Protocol, TypeAlias, assert_never, get_args
 from uuid import uuid4
 
 from sekha.pricing import Usage
 
 __all__ = [
+    "GROUPS",
     "Budget",
     "GroupBy",
     "Hold",
@@ -27,6 +28,7 @@ __all__ = [
 
 Period: TypeAlias = Literal["hour", "day", "month", "total"]
 GroupBy: TypeAlias = Literal["provider", "model", "task", "key", "tag", "day"]
+GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,10 @@ from sekha.cli.deploying import blocks, deploy, up
 from sekha.cli.exits import EXITS, READER_GONE, installed_version, report
 from sekha.cli.invocation import Invocation, config_option
 from sekha.cli.keeping import ingest, search
+from sekha.cli.keys import keys
 from sekha.cli.running import run
 from sekha.cli.serving import serve
+from sekha.cli.spending import costs
 
 __all__ = ["main", "sekha"]
 
@@ -25,7 +27,7 @@ STORY: Mapping[str, tuple[click.Command, ...]] = {
     "See what you have": (check, models),
     "Ask": (route, chat),
     "Keep and find": (ingest, search),
-    "Serve": (serve,),
+    "Serve": (serve, keys, costs),
     "Through Prefect": (run, up, deploy, blocks),
 }
 

@@ -27,13 +27,27 @@ def test_every_command_explains_itself_with_two_examples(path):
 
     assert shown.exit_code == 0
     examples = shown.output.partition("Examples:")[2].partition("Options:")[0]
-    assert examples.count(" ".join(path)) == (2 if path != ("blocks",) else 0)
+    assert examples.count(" ".join(path)) == (0 if path in (("blocks",), ("keys",)) else 2)
 
 
 def test_the_help_lists_the_commands_in_the_order_of_their_use():
     shown = CliRunner().invoke(cli, ["--help"]).output
 
-    wanted = ["check", "models", "route", "chat", "ingest", "search", "run", "up", "deploy", "blocks"]
+    wanted = [
+        "check",
+        "models",
+        "route",
+        "chat",
+        "ingest",
+        "search",
+        "serve",
+        "keys",
+        "costs",
+        "run",
+        "up",
+        "deploy",
+        "blocks",
+    ]
     at = [shown.index(f"\n  {name} ") for name in wanted]
     assert at == sorted(at)
 
