@@ -173,6 +173,8 @@ class Opened:
     events: RawStream = field(repr=False)
     candidate: Candidate
     attempts: tuple[Attempt, ...]
+    probe: str | None
+    """Set when it is the one call that a half-open circuit lets through."""
     charge: Callable[[Reply], Awaitable[None]] = field(repr=False)
     """Records the reply where an attempt before it failed and may be billed."""
 

@@ -114,7 +114,11 @@ class Calls:
             await lost.free()
             raise
         return Opened(
-            events=answered.value, candidate=answered.candidate, attempts=answered.attempts, charge=lost.charge
+            events=answered.value,
+            candidate=answered.candidate,
+            attempts=answered.attempts,
+            probe=answered.probe,
+            charge=lost.charge,
         )
 
     async def relay_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, pipe: Piped) -> Reply:
@@ -130,7 +134,7 @@ class Calls:
         finally:
             await events.aclose()
         if self._open.circuits is not None:
-            self._open.circuits.note(opened.candidate.model.name, None)
+            self._open.circuits.note(opened.candidate.model.name, None, probe=opened.probe)
         reply = await self._streamed(request, chosen, opened)
         await opened.charge(reply)
         return reply
@@ -145,7 +149,7 @@ class Calls:
                 replace(opened.attempts[-1], error=error.code, detail=error.detail),
             )
             if self._open.circuits is not None:
-                self._open.circuits.note(opened.candidate.model.name, error)
+                self._open.circuits.note(opened.candidate.model.name, error, probe=opened.probe)
         await opened.events.aclose()
         part = await self._streamed(request, chosen, opened)
         await self._charge(hold, spend_of(part, identity=hold.id, at=self._open.now()))
