@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+from sekha.calling import Attempt
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
 from sekha.errors import InvalidRequest
 from sekha.pricing import Usage
@@ -24,6 +25,8 @@ class SearchRequest:
     """Cosine similarity, -1 to 1, below which nothing is returned."""
     max_cost: Decimal | None = None
     tags: frozenset[str] = frozenset()
+    key: str | None = None
+    """The name of the caller's key, whose budgets it counts against."""
 
     def __post_init__(self) -> None:
         if not self.query or self.query.isspace():
@@ -45,6 +48,7 @@ class Found:
     usage: Usage
     estimated_cost: Decimal
     cost: Decimal
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

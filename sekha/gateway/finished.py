@@ -16,11 +16,12 @@ from sekha.errors import ProviderError, SekhaError
 from sekha.gateway.serving import Serving
 from sekha.pricing import Usage
 from sekha.recording.run import Outcome, Run, new_run_id
+from sekha.search import SearchRequest
 from sekha.trace import take_notes, trace_of
 
 __all__ = ["UnderWay"]
 
-Asked: TypeAlias = ChatRequest | EmbedRequest
+Asked: TypeAlias = ChatRequest | EmbedRequest | SearchRequest
 
 
 class Answered(Protocol):
@@ -100,13 +101,17 @@ class UnderWay:
     def _run(self, seconds: float, outcome: Outcome, came_to: str, attempts: tuple[Attempt, ...]) -> Run:
         request = self._request
         now = time.time()
-        asked = request.model or "auto"
-        parameters: dict[str, object] = {"model": asked}
-        if isinstance(request, ChatRequest):
-            asked = request.model or request.task or "auto"
-            parameters |= {"model": asked, "messages": len(request.messages), "images": request.image_count}
-        else:
-            parameters["texts"] = len(request.texts)
+        parameters: dict[str, object]
+        match request:
+            case ChatRequest():
+                asked = request.model or request.task or "auto"
+                parameters = {"model": asked, "messages": len(request.messages), "images": request.image_count}
+            case EmbedRequest():
+                asked = request.model or "auto"
+                parameters = {"model": asked, "texts": len(request.texts)}
+            case SearchRequest():
+                asked = request.collection
+                parameters = {"collection": asked, "limit": request.limit}
         if request.max_cost is not None:
             parameters["max_cost"] = str(request.max_cost)
         if request.key is not None:

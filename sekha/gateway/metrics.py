@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import orjson
 
@@ -83,8 +83,28 @@ STARTED = Family(
     name="process_start_time_seconds", says="When the first of the worker processes started.", kind="gauge"
 )
 
-_COUNTED = (REQUESTS, CALLS, TOKENS, DOLLARS)
+RECORDED = Family(name="sekha_recorder_recorded_total", says="Requests that were recorded.")
+SAMPLED_OUT = Family(name="sekha_recorder_sampled_out_total", says="Requests that did not have to be recorded.")
+DROPPED = Family(name="sekha_recorder_dropped_total", says="Requests that should have been recorded, and are lost.")
+
+_COUNTED = (REQUESTS, CALLS, TOKENS, DOLLARS, RECORDED, SAMPLED_OUT, DROPPED)
 _TIMED = (REQUEST_SECONDS, CALL_SECONDS, FIRST_TOKEN, LAG)
+
+
+class Recorded(Protocol):
+    """What a recorder has counted since it began."""
+
+    @property
+    def recorded(self) -> int: ...
+    @property
+    def sampled_out(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+
+
+class Recording(Protocol):
+    @property
+    def stats(self) -> Recorded: ...
 
 
 class Counter:
@@ -163,6 +183,8 @@ class Metrics:
         self._dollars = self._totals.counters[DOLLARS.name]
         self._lag = self._totals.histograms[LAG.name][()] = Histogram(_LAG_SECONDS)
         self.started_at = time.time()
+        self._recorder: Recording | None = None
+        self._recorder_said: dict[str, int] = {}
         self._folder = folder
         self._file: Path | None = None
         self._failing = False
@@ -207,6 +229,12 @@ class Metrics:
             counter = self._dollars[provider, model] = Counter()
         counter.value += float(dollars)
 
+    def follow(self, recorder: Recording) -> None:
+        """Count what this recorder counts, in place of the one before."""
+        if recorder is not self._recorder:
+            self._ask_recorder()
+            self._recorder, self._recorder_said = recorder, {}
+
     # --- what is told ---
 
     def start(self) -> None:
@@ -245,6 +273,7 @@ class Metrics:
 
     def write(self, *, alive: bool = True) -> None:
         """Tell the other workers what was counted until now."""
+        self._ask_recorder()
         if self._file is None:
             return
         said = self._totals.written() | {
@@ -261,6 +290,15 @@ class Metrics:
             if not self._failing:
                 log.warning("what this worker counts is hidden from the others: %s", error)
             self._failing = True
+
+    def _ask_recorder(self) -> None:
+        if self._recorder is None:
+            return
+        stats = self._recorder.stats
+        for family, value in ((RECORDED, stats.recorded), (SAMPLED_OUT, stats.sampled_out), (DROPPED, stats.dropped)):
+            counter = self._totals.counters[family.name].setdefault((), Counter())
+            counter.value += value - self._recorder_said.get(family.name, 0)
+            self._recorder_said[family.name] = value
 
     def _others(self) -> Iterator[dict[str, Any]]:
         if self._folder is None:

@@ -6,13 +6,13 @@ import time
 from typing import TYPE_CHECKING
 
 from sekha.chat import ChatSteps, StreamSteps
-from sekha.embedding import EmbedSteps
+from sekha.embedding import EmbedSteps, RawEmbedded
+from sekha.gateway.health import Health
 from sekha.gateway.metrics import Metrics
 from sekha.keys import Key, Keyring
 from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.search import SearchSteps
-from sekha.steps.calls import RawEmbedded
 from sekha.trace import noted
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class Serving:
     ) -> None:
         self.resources = resources
         self.recorder = recorder
+        if recorder is not None:
+            metrics.follow(recorder)
+        self.circuits = resources.circuits
+        self.health = Health(resources)
         self.circuits = resources.circuits
         self.runtime = Runtime(resources)
         self.metrics = metrics
@@ -85,6 +89,7 @@ class Serving:
         self.search: SearchSteps = noted(self.runtime.search_steps, time.perf_counter)
 
     async def aclose(self) -> None:
+        await self.health.aclose()
         await self.runtime.aclose()
         if self.recorder is not None:
             await self.recorder.aclose()

@@ -117,7 +117,13 @@ class Keeping:
         """Phrase the question for the model under which the collection is read."""
         space = self._open.registry.space(request.collection)
         await self._same_space(space, must_exist=True)
-        return EmbedRequest(texts=(request.query,), model=space.asked_as, max_cost=request.max_cost, tags=request.tags)
+        return EmbedRequest(
+            texts=(request.query,),
+            model=space.asked_as,
+            max_cost=request.max_cost,
+            tags=request.tags,
+            key=request.key,
+        )
 
     async def search_space(self, request: SearchRequest, embedded: Embedded) -> Found:
         """Look up the nearest neighbours of the question in its space."""
@@ -135,6 +141,7 @@ class Keeping:
             usage=embedded.usage,
             estimated_cost=embedded.estimated_cost,
             cost=embedded.cost,
+            attempts=embedded.attempts,
         )
 
     async def _same_space(self, space: Space, *, must_exist: bool = False) -> None:
