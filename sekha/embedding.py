@@ -15,7 +15,7 @@ from sekha.routing import Ask, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
 from sekha.vectors.base import Vector
 
-__all__ = ["EmbedRequest", "EmbedSteps", "Embedded", "embed"]
+__all__ = ["EmbedRequest", "EmbedSteps", "Embedded", "RawEmbedded", "embed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,22 @@ class Embedded:
     @property
     def dimension(self) -> int:
         return int(self.vectors.shape[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawEmbedded:
+    """Vectors in OpenAI's JSON, who made them, and what they cost."""
+
+    raw: bytes = field(repr=False)
+    dimension: int
+    provider_id: str
+    model_id: str
+    usage: Usage
+    estimated_cost: Decimal
+    cost: Decimal
+    attempts: tuple[Attempt, ...]
+    reason: str
+    charged_to: Scope
 
 
 class Charged(Protocol):

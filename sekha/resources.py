@@ -87,9 +87,11 @@ class Resources:
             self._providers[provider_id] = self._open_provider(self.registry.providers[provider_id])
         return self._providers[provider_id]
 
-    def conditions(self, estimates: Estimates) -> Conditions:  # noqa: ARG002 - nothing is shut or slow yet
+    def conditions(self, estimates: Estimates) -> Conditions:  # noqa: ARG002 - nobody is slowed down yet
         """What is shut or slow just now for a request of this size."""
-        return Conditions()
+        if self.circuits is None:
+            return Conditions()
+        return Conditions(open_circuits=self.circuits.open_now, draw=self.clock.random())
 
     def patience_seconds(self, chosen: Plan) -> float:
         """How long one request may take, all attempts together."""

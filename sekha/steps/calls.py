@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from decimal import Decimal
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import orjson
 
-from sekha.calling import Answered, Attempt, call_in_turn
+from sekha.calling import Answered, call_in_turn
 from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Piped, Reply
-from sekha.embedding import Embedded, EmbedRequest
+from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError
 from sekha.ingest import Batch, BatchEmbedded
-from sekha.ledger import Hold, Scope, Spend
+from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage, cost
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
 from sekha.providers.chunks import ChunkStream
@@ -29,7 +29,7 @@ from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.money import spend_of
 from sekha.vectors.base import Vector
 
-__all__ = ["Calls", "RawEmbedded"]
+__all__ = ["Calls"]
 
 T = TypeVar("T")
 
@@ -39,22 +39,6 @@ CALLS_AT_ONCE = 4
 
 
 _OPENAI_COMPATIBLE: frozenset[ProviderKind] = frozenset({"openai", "openrouter"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RawEmbedded:
-    """Vectors in OpenAI's JSON, who made them, and what they cost."""
-
-    raw: bytes = field(repr=False)
-    dimension: int
-    provider_id: str
-    model_id: str
-    usage: Usage
-    estimated_cost: Decimal
-    cost: Decimal
-    attempts: tuple[Attempt, ...]
-    reason: str
-    charged_to: Scope
 
 
 class Calls:
@@ -239,8 +223,8 @@ class Calls:
         wanted = request.options.get("dimensions")
         if wanted not in (None, embedded.dimension):
             raise InvalidRequest(
-                f"`dimensions` is {wanted!r}, and {embedded.model_id!r} makes vectors of {embedded.dimension} only. Leave "
-                "it out, or ask a provider that shortens them.",
+                f"`dimensions` is {wanted!r}, and {embedded.model_id!r} makes vectors of {embedded.dimension} only. "
+                "Leave it out, or ask a provider that shortens them.",
                 field="dimensions",
             )
         packed = request.options.get("encoding_format") == "base64"

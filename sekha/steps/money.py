@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 from sekha.asks import Ask, Estimates, Size
 from sekha.chat import ChatRequest, Reply
-from sekha.embedding import Embedded, EmbedRequest
+from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import LedgerError
 from sekha.ledger import Budget, Hold, Spend, remaining
 from sekha.lineup import LineUp, line_up
@@ -75,7 +75,7 @@ class Money:
         ledger = await self._open.ledger()
         return await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=lasts)
 
-    async def settle_cost(self, hold: Hold, outcome: Reply | Embedded | None) -> None:
+    async def settle_cost(self, hold: Hold, outcome: Reply | Embedded | RawEmbedded | None) -> None:
         """Record what the call cost, and free what is left of the hold."""
         ledger = await self._open.ledger()
         if isinstance(outcome, Reply):
@@ -163,7 +163,7 @@ class UsualReplies:
         return found
 
 
-def spend_of(outcome: Reply | Embedded, *, identity: str, at: datetime) -> Spend:
+def spend_of(outcome: Reply | Embedded | RawEmbedded, *, identity: str, at: datetime) -> Spend:
     """What a call cost, as the ledger records it; once, however often under the same identity."""
     return Spend(
         id=identity,
