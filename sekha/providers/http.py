@@ -191,15 +191,15 @@ class Response:
         "_connection",
         "_left",
         "_loop",
-        "_parts",
-        "_size",
         "_wait_for",
         "_waiter",
         "complete",
         "error",
         "expires_at",
         "headed",
+        "parts",
         "raw_headers",
+        "size",
         "started",
         "status",
         "unpack",
@@ -221,8 +221,8 @@ class Response:
         self._left = False
         self._loop = loop
         self.raw_headers: list[tuple[bytes, bytes]] = []
-        self._parts: list[bytes] = []
-        self._size = 0
+        self.parts: list[bytes] = []
+        self.size = 0
         self._wait_for = wait_for
         self._waiter: asyncio.Future[None] | None = None
 
@@ -234,7 +234,7 @@ class Response:
     @property
     def content(self) -> bytes:
         """What has come of the body and was not taken as a block."""
-        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
     async def body(self) -> bytes:
         """The rest of the body, whole."""
@@ -246,12 +246,12 @@ class Response:
 
     async def block(self) -> bytes:
         """The next bytes, as many as have come; none when the body has ended."""
-        while not self._parts:
+        while not self.parts:
             if self.complete:
                 return b""
             await self.wait()
-        parts, self._parts = self._parts, []
-        self._size = 0
+        parts, self.parts = self.parts, []
+        self.size = 0
         if self._connection.paused:
             self._connection.resume()
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -263,7 +263,7 @@ class Response:
     def leave(self, seconds: float) -> None:
         """Take the rest unread, so that the connection can be used again; what is not there by then is cut off."""
         self._left = True
-        self._parts.clear()
+        self.parts.clear()
         self.expires_at = self._loop.time() + seconds
 
     async def wait(self) -> None:
@@ -283,20 +283,12 @@ class Response:
     # What its connection tells it.
 
     @property
-    def size(self) -> int:
-        return self._size
-
-    @property
     def is_whole(self) -> bool:
         return self._wait_for == _Wait.WHOLE
 
     @property
     def is_awaited(self) -> bool:
         return self._waiter is not None or self._left
-
-    def add(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._size += len(data)
 
     def restart(self) -> None:
         """Forget an interim answer, such as 100 Continue; the real one follows."""
@@ -485,7 +477,8 @@ class _Connection(asyncio.Protocol):
             data = response.unpack.decompress(data, self._limits.body_bytes)
             if response.unpack.unconsumed_tail:
                 raise BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes when unpacked")
-        response.add(data)
+        response.parts.append(data)
+        response.size += len(data)
 
     def on_message_complete(self) -> None:
         response = self._response

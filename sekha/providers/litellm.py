@@ -1,4 +1,4 @@
-"""Every provider that LiteLLM can speak to; the one file that imports it.
+"""Every provider that speaks another protocol than OpenAI's, through LiteLLM; the one file that imports it.
 
 LiteLLM translates, and nothing else: it makes one attempt, keeps no history, reads no `.env`, and
 what it makes up (usage it counted itself, a `stop` for a stream that broke off) is taken out again.
@@ -15,30 +15,22 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, ProviderError, ProviderRejected, StreamBroken
 from sekha.pricing import Usage
+from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
-from sekha.providers.failures import failure_of, wordless
+from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
 
-__all__ = ["LiteLLMProvider", "base_url_of", "litellm_module"]
+__all__ = ["LiteLLMProvider", "litellm_module"]
 
 _CHAT_PREFIX: Mapping[ProviderKind, str] = {
     "ollama": "ollama_chat/",
-    "openai": "openai/",
     "anthropic": "anthropic/",
-    "openrouter": "openrouter/",
-}
-_DEFAULT_URLS: Mapping[ProviderKind, str] = {
-    "ollama": "http://localhost:11434",
-    "openai": "https://api.openai.com/v1",
-    "anthropic": "https://api.anthropic.com",
-    "openrouter": "https://openrouter.ai/api/v1",
 }
 # A caller's field is handed on only by name: LiteLLM takes its own orders (`api_base`, `fallbacks`,
 # `mock_response`) as fields of the same call.
@@ -104,7 +96,7 @@ class LiteLLMProvider:
         _using_litellm.add(self)
 
     async def complete(self, call: ChatCall) -> Completion:
-        texts = _texts(call.messages)
+        texts = texts_of(call.messages)
         arguments = self._chat(call)
         reported: list[Mapping[str, Any]] = []
         if self._spec.kind == "ollama":
@@ -126,7 +118,7 @@ class LiteLLMProvider:
         return Completion(body=body | ({"usage": _openai_usage(usage)} if usage else {}), usage=usage)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
-        texts = _texts(call.messages)
+        texts = texts_of(call.messages)
         arguments = self._chat(call) | {"stream": True, "stream_options": {"include_usage": True}}
         pieces: Any = None
         started = False
@@ -200,11 +192,9 @@ class LiteLLMProvider:
         named = _FIELDS | _OLLAMA_FIELDS if kind == "ollama" else _FIELDS
         others = {name: value for name, value in options.items() if name not in named}
         known = {name: value for name, value in options.items() if name in named}
-        if others and kind not in ("openai", "openrouter"):
+        if others:
             fields = ", ".join(repr(name) for name in sorted(others))
             raise self._rejected(call.model, f"no field {fields} is known here")
-        if others:
-            known["extra_body"] = others
         self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
         messages = deepcopy([dict(message) for message in call.messages])
@@ -258,26 +248,6 @@ class LiteLLMProvider:
         if not started:
             return self._bad(model, "the stream ended before anything was said")
         return StreamBroken("it ended without saying so", provider_id=self._spec.id, model_id=model.id)
-
-
-def base_url_of(kind: ProviderKind, declared: str | None) -> str | None:
-    """The address LiteLLM wants, from what people write: with or without `/v1`, a slash, an endpoint."""
-    if declared is None:
-        return _DEFAULT_URLS.get(kind)
-    url = declared.rstrip("/")
-    for endpoint in ("/chat/completions", "/embeddings", "/messages", "/api/chat", "/api/embed", "/api/generate"):
-        url = url.removesuffix(endpoint)
-    match kind:
-        case "ollama":
-            return url.removesuffix("/v1").removesuffix("/api")
-        case "anthropic":
-            return url.removesuffix("/v1")
-        case "openai":
-            return url if urlsplit(url).path else f"{url}/v1"
-        case "openrouter":
-            return url if url.endswith("/v1") else f"{url.removesuffix('/api')}/api/v1"
-        case _:
-            return url
 
 
 CLOSE_SECONDS = 2.0
@@ -335,15 +305,6 @@ def _opened(model_name: str) -> Any:
             {"litellm_provider": "ollama", "mode": "chat", "input_cost_per_token": 0.0, "output_cost_per_token": 0.0},
         )
     return litellm
-
-
-def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    texts: list[str] = []
-    for message in messages:
-        content = message.get("content")
-        parts = [{"text": content}] if isinstance(content, str) else content or ()
-        texts += [str(part["text"]) for part in parts if isinstance(part, Mapping) and part.get("text")]
-    return texts
 
 
 def _image_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -49,6 +49,10 @@ _KEPT_BYTES = 4 * 1024 * 1024
 _TAIL_SECONDS = 1.0
 _EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What an event holds that means something here. No usage of a chat is without the third.
+_WORDS = (DONE, b'"error"', b"completion_tokens")
+_EMBEDDING = b'"embedding":'
+_COMMA = ord(",")
 _NOT_JSON = "it is not the JSON of its API"
 _NOT_VECTORS = "its vectors are not lists of numbers of one length"
 _NOTHING_SAID = "the stream ended before anything was said"
@@ -66,14 +70,16 @@ class RelayProvider:
 
     async def complete(self, call: ChatCall) -> Completion:
         failed = self._failing(call.model, partial(texts_of, call.messages))
-        response, body = await self._answer(_CHAT, self._chat_body(call, failed), call.timeout_seconds, failed)
+        response = await self._answer(_CHAT, self._chat_body(call, failed), call.timeout_seconds, failed)
+        raw = response.content
+        body = _parsed(response, raw, failed)
         choices = body.get("choices")
         if not isinstance(choices, list) or not choices:
             raise failed.bad("it has no choices")
         for choice in choices:
             if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
                 raise failed.bad("a choice has no message")
-        return Completion(body=body, usage=_usage(body.get("usage")), raw=response.content)
+        return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         events = await self._open(call, hands_on_usage=True)
@@ -94,7 +100,8 @@ class RelayProvider:
         failed = self._failing(model, lambda: texts)
         # A quarter of the bytes of numbers written out, and far less work to read.
         sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
-        _, body = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        response = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        body = _parsed(response, response.content, failed)
         items = _items(body, len(texts), failed)
         try:
             in_order = sorted(items, key=lambda item: int(item["index"]))
@@ -111,7 +118,8 @@ class RelayProvider:
     async def embed_raw(self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float) -> RawEmbeddings:
         """Embed what a caller of OpenAI's API asked for, and hand on the answer as it came.
 
-        Checked are the number of vectors and their lengths, against `dimensions` where it asks for some.
+        The vectors are counted and measured, against `dimensions` where it asks for some; their numbers
+        are not read.
         """
         given = body.get("input")
         # Tokens are one text when they are a list of numbers, and many when they are a list of such lists.
@@ -119,18 +127,21 @@ class RelayProvider:
         inputs: Sequence[Any] = given if listed and given is not None else [given]
         failed = self._failing(model, lambda: [text for text in inputs if isinstance(text, str)])
         sent = self._json({**body, "model": model.id}, failed)
-        response, answer = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        response = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        raw = response.content
+        without, written_out = _without_vectors(raw)
+        answer = _parsed(response, without, failed)
         items = _items(answer, len(inputs), failed)
         try:
-            dimension, *others = {_length(item["embedding"]) for item in items}
+            packed = [_packed_length(item["embedding"]) for item in items if item["embedding"] != []]
         except (LookupError, TypeError, ValueError) as error:
             raise failed.bad(_NOT_VECTORS) from wordless(error)
-        if others:
+        lengths = packed + written_out
+        if len(lengths) != len(items) or len(set(lengths)) != 1 or not lengths[0]:
             raise failed.bad(_NOT_VECTORS)
+        dimension = lengths[0]
         failed.unless_as_long(dimension, body.get("dimensions") or model.dimension)
-        return RawEmbeddings(
-            raw=response.content, usage=_usage(answer.get("usage")), count=len(items), dimension=dimension
-        )
+        return RawEmbeddings(raw=raw, usage=_usage(answer.get("usage")), count=len(items), dimension=dimension)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -158,9 +169,7 @@ class RelayProvider:
         except orjson.JSONEncodeError as error:
             raise failed.rejected("a field of it cannot be written as JSON") from wordless(error)
 
-    async def _answer(
-        self, path: str, body: bytes, timeout_seconds: float, failed: _Failing
-    ) -> tuple[Response, dict[str, Any]]:
+    async def _answer(self, path: str, body: bytes, timeout_seconds: float, failed: _Failing) -> Response:
         target = self._targets.get(path) or self._target(path, failed)
         try:
             response = await self._http.post(target, body, timeout_seconds=timeout_seconds)
@@ -168,7 +177,7 @@ class RelayProvider:
             raise failed.unanswered(error) from wordless(error)
         if response.status != 200:
             raise failed.refused(response, response.content)
-        return response, _parsed(response, response.content, failed)
+        return response
 
     async def _open(self, call: ChatCall, *, hands_on_usage: bool) -> RelayStream:
         failed = self._failing(call.model, partial(texts_of, call.messages))
@@ -283,8 +292,9 @@ class RelayStream:
 
     def _sought(self, block: bytes) -> bytes:
         """What of a block is handed on. It is taken apart only where it holds one of the words."""
-        if b"[DONE]" in block or b'"error"' in block or block.count(b'"usage"') != block.count(b'"usage":null'):
-            block = self._sifted(block)
+        if found := [at for word in _WORDS if (at := block.find(word)) >= 0]:
+            untouched = block.rfind(b"\n\n", 0, min(found)) + 2
+            block = self._sifted(block, untouched if untouched > 1 else 0)
         if self._kept_bytes <= _KEPT_BYTES:
             self._kept.append(block)
             self._kept_bytes += len(block)
@@ -295,15 +305,14 @@ class RelayStream:
             self._kept.clear()
         return block
 
-    def _sifted(self, block: bytes) -> bytes:
-        kept: list[bytes] = []
-        for event in block.split(b"\n\n"):
+    def _sifted(self, block: bytes, untouched: int) -> bytes:
+        kept = [block[:untouched]]
+        for event in block[untouched:].split(b"\n\n"):
             payload = next(payloads(event), b"")
             if payload == DONE:
                 self._done = True
                 break
-            body = json_object(payload) if b'"error"' in payload or b'"usage"' in payload else None
-            if body is not None:
+            if (body := json_object(payload)) is not None:
                 if error := body.get("error"):
                     self._failure = self._failed.broken_off(error)
                     break
@@ -450,15 +459,36 @@ def _vector(embedding: object) -> Vector:
     return np.array(embedding, dtype=np.float32)
 
 
-def _length(embedding: object) -> int:
-    if isinstance(embedding, str):
-        length, left = divmod(len(embedding) * 3 // 4 - embedding.count("=", -2), 4)
-        if left:
-            raise ValueError("no whole number of 32-bit floats")
-        return length
-    if isinstance(embedding, list):
-        return len(embedding)
-    raise TypeError("neither base64 nor a list")
+def _without_vectors(raw: bytes) -> tuple[bytes, list[int]]:
+    """The body with every vector that is written out as numbers emptied, and how many numbers each had.
+
+    Reading them all would cost more than everything else that is done for a request.
+    """
+    parts: list[bytes] = []
+    lengths: list[int] = []
+    start = at = 0
+    while (at := raw.find(_EMBEDDING, at)) >= 0:
+        at += len(_EMBEDDING)
+        if not raw[at : at + 8].lstrip().startswith(b"["):
+            continue
+        opens = raw.index(b"[", at) + 1
+        closes = raw.find(b"]", opens)
+        if closes < 0:
+            break
+        numbers = np.frombuffer(raw, np.uint8, closes - opens, opens)
+        lengths.append(int(np.count_nonzero(numbers == _COMMA)) + 1 if raw[opens:closes].strip() else 0)
+        parts.append(raw[start:opens])
+        start = at = closes
+    return b"".join([*parts, raw[start:]]), lengths
+
+
+def _packed_length(embedding: object) -> int:
+    if not isinstance(embedding, str):
+        raise TypeError("neither base64 nor a list of numbers")
+    length, left = divmod(len(embedding) * 3 // 4 - embedding.count("=", -2), 4)
+    if left:
+        raise ValueError("no whole number of 32-bit floats")
+    return length
 
 
 def _plain(value: object) -> object:
