@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import bounds
@@ -100,8 +100,8 @@ def start(bench: Bench, gateway: Gateway, figures: Figures, starts: int, stack: 
                 figures.note(bounds.START, running.seconds_to_first_answer)
     last = Running(gateway, bench.address, bench.folder / f"{gateway.name}-last", core=bench.core)
     running = stack.enter_context(last)
-    if running.target.headers and (status := ask(Target(running.target.port, {}), "/chat/completions", CHAT)[0]) != 401:
-        raise Failed(f"{gateway.name} answers {status} to a caller without a key, so it is not measured with keys")
+    if gateway.name == "ours" and ask(Target(running.target.port, {}), "/chat/completions", CHAT)[0] != 401:
+        raise Failed("ours answers a caller without a key: it is not measured as it was meant to be")
     figures.note(bounds.START, running.seconds_to_first_answer)
     time.sleep(SETTLING_SECONDS)
     idle = processes.memory(running.serving)
@@ -128,16 +128,17 @@ def imports(bench: Bench, gateway: Gateway) -> list[str]:
 def measure(bench: Bench, running: Running, figures: Figures, direct: Figures, *, with_embeddings: bool) -> None:
     """One round with one gateway."""
     target = running.target
-    straight, through = bench.chats(bench.upstream, 1), bench.chats(target, 1)
+    longer = replace(bench, seconds=bench.seconds * running.gateway.longer)
+    straight, through = bench.chats(bench.upstream, 1), longer.chats(target, 1)
     figures.note(bounds.ADDED_P50, through.p50 - straight.p50)
     figures.note(bounds.ADDED_P99, through.p99 - straight.p99)
-    straight, through = bench.streams(bench.upstream, 1), bench.streams(target, 1)
+    straight, through = bench.streams(bench.upstream, 1), longer.streams(target, 1)
     figures.note(bounds.ADDED_FIRST, through.first_p50 - straight.first_p50)
 
     before = processes.cpu_seconds(running.pids)
-    chats = bench.chats(target, AT_ONCE)
+    chats = longer.chats(target, AT_ONCE)
     between = processes.cpu_seconds(running.pids)
-    streams = bench.streams(target, AT_ONCE)
+    streams = longer.streams(target, AT_ONCE)
     after = processes.cpu_seconds(running.pids)
     figures.note(bounds.CHATS, chats.per_second)
     figures.note("chats: p50, ms", chats.p50)
@@ -146,7 +147,7 @@ def measure(bench: Bench, running: Running, figures: Figures, direct: Figures, *
     figures.note(bounds.CHUNKS, streams.per_second * len(WORDS))
     figures.note("chunks: CPU µs each", (after - between) / (streams.answers * len(WORDS)) * 1e6)
     if with_embeddings:
-        figures.note(bounds.EMBEDDINGS, bench.embeddings(target).per_second)
+        figures.note(bounds.EMBEDDINGS, longer.embeddings(target).per_second)
 
     straight = bench.chats(bench.upstream, AT_ONCE)
     direct.note(bounds.CHATS, straight.per_second)
@@ -247,7 +248,11 @@ def main() -> int:
         if options.profile:
             return profile(bench, options.profile.resolve())
         wanted = [GATEWAYS[name] for name in options.only.split(",")]
-        figures = compare(bench, wanted, rounds=options.rounds or (2 if options.quick else 5), quick=options.quick)
+        try:
+            figures = compare(bench, wanted, rounds=options.rounds or (2 if options.quick else 5), quick=options.quick)
+        except Failed as error:
+            print(f"not measured: {error}", file=sys.stderr)
+            return 1
     say("")
 
     judged = judge(figures["ours"], figures) if "ours" in figures else []

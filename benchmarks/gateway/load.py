@@ -38,7 +38,6 @@ class Target:
 
     port: int
     headers: Mapping[str, str]
-    base: str = "/v1"
 
     def request(self, path: str, body: object) -> bytes:
         data = orjson.dumps(body)
@@ -49,7 +48,7 @@ class Target:
             **self.headers,
         }
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return f"POST {self.base}{path} HTTP/1.1\r\n{lines}\r\n".encode() + data
+        return f"POST /v1{path} HTTP/1.1\r\n{lines}\r\n".encode() + data
 
 
 @dataclass(frozen=True, slots=True)
