@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, cast
 
 import orjson
@@ -13,6 +13,7 @@ from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, UnknownModel
+from sekha.gateway.fields import dollars, flag, kind_of, object_in, text
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
 
@@ -22,7 +23,6 @@ __all__ = [
     "chat_reply",
     "embed_asked",
     "money",
-    "object_in",
     "sekha_note",
     "tags_of",
     "with_note",
@@ -52,18 +52,6 @@ class ChatAsked:
         return isinstance(options, Mapping) and options.get("include_usage") is True
 
 
-def object_in(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds."""
-    try:
-        given = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        # The parser's message quotes nothing of the body but where it breaks.
-        raise InvalidRequest(f"The body is no JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from None
-    if type(given) is not dict:
-        raise InvalidRequest(f"The body must be a JSON object, not {_kind(given)}.")
-    return given
-
-
 def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
     """Read `POST /v1/chat/completions`. Raises `InvalidRequest` with the field that is wrong."""
     given = object_in(body)
@@ -72,10 +60,10 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
         raise InvalidRequest(
             "`messages` is missing: send a list of messages."
             if messages is None
-            else f"`messages` must be a list, not {_kind(messages)}.",
+            else f"`messages` must be a list, not {kind_of(messages)}.",
             field="messages",
         )
-    keep = _flag(given, "store", default=True)
+    keep = flag(given, "store", default=True)
     metadata = given.get("metadata")
     options = {name: value for name, value in given.items() if name not in _OURS}
     if given.get("store") is True:
@@ -84,25 +72,25 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
         if metadata is not None:
             options["metadata"] = metadata
     if (replies := options.get("n")) is not None and type(replies) is not int:
-        raise InvalidRequest(f"`n` must be a whole number, not {_kind(replies)}.", field="n")
+        raise InvalidRequest(f"`n` must be a whole number, not {kind_of(replies)}.", field="n")
     request = ChatRequest(
         messages=tuple(messages),
-        model=_text(given, "model"),
+        model=text(given, "model"),
         task=_task(given),
-        preferred_model=_text(given, "preferred_model"),
-        require_vision=_flag(given, "require_vision", default=False),
-        max_cost=_dollars(given, "max_cost"),
+        preferred_model=text(given, "preferred_model"),
+        require_vision=flag(given, "require_vision", default=False),
+        max_cost=dollars(given, "max_cost"),
         options=options,
         tags=tags_of(metadata),
         key=key,
     )
-    return ChatAsked(request, _flag(given, "stream", default=False), keep)
+    return ChatAsked(request, flag(given, "stream", default=False), keep)
 
 
 def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
     """Read `POST /v1/embeddings`: the request, and whether it may be remembered."""
     given = object_in(body)
-    model = _text(given, "model")
+    model = text(given, "model")
     options = {name: value for name, value in given.items() if name not in _EMBEDDING_OURS}
     encoding = options.get("encoding_format")
     if encoding not in (None, "float", "base64"):
@@ -113,12 +101,12 @@ def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
     request = EmbedRequest(
         texts=_texts(given.get("input"), model),
         model=model,
-        max_cost=_dollars(given, "max_cost"),
+        max_cost=dollars(given, "max_cost"),
         tags=tags_of(given.get("metadata")),
         key=key,
         options=options,
     )
-    return request, _flag(given, "store", default=True)
+    return request, flag(given, "store", default=True)
 
 
 def chat_reply(reply: Reply, run_id: str) -> bytes:
@@ -188,54 +176,8 @@ def _texts(given: object, model: str | None) -> tuple[str, ...]:
     raise InvalidRequest("`input` must hold texts only, or tokens only.", field="input")
 
 
-def _text(given: Mapping[str, Any], name: str) -> str | None:
-    value = given.get(name)
-    if value is None or type(value) is str:
-        return value or None
-    raise InvalidRequest(f"`{name}` must be text, not {_kind(value)}.", field=name)
-
-
-def _flag(given: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    value = given.get(name)
-    if value is None:
-        return default
-    if type(value) is bool:
-        return value
-    raise InvalidRequest(f"`{name}` must be true or false, not {_kind(value)}.", field=name)
-
-
-def _dollars(given: Mapping[str, Any], name: str) -> Decimal | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if type(value) in (int, float, str):
-        try:
-            amount = Decimal(str(value))
-        except InvalidOperation:
-            amount = Decimal("NaN")
-        if amount.is_finite():
-            return amount
-    raise InvalidRequest(f"`{name}` must be dollars, such as 0.01, not {_kind(value)}.", field=name)
-
-
 def _task(given: Mapping[str, Any]) -> Task | None:
-    task = _text(given, "task")
+    task = text(given, "task")
     if task is None or task in TASKS:
         return task
     raise UnknownModel(task, TASKS, kind="task")
-
-
-def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "text"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
