@@ -11,13 +11,21 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Literal
-from uuid import UUID, uuid5
 
 import httpx
 from prefect.client.orchestration import get_client
 
 from sekha.errors import PrefectUnavailable, RecordError
-from sekha.recording.prefect_rows import StepRun, parameters_of, receipt, said_of, state_of, steps_of, tags_of
+from sekha.recording.prefect_rows import (
+    StepRun,
+    parameters_of,
+    receipt,
+    said_of,
+    state_id_of,
+    state_of,
+    steps_of,
+    tags_of,
+)
 from sekha.recording.run import Event, Run
 
 __all__ = ["ApiSink"]
@@ -107,7 +115,7 @@ def _task_run_event(step: StepRun, flow_run_id: str) -> dict[str, Any]:
     """What Prefect's client tells of a task run that ended. The server makes the task run of it."""
     kind, state_name = step.state
     return {
-        "id": str(uuid5(UUID(step.id), "state")),
+        "id": state_id_of(step),
         "occurred": _moment(step.ended_at),
         "event": f"prefect.task-run.{state_name}",
         "resource": {

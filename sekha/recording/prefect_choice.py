@@ -29,10 +29,10 @@ def open_sink() -> Sink | None:
     settings = get_current_settings()
     api_url = settings.api.url
     named = settings.server.database.connection_url
-    url = named.get_secret_value() if named is not None else None
-    if api_url is None:
+    url = named.get_secret_value() if named is not None else ""
+    if not api_url:
         return _database_sink(url, None) if url else None
-    if url is None and _is_here(api_url):
+    if not url and _is_here(api_url):
         url = f"sqlite:///{settings.home / 'prefect.db'}"
     api = ApiSink()
     try:

@@ -1,0 +1,303 @@
+"""What a real Prefect server says of recorded requests, whichever way they got there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import httpx
+import psycopg
+import pytest
+
+from sekha.calling import Attempt
+from sekha.config import RecordingSection
+from sekha.recording.recorder import Recorder
+from sekha.recording.run import Run
+from sekha.stack import LocalPrefect
+from sekha.trace import Step
+from tests.fixtures.prefect import Server
+
+pytestmark = pytest.mark.prefect
+
+Makes: TypeAlias = Callable[..., Run]
+Until: TypeAlias = Callable[..., Any]
+
+EVERYTHING = RecordingSection(max_per_second=1e9)
+ATTEMPTS = (
+    Attempt(provider_id="openai", model_id="gpt-5-mini", seconds=0.1, error="rate_limited", detail="429"),
+    Attempt(provider_id="anthropic", model_id="claude", seconds=0.2),
+)
+
+
+def seconds_of(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp()
+
+
+def edges_of(task_runs: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    names = {each["id"]: each["name"] for each in task_runs}
+    return {
+        (names[given["id"]], each["name"])
+        for each in task_runs
+        for inputs in each["task_inputs"].values()
+        for given in inputs
+    }
+
+
+async def check_exact(server: Server, run: Run) -> None:
+    """All that Prefect shows of an answered chat."""
+    shown = (await server.ask("GET", f"/flow_runs/{run.id}")).json()
+    task_runs = await server.steps(run.id, ended=5)
+    flow = (await server.ask("GET", f"/flows/{shown['flow_id']}")).json()
+    graph = (await server.ask("GET", f"/flow_runs/{run.id}/graph-v2")).json()
+
+    assert flow["name"] == "chat"
+    assert (shown["name"], shown["state"]["type"], shown["state"]["name"]) == (run.name, "COMPLETED", "Completed")
+    assert shown["state"]["message"] == "openai/gpt-5-mini answered. Cost $0.00031, estimated $0.00040."
+    assert seconds_of(shown["start_time"]) == pytest.approx(run.started_at, abs=2e-6)
+    assert seconds_of(shown["end_time"]) == pytest.approx(run.ended_at, abs=2e-6)
+    assert shown["total_run_time"] == pytest.approx(0.270001, abs=2e-6)
+    assert shown["parameters"] == run.parameters
+    assert set(shown["tags"]) == set(run.tags)
+
+    assert [each["name"] for each in task_runs] == [step.name for step in run.steps]
+    for each, step in zip(task_runs, run.steps, strict=True):
+        assert seconds_of(each["start_time"]) == pytest.approx(step.started + run.clock_offset, abs=2e-6)
+        assert seconds_of(each["end_time"]) == pytest.approx(step.ended + run.clock_offset, abs=2e-6)
+        assert each["total_run_time"] == pytest.approx(step.ended - step.started, abs=2e-6)
+        assert each["state"]["type"] == "COMPLETED"
+    assert edges_of(task_runs) == {
+        ("estimate_cost", "select_provider"),
+        ("select_provider", "reserve_budget"),
+        ("select_provider", "call_provider"),
+        ("reserve_budget", "call_provider"),
+        ("reserve_budget", "settle_cost"),
+        ("call_provider", "settle_cost"),
+    }
+    assert {node["label"] for _, node in graph["nodes"]} == {step.name for step in run.steps}
+    labels = {node["id"]: node["label"] for _, node in graph["nodes"]}
+    # Prefect names a parent once for each of the parent's own inputs (3.8.8, `query_components.py`): a set.
+    drawn = {(labels[parent["id"]], node["label"]) for _, node in graph["nodes"] for parent in node["parents"]}
+    assert drawn == edges_of(task_runs)
+
+
+async def test_a_chat_is_a_flow_run_with_exact_times_and_its_steps_drawn(
+    prefect: Server, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    run = make_run()
+    async with Recorder(EVERYTHING, tmp_path / "spool") as recorder:
+        recorder.record(run)
+        stats = await until(recorder, lambda stats: stats.published == 1)
+
+    assert stats.sink == "Prefect's SQLite database"
+    await check_exact(prefect, run)
+
+
+async def test_a_fallback_a_failure_and_a_refusal_say_what_happened(
+    prefect: Server, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    fell_back = make_run(outcome="fallback", attempts=ATTEMPTS, provider_id="anthropic", model_id="claude")
+    failed = make_run(
+        outcome="failed",
+        error="rate_limited",
+        message="Everyone is busy.",
+        attempts=ATTEMPTS[:1],
+        cost=None,
+        steps=(Step("call_provider", (), 100.0, 100.1, error="rate_limited"),),
+    )
+    refused = make_run(
+        outcome="refused", error="budget_exceeded", message="Budget 'day' is spent.", cost=None, attempts=(), steps=()
+    )
+    left = make_run(outcome="cancelled", steps=(Step("call_provider", (), 100.0, 100.1, error="CancelledError"),))
+    async with Recorder(EVERYTHING, tmp_path / "spool") as recorder:
+        for run in (fell_back, failed, refused, left):
+            recorder.record(run)
+        await until(recorder, lambda stats: stats.published == 4)
+
+    async def shown(run: Run) -> dict[str, Any]:
+        return dict((await prefect.ask("GET", f"/flow_runs/{run.id}")).json())
+
+    assert (await shown(fell_back))["state"]["message"].startswith(
+        "anthropic/claude answered after openai/gpt-5-mini (rate_limited). Cost $0.00031"
+    )
+    assert "fallback" in (await shown(fell_back))["tags"]
+    assert "| 1 | openai | gpt-5-mini | 0.10 | rate_limited |" in await prefect.receipt(fell_back.id)
+    assert (await shown(failed))["state"]["message"].startswith("rate_limited: Everyone is busy.")
+    assert (await shown(failed))["state_type"] == "FAILED"
+    [step] = await prefect.steps(failed.id, ended=1)
+    assert (step["state"]["type"], step["state"]["message"]) == ("FAILED", "rate_limited")
+    assert ((await shown(refused))["state_type"], (await shown(refused))["state_name"]) == ("FAILED", "Refused")
+    assert "refused" in (await shown(refused))["tags"]
+    assert (await shown(left))["state_type"] == "CANCELLED"
+    [step] = await prefect.steps(left.id, ended=1)
+    assert step["state"]["type"] == "CANCELLED"
+
+
+async def test_prompts_are_shown_only_when_they_are_given(
+    prefect: Server, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    without, content = make_run(), make_run(content={"messages": [{"role": "user", "content": "nul \0 and all"}]})
+    async with Recorder(EVERYTHING, tmp_path / "spool") as recorder:
+        recorder.record(without)
+        recorder.record(content)
+        await until(recorder, lambda stats: stats.published == 2)
+
+    shown = [(await prefect.ask("GET", f"/flow_runs/{run.id}")).json()["parameters"] for run in (without, content)]
+    assert shown[0] == without.parameters
+    assert shown[1]["messages"] == [{"role": "user", "content": "nul \ufffd and all"}]
+
+
+async def test_events_reach_prefect(prefect: Server, tmp_path: Path, until: Until) -> None:
+    resource = f"sekha.circuit.{uuid4()}"
+    async with Recorder(EVERYTHING, tmp_path / "spool") as recorder:
+        recorder.event("sekha.circuit.opened", resource, {"failures": 3})
+        await until(recorder, lambda stats: stats.sink and stats.queued_bytes == 0)
+
+    body = {"filter": {"resource": {"id": [resource]}}}
+    async with asyncio.timeout(30):
+        while True:
+            found = (await prefect.ask("POST", "/events/filter", body)).json()["events"]
+            if found:
+                break
+            await asyncio.sleep(0.2)
+    assert (found[0]["event"], found[0]["payload"]) == ("sekha.circuit.opened", {"failures": 3})
+
+
+def named(tables: Any) -> dict[str, str]:
+    """Settings that name this database, beside the session's server."""
+    name = "PREFECT_API_DATABASE_CONNECTION_URL"
+    return {name: tables.environment[name]}
+
+
+async def test_a_database_that_is_not_the_servers_is_left_alone(
+    prefect: Server, tables: Any, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    with closing(sqlite3.connect(tables.file)) as connection:
+        connection.execute("DELETE FROM flow")
+        connection.commit()
+    run = make_run(name=f"over the API {uuid4()}")
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=named(tables)) as recorder:
+        recorder.record(run)
+        stats = await until(recorder, lambda stats: stats.published == 1)
+
+    shown = (await prefect.ask("POST", "/flow_runs/filter", {"flow_runs": {"name": {"any_": [run.name]}}})).json()
+    task_runs = await prefect.steps(shown[0]["id"], ended=5)
+    assert stats.sink == "Prefect's API"
+    assert tables.run_ids() == []
+    assert (len(shown), shown[0]["state_type"], set(shown[0]["tags"])) == (1, "COMPLETED", set(run.tags))
+    assert shown[0]["parameters"]["run_id"] == run.id
+    assert [each["name"] for each in task_runs] == [step.name for step in run.steps]
+    assert len(edges_of(task_runs)) == 6
+    assert seconds_of(task_runs[3]["start_time"]) == pytest.approx(run.steps[3].started + run.clock_offset, abs=2e-6)
+    assert task_runs[3]["total_run_time"] == pytest.approx(0.254123, abs=2e-6)
+
+
+async def test_tables_of_another_prefect_are_left_alone(
+    prefect: Server, tables: Any, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    with closing(sqlite3.connect(tables.file)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+        connection.commit()
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=named(tables)) as recorder:
+        stats = await until(recorder, lambda stats: stats.sink)
+
+    assert stats.sink == "Prefect's API"
+
+
+async def test_what_is_recorded_while_prefect_is_down_is_there_when_it_is_up(
+    tables: Any, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    tables.file.rename(home / "prefect.db")
+    (home / "migrated").write_text(version("prefect"))
+    server = LocalPrefect(home, port=free_port())
+    environment = {**server.environment, "PREFECT_API_DATABASE_CONNECTION_URL": ""}
+    runs = [make_run() for _ in range(300)]
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=environment) as recorder:
+        for run in runs:
+            recorder.record(run)
+        down = await until(recorder, lambda stats: stats.waits_for)
+        async with server:
+            await until(recorder, lambda stats: stats.published == 300)
+            await check_exact(Server(server), runs[299])
+
+    assert down.published == 0
+    assert "does not answer" in down.waits_for
+    assert (recorder.stats.dropped, recorder.stats.queued_bytes) == (0, 0)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@asynccontextmanager
+async def on_postgres(url: str, home: Path) -> AsyncIterator[tuple[Server, dict[str, str]]]:
+    """A Prefect server on PostgreSQL, and the settings that lead to both."""
+    local = SimpleNamespace(home=home, api_url=f"http://127.0.0.1:{free_port()}/api")
+    port = local.api_url.split(":")[2].partition("/")[0]
+    settings = {
+        **LocalPrefect(home).environment,
+        "PREFECT_API_URL": local.api_url,
+        "PREFECT_API_DATABASE_CONNECTION_URL": url,
+        "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    }
+    home.mkdir()  # noqa: ASYNC240
+    with (home / "server.log").open("wb") as output:
+        process = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port],
+            env={**os.environ, **settings},
+            cwd=home,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    server = Server(local)  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(80):
+            while not await answers(server):
+                assert process.poll() is None, (home / "server.log").read_text()
+                await asyncio.sleep(0.3)
+        yield server, settings
+    finally:
+        process.terminate()
+        await asyncio.to_thread(process.wait)
+
+
+async def answers(server: Server) -> bool:
+    try:
+        return (await server.ask("GET", "/ready")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def test_postgres_shows_the_same(
+    prefect: Server, postgres_server: str, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    name = f"prefect_{uuid4().hex}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    url = postgres_server.replace("/postgres?", f"/{name}?").replace("postgresql://", "postgresql+asyncpg://")
+    run = make_run()
+    fell_back = make_run(outcome="fallback", attempts=ATTEMPTS, content={"prompt": "nul \0 and all"})
+    async with on_postgres(url, tmp_path / "home") as (server, settings):
+        async with Recorder(EVERYTHING, tmp_path / "spool", environment=settings) as recorder:
+            recorder.record(run)
+            recorder.record(fell_back)
+            stats = await until(recorder, lambda stats: stats.published == 2)
+
+        assert stats.sink == "Prefect's PostgreSQL database"
+        await check_exact(server, run)
+        assert "rate_limited" in await server.receipt(fell_back.id)

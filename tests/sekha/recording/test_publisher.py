@@ -1,0 +1,133 @@
+"""What the publisher does with a sink that refuses, is away, or bears little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from sekha.errors import PrefectUnavailable, RecordError
+from sekha.recording.publisher import NOWHERE, Publisher, read_report
+from sekha.recording.run import Event, Run, encode, new_run_id
+from sekha.recording.spool import SpoolReader, SpoolWriter
+
+Makes: TypeAlias = Callable[..., Run]
+
+
+@dataclass
+class ListSink:
+    """Keeps what it is given. `away` counts how many calls fail before one succeeds."""
+
+    name: str = "a list"
+    runs_per_second: float | None = None
+    away: int = 0
+    poison: str = ""
+    runs: list[Run] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    closed: int = 0
+
+    def publish(self, runs: Sequence[Run]) -> None:
+        if self.away:
+            self.away -= 1
+            raise PrefectUnavailable("The list is away.")
+        if any(run.id == self.poison for run in runs):
+            raise RecordError("The list does not take this.")
+        self.runs += runs
+
+    def emit(self, events: Sequence[Event]) -> None:
+        self.events += events
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Waits:
+    """A wait that takes no time, and ends the publisher after so many."""
+
+    left: int = 10
+    seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, seconds: float) -> bool:
+        self.seconds.append(seconds)
+        self.left -= 1
+        return self.left <= 0
+
+
+def spooled(folder: Path, *what: Run | Event) -> None:
+    writer = SpoolWriter(folder)
+    writer.write([encode(each) for each in what])
+    writer.hand_over()
+
+
+def test_runs_and_events_are_published_and_their_segment_deleted(tmp_path: Path, make_run: Makes) -> None:
+    runs, event = [make_run() for _ in range(250)], Event(id=new_run_id(), occurred_at=1.0, name="n", resource="r")
+    spooled(tmp_path, *runs, event)
+    sink = ListSink()
+
+    Publisher(tmp_path, lambda: sink, wait=Waits()).run()
+
+    assert sink.runs == runs
+    assert sink.events == [event]
+    assert SpoolReader(tmp_path).ready() == []
+    assert read_report(tmp_path).published == 250
+    assert sink.closed == 1
+
+
+def test_nothing_is_lost_while_the_sink_is_away(tmp_path: Path, make_run: Makes) -> None:
+    runs = [make_run() for _ in range(30)]
+    spooled(tmp_path, *runs)
+    sink, waits = ListSink(away=5), Waits(left=20)
+
+    Publisher(tmp_path, lambda: sink, wait=waits).run()
+
+    assert sink.runs == runs
+    assert waits.seconds[:5] == [1.0, 2.0, 4.0, 8.0, 15.0]
+    assert read_report(tmp_path).waits_for == ""
+
+
+def test_one_run_that_is_never_taken_keeps_no_other_out(tmp_path: Path, make_run: Makes) -> None:
+    runs = [make_run() for _ in range(10)]
+    spooled(tmp_path, *runs)
+    sink = ListSink(poison=runs[4].id)
+
+    Publisher(tmp_path, lambda: sink, wait=Waits()).run()
+
+    assert sink.runs == runs[:4] + runs[5:]
+    assert (read_report(tmp_path).published, read_report(tmp_path).refused) == (9, 1)
+
+
+def test_a_sink_that_bears_little_is_given_one_run_at_a_time(tmp_path: Path, make_run: Makes) -> None:
+    spooled(tmp_path, *[make_run() for _ in range(8)])
+    waits = Waits(left=100)
+
+    Publisher(tmp_path, lambda: ListSink(runs_per_second=5.0), wait=waits).run()
+
+    assert sum(waits.seconds[:8]) > 1.5
+    assert max(waits.seconds[:8]) <= 0.2
+
+
+def test_a_publisher_that_is_to_end_leaves_what_is_over_for_the_next(tmp_path: Path, make_run: Makes) -> None:
+    runs = [make_run() for _ in range(40)]
+    spooled(tmp_path, *runs)
+    now = [0.0]
+
+    class Slow(ListSink):
+        def publish(self, runs: Sequence[Run]) -> None:
+            now[0] += 1.0
+            super().publish(runs)
+
+    first, second = Slow(runs_per_second=5.0), ListSink()
+    Publisher(tmp_path, lambda: first, wait=lambda _: True, clock=lambda: now[0]).run()
+
+    Publisher(tmp_path, lambda: second, wait=Waits()).run()
+
+    assert 1 <= len(first.runs) < 40
+    assert second.runs == runs
+
+
+def test_without_a_server_it_says_so(tmp_path: Path) -> None:
+    Publisher(tmp_path, lambda: None, wait=Waits(left=2)).run()
+
+    assert read_report(tmp_path).sink == NOWHERE
