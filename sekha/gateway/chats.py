@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import orjson
 
 from sekha.chat import Opened, Reply, answer, stream
@@ -58,6 +60,7 @@ class _Pipe:
         self._serving = serving
         self._asked = asked
         self._under_way = under_way
+        self._last = b""
 
     async def begin(self, opened: Opened) -> None:
         model = opened.candidate.model
@@ -76,14 +79,17 @@ class _Pipe:
         )
 
     async def write(self, piece: bytes) -> None:
-        await self._x.go_on(piece)
+        if self._asked.wants_usage:
+            piece, self._last = _without_usage_at_its_end(self._last + piece)
+        if piece:
+            await self._x.go_on(piece)
 
     async def end(self, reply: Reply) -> None:
         note = sekha_note(reply, self._under_way.run_id)
         if self._asked.wants_usage:
-            # Who asked for usage expects a last chunk without choices; others might stumble over one.
-            last: dict[str, object] = {"object": "chat.completion.chunk", "choices": [], "usage": None, "sekha": note}
-            said = b"data: " + orjson.dumps(last)
+            # Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
+            last = orjson.loads(self._last[5:]) if self._last else _usage_chunk(reply, self._under_way.run_id)
+            said = b"data: " + orjson.dumps(last | {"sekha": note})
         else:
             said = b": sekha " + orjson.dumps(note)
         await self._x.end(said + b"\n\ndata: [DONE]\n\n")
@@ -97,4 +103,35 @@ class _Pipe:
                 "model_id": error.model_id,
                 "run_id": self._under_way.run_id,
             }
-        await self._x.end(b"data: " + orjson.dumps(said) + b"\n\n")
+        await self._x.end(self._last + b"data: " + orjson.dumps(said) + b"\n\n")
+
+
+def _without_usage_at_its_end(block: bytes) -> tuple[bytes, bytes]:
+    """The events of a block, and the last of them apart if it carries usage: ours goes into the same chunk.
+
+    OpenAI's own clients take the usage of whichever chunk comes last, also when it has none.
+    """
+    before = block.rfind(b"\n\n", 0, -2)
+    start = before + 2 if before >= 0 else 0
+    last = block[start:]
+    if b'"usage"' in last and last.startswith(b"data:") and b'"usage":{' in last.replace(b" ", b""):
+        return block[:start], last
+    return block, b""
+
+
+def _usage_chunk(reply: Reply, run_id: str) -> dict[str, object]:
+    """A stream's last chunk, where the provider sent none."""
+    usage = reply.usage
+    return {
+        "id": f"chatcmpl-{run_id}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": reply.model_id,
+        "choices": [],
+        "usage": {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.input_tokens + usage.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        },
+    }
