@@ -300,7 +300,7 @@ class Response:
         return "content-length" not in headers and not headers.get("transfer-encoding", "").endswith("chunked")
 
     def fail(self, error: Exception) -> None:
-        if self.error is None and not self.complete:
+        if self.error is None:
             self.error = error
             self.wake()
 
@@ -397,16 +397,15 @@ class _Connection(asyncio.Protocol):
                 failure.__cause__ = error
                 self._end(failure)
                 return
-        if response.complete:
+        if response.is_whole and response.size > self._limits.body_bytes:
+            self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
+        elif response.complete:
             self._finish(response)
         elif not response.headed:
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.header_bytes:
                 self._end(BadResponse(f"its head is longer than {self._limits.header_bytes:,} bytes"))
-        elif response.is_whole:
-            if response.size > self._limits.body_bytes:
-                self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
-        else:
+        elif not response.is_whole:
             if response.size > self._limits.unread_bytes and not self.paused:
                 self.paused = True
                 self._transport.pause_reading()
@@ -474,7 +473,7 @@ class _Connection(asyncio.Protocol):
         response = self._response
         assert response is not None  # noqa: S101 - parsing begins with a request under way
         if response.unpack is not None:
-            data = response.unpack.decompress(data, self._limits.body_bytes)
+            data = response.unpack.decompress(data, max(self._limits.body_bytes - response.size, 1))
             if response.unpack.unconsumed_tail:
                 raise BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes when unpacked")
         response.parts.append(data)

@@ -1,0 +1,477 @@
+from __future__ import annotations
+
+import asyncio
+import datetime
+import gzip
+import ipaddress
+import ssl
+from contextlib import aclosing
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Target
+from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
+
+PATIENCE = 20.0
+IMPATIENCE = 0.2
+
+
+def target(upstream: Upstream, **headers: str) -> Target:
+    return Target.of(f"{upstream.url}/v1/thing", headers)
+
+
+async def hang(_: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+    await asyncio.Event().wait()
+
+
+def then_hang_up(answer: bytes) -> Answer:
+    async def answered(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    return answered
+
+
+async def answer_to(answer: Answer | None, limits: HttpLimits | None = None) -> bytes:
+    async with Upstream(answer) as upstream, aclosing(HttpClient(limits=limits)) as client:
+        response = await client.post(target(upstream), b"{}", timeout_seconds=PATIENCE)
+        assert response.status == 200
+        return response.content
+
+
+# --- what works ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        with_length(b"hello world"),
+        chunked(b"hello", b" ", b"world"),
+        then_hang_up(b"HTTP/1.1 200 OK\r\n\r\nhello world"),
+        b"HTTP/1.1 100 Continue\r\n\r\n" + with_length(b"hello world"),
+        with_length(gzip.compress(b"hello world"), "Content-Encoding: gzip"),
+        with_length(b"hello world", "Content-Encoding: identity"),
+    ],
+    ids=["length", "chunked", "until closed", "after an interim answer", "compressed unasked", "identity"],
+)
+async def test_a_body_is_read_however_it_is_delimited(answer: Answer) -> None:
+    assert await answer_to(answer) == b"hello world"
+
+
+@given(cuts=st.sets(st.integers(min_value=1, max_value=len(chunked(b"hello", b" world")) - 1)))
+def test_an_answer_is_the_same_whatever_pieces_it_comes_in(cuts: set[int]) -> None:
+    whole = chunked(b"hello", b" world")
+    edges = [0, *sorted(cuts), len(whole)]
+
+    async def in_pieces(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for start, end in pairwise(edges):
+            writer.write(whole[start:end])
+            await asyncio.sleep(0)
+
+    assert asyncio.run(answer_to(in_pieces)) == b"hello world"
+
+
+async def test_a_request_says_where_it_goes_what_it_is_and_how_long() -> None:
+    async with Upstream(with_length(b"")) as upstream, aclosing(HttpClient()) as client:
+        await client.post(target(upstream, authorization="Bearer key"), b'{"a":1}', timeout_seconds=PATIENCE)
+
+        head, _, body = upstream.requests[0].partition(b"\r\n\r\n")
+        host = upstream.url.removeprefix("http://")
+    first, *lines = head.decode().split("\r\n")
+    assert first == "POST /v1/thing HTTP/1.1"
+    assert set(lines) == {
+        f"host: {host}",
+        "authorization: Bearer key",
+        "accept-encoding: identity",
+        "content-length: 7",
+    }
+    assert body == b'{"a":1}'
+
+
+async def test_a_large_request_arrives_whole() -> None:
+    body = b"x" * 3_000_000
+
+    async with Upstream(with_length(b"")) as upstream, aclosing(HttpClient()) as client:
+        await client.post(target(upstream), body, timeout_seconds=PATIENCE)
+
+        assert upstream.requests[0].endswith(b"\r\n\r\n" + body)
+
+
+async def test_headers_are_found_by_their_lower_case_name() -> None:
+    async with (
+        Upstream(with_length(b"", "Retry-After: 7", status="429 Slow down")) as upstream,
+        aclosing(HttpClient()) as client,
+    ):
+        response = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+    assert (response.status, response.headers["retry-after"]) == (429, "7")
+
+
+async def test_one_connection_serves_one_request_after_another() -> None:
+    async with Upstream(with_length(b"one")) as upstream, aclosing(HttpClient()) as client:
+        for _ in range(5):
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert (len(upstream.requests), upstream.connections) == (5, 1)
+
+
+async def test_a_connection_the_server_will_close_is_not_used_again() -> None:
+    async with Upstream(with_length(b"one", "Connection: close")) as upstream, aclosing(HttpClient()) as client:
+        for _ in range(3):
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert upstream.connections == 3
+
+
+async def test_requests_wait_for_a_connection_where_there_are_no_more() -> None:
+    async with (
+        Upstream(with_length(b"one")) as upstream,
+        aclosing(HttpClient(limits=HttpLimits(connections=2))) as client,
+    ):
+        asked = [client.post(target(upstream), b"", timeout_seconds=PATIENCE) for _ in range(20)]
+        responses = await asyncio.gather(*asked)
+
+        assert [response.content for response in responses] == [b"one"] * 20
+        assert upstream.connections == 2
+
+
+async def test_a_body_is_read_as_it_comes() -> None:
+    more = asyncio.Event()
+
+    async def slowly(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(b"one", end=False))
+        await more.wait()
+        writer.write(b"3\r\ntwo\r\n0\r\n\r\n")
+
+    async with Upstream(slowly) as upstream, aclosing(HttpClient()) as client:
+        response = await client.open(target(upstream), b"", timeout_seconds=PATIENCE)
+        first = await response.block()
+        more.set()
+        rest = [await response.block(), await response.block()]
+
+    assert (first, rest) == (b"one", [b"two", b""])
+
+
+async def test_a_reader_that_lags_makes_the_server_wait() -> None:
+    stuck = asyncio.Event()
+    sent = 0
+
+    async def flood(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500000000\r\n\r\n")
+        while not stuck.is_set():
+            writer.write(b"x" * 100_000)
+            sent += 100_000
+            try:
+                async with asyncio.timeout(0.5):
+                    await writer.drain()
+            except TimeoutError:
+                stuck.set()
+        await hang(_, writer)
+
+    async with Upstream(flood) as upstream, aclosing(HttpClient()) as client:
+        response = await client.open(target(upstream), b"", timeout_seconds=PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            await stuck.wait()
+        received = 0
+        while received < sent // 2:
+            received += len(await response.block())
+        response.close()
+
+    assert sent < 100_000_000
+
+
+async def test_a_connection_left_at_the_end_of_a_stream_is_used_again() -> None:
+    last = asyncio.Event()
+
+    async def with_a_late_end(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(b"done", end=False))
+        await last.wait()
+        writer.write(b"0\r\n\r\n")
+
+    async with (
+        Upstream(with_a_late_end, with_length(b"next")) as upstream,
+        aclosing(HttpClient(limits=HttpLimits(connections=1))) as client,
+    ):
+        response = await client.open(target(upstream), b"", timeout_seconds=PATIENCE)
+        await response.block()
+        response.leave(PATIENCE)
+        last.set()
+        following = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert (following.content, upstream.connections) == (b"next", 1)
+
+
+async def test_a_connection_left_at_the_end_of_a_stream_that_goes_on_is_closed() -> None:
+    async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(b"done", end=False))
+        await _.read()
+        raise ConnectionResetError
+
+    async with Upstream(endless) as upstream, aclosing(HttpClient()) as client:
+        response = await client.open(target(upstream), b"", timeout_seconds=PATIENCE)
+        await response.block()
+        response.leave(IMPATIENCE)
+
+        async with asyncio.timeout(PATIENCE):
+            await upstream.closed.wait()
+
+
+def test_it_works_on_uvloop_too() -> None:
+    async def both_ways() -> tuple[bytes, bytes, int]:
+        async with Upstream(with_length(b"hello")) as upstream, aclosing(HttpClient()) as client:
+            whole = await client.post(target(upstream), b"x" * 200_000, timeout_seconds=PATIENCE)
+            opened = await client.open(target(upstream), b"", timeout_seconds=PATIENCE)
+            return whole.content, await opened.body(), upstream.connections
+
+    assert uvloop.run(both_ways()) == (b"hello", b"hello", 1)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_time_runs_out_on_every_loop(run: object) -> None:
+    async def late() -> None:
+        async with Upstream(hang) as upstream, aclosing(HttpClient()) as client:
+            with pytest.raises(TimeoutError):
+                await client.post(target(upstream), b"", timeout_seconds=IMPATIENCE)
+
+    run(late())  # type: ignore[operator]
+
+
+def test_a_client_can_be_used_under_one_loop_after_another() -> None:
+    client = HttpClient()
+
+    async def once() -> bytes:
+        async with Upstream(with_length(b"hello")) as upstream:
+            response = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+            await client.aclose()
+            return response.content
+
+    assert [asyncio.run(once()), asyncio.run(once())] == [b"hello", b"hello"]
+
+
+# --- what fails ----------------------------------------------------------------------------
+
+
+async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_once() -> None:
+    async with (
+        Upstream(with_length(b"one"), None, with_length(b"two")) as upstream,
+        aclosing(HttpClient()) as client,
+    ):
+        await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        response = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert response.content == b"two"
+        assert (len(upstream.requests), upstream.connections) == (3, 2)
+
+
+async def test_a_fresh_connection_that_is_dropped_is_not_tried_again() -> None:
+    async with Upstream(None) as upstream, aclosing(HttpClient()) as client:
+        with pytest.raises(ConnectionError):
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert len(upstream.requests) == 1
+
+
+async def test_an_answer_that_breaks_off_is_not_asked_for_again() -> None:
+    half = then_hang_up(with_length(b"hello")[:-2])
+
+    async with Upstream(with_length(b"one"), half) as upstream, aclosing(HttpClient()) as client:
+        await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        with pytest.raises(AnswerCut):
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert len(upstream.requests) == 2
+
+
+async def test_silence_in_the_middle_of_a_body_is_a_timeout() -> None:
+    async def stall(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(b"one", end=False))
+        await hang(_, writer)
+
+    async with Upstream(stall) as upstream, aclosing(HttpClient()) as client:
+        response = await client.open(target(upstream), b"", timeout_seconds=IMPATIENCE)
+        assert await response.block() == b"one"
+        with pytest.raises(TimeoutError):
+            await response.block()
+
+
+async def test_a_request_that_gets_no_connection_in_time_was_not_sent() -> None:
+    async with Upstream(hang) as upstream, aclosing(HttpClient(limits=HttpLimits(connections=1))) as client:
+        first = asyncio.create_task(client.post(target(upstream), b"", timeout_seconds=PATIENCE))
+        await upstream.arrived.wait()
+
+        with pytest.raises(NotSent):
+            await client.post(target(upstream), b"", timeout_seconds=IMPATIENCE)
+
+        assert len(upstream.requests) == 1
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_a_refused_connection_is_an_os_error_and_leaves_room_for_the_next() -> None:
+    async with Upstream(with_length(b"")) as upstream:
+        gone = target(upstream)
+
+    async with aclosing(HttpClient(limits=HttpLimits(connections=1))) as client:
+        for _ in range(3):
+            with pytest.raises(ConnectionRefusedError):
+                await client.post(gone, b"", timeout_seconds=PATIENCE)
+
+
+async def test_a_cancelled_request_closes_its_connection() -> None:
+    async def until_closed(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+        raise ConnectionResetError
+
+    async with Upstream(until_closed) as upstream, aclosing(HttpClient()) as client:
+        asked = asyncio.create_task(client.post(target(upstream), b"", timeout_seconds=PATIENCE))
+        await upstream.arrived.wait()
+
+        asked.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        async with asyncio.timeout(PATIENCE):
+            await upstream.closed.wait()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "it is not HTTP/1.1"),
+        (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "it is not HTTP/1.1"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 50_000, "its head is longer than 65,536 bytes"),
+        (with_length(b"x", "Content-Encoding: br"), "it is compressed, which we did not ask for"),
+        (with_length(b"x" * 10, "Content-Encoding: gzip"), "it is not HTTP/1.1"),
+        (with_length(b"x" * 5000), "it is longer than 4,000 bytes"),
+        (
+            with_length(gzip.compress(b"x" * 5000), "Content-Encoding: gzip"),
+            "it is longer than 4,000 bytes when unpacked",
+        ),
+    ],
+)
+async def test_an_answer_that_breaks_the_rules_is_refused(answer: bytes, says: str) -> None:
+    with pytest.raises(BadResponse, match=f"^{says}$"):
+        await answer_to(answer, HttpLimits(body_bytes=4000))
+
+
+async def test_an_answer_to_no_request_is_never_taken_for_the_next_ones() -> None:
+    async with (
+        Upstream(with_length(b"one") + with_length(b"smuggled"), with_length(b"two")) as upstream,
+        aclosing(HttpClient()) as client,
+    ):
+        first = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        second = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+    assert (first.content, second.content) == (b"one", b"two")
+
+
+async def test_the_beginning_of_an_answer_to_no_request_is_not_kept_either() -> None:
+    async with (
+        Upstream(with_length(b"one") + b"HTTP/1.1 200 OK\r\nX", with_length(b"two")) as upstream,
+        aclosing(HttpClient()) as client,
+    ):
+        first = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        second = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+    assert (first.content, second.content, upstream.connections) == (b"one", b"two", 2)
+
+
+async def test_a_connection_that_lies_idle_is_closed() -> None:
+    async with (
+        Upstream(with_length(b"one")) as upstream,
+        aclosing(HttpClient(limits=HttpLimits(idle_seconds=0.1))) as client,
+    ):
+        await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        async with asyncio.timeout(PATIENCE):
+            await upstream.closed.wait()
+
+
+async def test_closing_the_client_ends_what_is_under_way() -> None:
+    async with Upstream(hang) as upstream:
+        client = HttpClient()
+        asked = asyncio.create_task(client.post(target(upstream), b"", timeout_seconds=PATIENCE))
+        await upstream.arrived.wait()
+
+        await client.aclose()
+
+        with pytest.raises(ConnectionError):
+            await asked
+
+
+@pytest.mark.parametrize("value", ["a\r\nx-evil: 1", "a\nb", "caf\u00e9 \u2615", "\x00"])
+def test_a_header_that_would_end_early_is_refused_unquoted(value: str) -> None:
+    with pytest.raises(ValueError, match="the header 'authorization' holds a character") as caught:
+        Target.of("http://127.0.0.1/", {"authorization": value})
+
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["ftp://host/", "http:///path", "http://host:port/", "http://host/a b"])
+def test_an_address_that_http_cannot_carry_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"address|Port"):
+        Target.of(url, {})
+
+
+# --- TLS -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certified(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's and a client's side that trust each other."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path / "here.pem"
+    file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(file)
+    return server, ssl.create_default_context(cafile=file)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_tls_is_spoken(certified: tuple[ssl.SSLContext, ssl.SSLContext], run: object) -> None:
+    theirs, ours = certified
+
+    async def twice() -> tuple[bytes, int]:
+        async with Upstream(with_length(b"hello"), tls=theirs) as upstream, aclosing(HttpClient(tls=ours)) as client:
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+            response = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+            return response.content, upstream.connections
+
+    assert run(twice()) == (b"hello", 1)  # type: ignore[operator]
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_refused(
+    certified: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    async with Upstream(with_length(b"hello"), tls=certified[0]) as upstream, aclosing(HttpClient()) as client:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+        assert upstream.requests == []
