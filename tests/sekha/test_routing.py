@@ -1,25 +1,56 @@
 from __future__ import annotations
 
+import math
+import pickle
+import re
+from collections import Counter as Tally
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, UnknownModel
 from sekha.ledger import Budget
-from sekha.pricing import FREE, Estimate, Price
+from sekha.lineup import FORMS
+from sekha.pricing import FREE, Price
 from sekha.registry import TASKS, Model, ProviderSpec, Registry, Task
-from sekha.routing import Ask, Estimates, Plan, Rules, cap, considered, plan
+from sekha.routing import (
+    SHORTLIST,
+    Ask,
+    Conditions,
+    Count,
+    Counter,
+    Estimates,
+    Plan,
+    Rules,
+    Size,
+    cap,
+    considered,
+    explain,
+    plan,
+)
 
-PRICE = Price(input=Decimal(1))
+TOKENS = 100
+CHAT = Ask(kind="chat")
+RULES = Rules()
+ANYTIME = Conditions()
+NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
+
+
+def price(costs: str) -> Price:
+    """At which a request of `TOKENS` is expected to cost so much, and at the most twice as much."""
+    each = Decimal(costs) * 1_000_000 / TOKENS
+    return Price(input=each, cache_write=2 * each)
 
 
 def model(name: str, *tasks: Task, **fields: Any) -> Model:
     provider, _, model_id = name.partition("/")
-    return Model(id=model_id, provider_id=provider, tasks=tasks or ("chat_small",), **({"price": PRICE} | fields))
+    return Model(id=model_id, provider_id=provider, tasks=tasks or ("chat_small",), **({"price": price("1")} | fields))
 
 
 def registry(*models: Model, priority: dict[str, int] | None = None, **defaults: str) -> Registry:
@@ -38,32 +69,54 @@ def registry(*models: Model, priority: dict[str, int] | None = None, **defaults:
     )
 
 
-def estimates(models: Sequence[Model], left: dict[str, str] | None = None, **costs: str) -> Estimates:
-    """By provider id: what a call costs; a model whose provider is not named costs 1."""
+def costing(known: Registry, costs: dict[str, str]) -> Registry:
+    """The same registry, by provider id: what a call costs."""
+    return Registry(
+        providers={
+            name: replace(spec, models=tuple(replace(each, price=price(costs[name])) for each in spec.models))
+            if name in costs
+            else spec
+            for name, spec in known.providers.items()
+        },
+        default_models=known.default_models,
+    )
 
-    def of(each: Model) -> Estimate | None:
-        if each.price is None:
-            return None
-        amount = Decimal(costs.get(each.provider_id, "1"))
-        return Estimate(expected=amount, worst_case=2 * amount, input_tokens=100, output_tokens=0, context_tokens=100)
 
-    remaining = {name: Decimal(amount) for name, amount in (left or {}).items()}
-    return Estimates(by_model={each.name: of(each) for each in models}, remaining=remaining)
+def estimates(
+    ask: Ask,
+    models: Sequence[Model],
+    *,
+    rules: Rules = RULES,
+    budgets: Sequence[Budget] = (),
+    left: dict[str, str] | None = None,
+    at: datetime | None = None,
+) -> Estimates:
+    return Estimates(
+        Size(ask, writes_cache=True),
+        counters={each.id: Counter("words", exact=True) for each in models},
+        counts={"words": Count(TOKENS, longest=TOKENS)},
+        rules=rules,
+        budgets=tuple(budgets),
+        remaining={name: Decimal(amount) for name, amount in (left or {}).items()},
+        at=at,
+    )
 
 
-def route(ask: Ask, known: Registry, **given_: Any) -> Plan:
-    rules = given_.pop("rules", Rules())
-    budgets = given_.pop("budgets", ())
-    open_circuits = given_.pop("open_circuits", frozenset())
-    priced = estimates(considered(ask, known), **given_)
-    return plan(ask, known, priced, rules=rules, budgets=budgets, open_circuits=open_circuits)
+def route(ask: Ask, known: Registry, conditions: Conditions = ANYTIME, **given_: Any) -> Plan:
+    costs = {name: given_.pop(name) for name in list(given_) if name in known.providers}
+    known = costing(known, costs)
+    return plan(estimates(ask, known.models, **given_), known, conditions)
+
+
+def why_not(ask: Ask, known: Registry, conditions: Conditions = ANYTIME, **given_: Any) -> list[tuple[str, str]]:
+    costs = {name: given_.pop(name) for name in list(given_) if name in known.providers}
+    known = costing(known, costs)
+    explained = explain(estimates(ask, known.models, **given_), known, conditions)
+    return [(each.model.name, str(each.rule)) for each in explained.dropped]
 
 
 def order(made: Plan) -> list[str]:
     return [candidate.model.name for candidate in made.candidates]
-
-
-CHAT = Ask(kind="chat")
 
 
 # --- who is considered, and in which order -------------------------------------------------
@@ -168,10 +221,10 @@ def test_an_embedding_falls_back_to_the_same_model_only() -> None:
 
 
 def test_a_model_that_cannot_see_is_dropped_where_there_are_images() -> None:
-    made = route(Ask(kind="chat", vision=True), registry(model("a/blind"), model("b/eyes", vision=True)))
+    known = registry(model("a/blind"), model("b/eyes", vision=True))
 
-    assert order(made) == ["b/eyes"]
-    assert [(drop.model.name, drop.rule) for drop in made.dropped] == [("a/blind", "capability")]
+    assert order(route(Ask(kind="chat", vision=True), known)) == ["b/eyes"]
+    assert why_not(Ask(kind="chat", vision=True), known) == [("a/blind", "capability")]
 
 
 @pytest.mark.parametrize("name", ["e", "embedding"])
@@ -181,10 +234,10 @@ def test_an_embedding_model_is_never_chatted_with(name: str) -> None:
 
 
 def test_what_does_not_fit_the_context_window_is_dropped() -> None:
-    made = route(CHAT, registry(model("a/m", context_window=99), model("b/m", context_window=100)))
+    known = registry(model("a/m", context_window=TOKENS - 1), model("b/m", context_window=TOKENS))
 
-    assert order(made) == ["b/m"]
-    assert made.dropped[0].rule == "context"
+    assert order(route(CHAT, known)) == ["b/m"]
+    assert why_not(CHAT, known) == [("a/m", "context")]
 
 
 def test_an_unknown_price_is_dropped_and_said() -> None:
@@ -195,17 +248,88 @@ def test_an_unknown_price_is_dropped_and_said() -> None:
 def test_an_open_circuit_is_passed_by_and_may_be_tried_later() -> None:
     known = registry(model("a/m"), model("b/m"))
 
-    assert order(route(CHAT, known, open_circuits=frozenset({"a/m"}))) == ["b/m"]
+    assert order(route(CHAT, known, Conditions(open_circuits=frozenset({"a/m"})))) == ["b/m"]
     with pytest.raises(NoCandidate) as caught:
-        route(CHAT, known, open_circuits=frozenset({"a/m", "b/m"}))
+        route(CHAT, known, Conditions(open_circuits=frozenset({"a/m", "b/m"})))
     assert caught.value.retryable
 
 
-def test_without_fallback_one_is_asked() -> None:
-    made = route(CHAT, registry(model("a/m"), model("b/m")), rules=Rules(auto_fallback=False))
+def test_a_throttled_provider_is_passed_by_and_when_all_are_the_shortest_wait_is_said() -> None:
+    known = registry(model("a/m"), model("b/m"))
 
-    assert order(made) == ["a/m"]
-    assert [(drop.model.name, drop.rule) for drop in made.dropped] == [("b/m", "fallback")]
+    assert order(route(CHAT, known, Conditions(throttled={"a": 2.5}))) == ["b/m"]
+    with pytest.raises(NoCandidate, match="reached for the next 3 s") as caught:
+        route(CHAT, known, Conditions(throttled={"a": 2.5, "b": 7}))
+    assert caught.value.retryable
+    assert caught.value.retry_after_seconds == 2.5
+
+
+def test_a_request_that_no_rate_limit_ever_lets_pass_is_not_tried_again() -> None:
+    with pytest.raises(NoCandidate, match="never let as many tokens pass") as caught:
+        route(CHAT, registry(model("a/m")), Conditions(throttled={"a": math.inf}))
+
+    assert not caught.value.retryable
+    assert caught.value.retry_after_seconds is None
+
+
+def test_waiting_is_not_advised_where_the_money_would_be_refused_afterwards() -> None:
+    shut = Conditions(open_circuits=frozenset({"a/m"}), throttled={"b": 1})
+
+    with pytest.raises(CostRefused):
+        route(Ask(kind="chat", max_cost=Decimal(1)), registry(model("a/m"), model("b/m")), shut)
+
+
+def test_without_fallback_one_is_asked() -> None:
+    known, rules = registry(model("a/m"), model("b/m")), Rules(auto_fallback=False)
+
+    assert order(route(CHAT, known, rules=rules)) == ["a/m"]
+    assert why_not(CHAT, known, rules=rules) == [("b/m", "fallback")]
+
+
+def test_a_plan_names_a_handful_and_the_explanation_all() -> None:
+    known = registry(*(model(f"p{number}/m") for number in range(SHORTLIST + 2)))
+
+    assert order(route(CHAT, known)) == [f"p{number}/m" for number in range(SHORTLIST)]
+    assert why_not(CHAT, known) == [(f"p{SHORTLIST}/m", "fallback"), (f"p{SHORTLIST + 1}/m", "fallback")]
+
+
+# --- equals --------------------------------------------------------------------------------
+
+
+def firsts(known: Registry, **conditions: Any) -> Tally[str]:
+    draws = [number / 1000 for number in range(1000)]
+    return Tally(order(route(CHAT, known, Conditions(draw=draw, **conditions)))[0] for draw in draws)
+
+
+@pytest.mark.parametrize("others", [0, SHORTLIST])
+def test_equals_share_the_traffic_by_weight_and_the_others_stand_behind(others: int) -> None:
+    dearer = [model(f"z{number}/m", price=price("2")) for number in range(others)]
+    known = registry(model("a/m", weight=1), model("b/m", weight=3), *dearer)
+
+    assert firsts(known) == {"a/m": 250, "b/m": 750}
+    assert order(route(CHAT, known, Conditions(draw=0.9)))[:2] == ["b/m", "a/m"]
+
+
+@pytest.mark.parametrize("others", [0, SHORTLIST])
+def test_the_quicker_of_equals_gets_more_and_an_unknown_one_as_much_as_the_mean(others: int) -> None:
+    dearer = [model(f"z{number}/m", price=price("2")) for number in range(others)]
+    known = registry(model("a/m"), model("b/m"), model("c/m"), *dearer)
+
+    # 1 / 0.5, 1 / 1.5 and 1 / 1 are shares of 6, 2 and 3.
+    assert firsts(known, latency_seconds={"a/m": 0.5, "b/m": 1.5}) == {"a/m": 546, "b/m": 182, "c/m": 272}
+
+
+def test_who_is_dearer_or_of_a_later_priority_is_no_equal() -> None:
+    known = registry(model("a/m"), model("b/m"), model("c/m"), priority={"c": 60})
+
+    assert firsts(known, latency_seconds={"a/m": 9.0}).keys() == {"a/m", "b/m"}
+    assert order(route(CHAT, known, Conditions(draw=0.99), a="3"))[0] == "b/m"
+
+
+def test_a_shut_equal_leaves_its_share_to_the_others() -> None:
+    known = registry(model("a/m"), model("b/m"), model("c/m"))
+
+    assert firsts(known, open_circuits=frozenset({"b/m"})) == {"a/m": 500, "c/m": 500}
 
 
 # --- money ---------------------------------------------------------------------------------
@@ -213,11 +337,10 @@ def test_without_fallback_one_is_asked() -> None:
 
 def test_what_may_cost_more_than_the_cap_is_dropped() -> None:
     known = registry(model("dear/m"), model("cheap/m"))
+    ask = Ask(kind="chat", max_cost=Decimal(3))
 
-    made = route(Ask(kind="chat", max_cost=Decimal(3)), known, dear="2", cheap="1")
-
-    assert order(made) == ["cheap/m"]
-    assert made.dropped[0].rule == "cost"
+    assert order(route(ask, known, dear="2", cheap="1")) == ["cheap/m"]
+    assert why_not(ask, known, dear="2", cheap="1") == [("dear/m", "cost")]
 
 
 @pytest.mark.parametrize(
@@ -263,18 +386,47 @@ def test_a_budget_with_too_little_left_is_named() -> None:
     budget = Budget(name="team", limit=Decimal(10), period="day", match={"provider": "a"})
 
     with pytest.raises(BudgetExceeded) as caught:
-        route(CHAT, registry(model("a/m")), budgets=[budget], left={"team": "1.5"})
+        route(CHAT, registry(model("a/m")), budgets=[budget], left={"team": "1.5"}, at=NOW)
 
+    assert caught.value.resets == "2026-11-24T00:00Z"
     assert (caught.value.budget, caught.value.remaining, caught.value.needed) == ("team", Decimal("1.5"), Decimal(2))
+
+
+def test_nobody_is_told_to_wait_for_a_budget_that_is_too_small_for_the_request() -> None:
+    budget = Budget(name="team", limit=Decimal("1.5"), period="day")
+
+    with pytest.raises(BudgetExceeded) as caught:
+        route(CHAT, registry(model("a/m")), budgets=[budget], at=NOW)
+
+    assert caught.value.resets is None
 
 
 def test_a_budget_that_does_not_cover_a_model_does_not_stop_it() -> None:
     budget = Budget(name="team", limit=Decimal(10), match={"provider": "a"})
 
-    made = route(CHAT, registry(model("a/m"), model("b/m")), budgets=[budget], left={"team": "0"})
+    known = registry(model("a/m"), model("b/m"))
 
-    assert order(made) == ["b/m"]
-    assert made.dropped[0].rule == "budget"
+    assert order(route(CHAT, known, budgets=[budget], left={"team": "0"})) == ["b/m"]
+    assert why_not(CHAT, known, budgets=[budget], left={"team": "0"}) == [("a/m", "budget")]
+
+
+@pytest.mark.parametrize(
+    ("ask", "stands"),
+    [
+        (Ask(kind="chat", key="research"), False),
+        (Ask(kind="chat", key="other"), True),
+        (Ask(kind="chat", key="research", tags=frozenset({"eval"})), False),
+    ],
+)
+def test_a_budget_of_a_key_stops_that_key_alone(ask: Ask, stands: bool) -> None:
+    budget = Budget(name="team", limit=Decimal(0), match={"key": "research"})
+    known = registry(model("a/m"))
+
+    if stands:
+        assert order(route(ask, known, budgets=[budget])) == ["a/m"]
+    else:
+        with pytest.raises(BudgetExceeded):
+            route(ask, known, budgets=[budget])
 
 
 def test_each_budget_holds_for_the_dearest_candidate_that_counts_against_it() -> None:
@@ -305,112 +457,219 @@ def test_a_call_is_charged_to_the_task_that_was_asked_for(ask: Ask, task: str) -
     assert (scope.provider, scope.model, scope.task) == ("a", "m", task)
 
 
+# --- what is handed on ---------------------------------------------------------------------
+
+
+def test_an_explanation_tells_all_that_decides_over_a_model() -> None:
+    budget = Budget(name="team", limit=Decimal(10), match={"provider": "a"})
+    known = registry(model("a/m", weight=2), model("b/m"), priority={"b": 60})
+    conditions = Conditions(frozenset({"b/m"}), {"b": 4.0}, {"a/m": 0.5})
+
+    explained = explain(estimates(CHAT, known.models, budgets=[budget], left={"team": "8"}), known, conditions)
+
+    first, second = explained.verdicts
+    assert (first.place, first.rule, first.why, first.equals) == (1, None, "priority 50, then price", 1)
+    assert first.estimate is not None
+    assert (first.estimate.expected, first.estimate.worst_case) == (Decimal(1), Decimal(2))
+    assert (first.priority, first.circuit, first.throttled_seconds, first.latency_seconds) == (50, "closed", 0.0, 0.5)
+    assert first.budgets == {"team": Decimal(8)}
+    assert (second.place, second.rule, second.circuit, second.throttled_seconds) == (None, "circuit", "open", 4.0)
+    assert second.budgets == {}
+    assert explained.refusal is None
+
+
+def test_estimates_and_plans_survive_pickling() -> None:
+    known = registry(*(model(f"p{number}/m") for number in range(20)))
+    priced = estimates(CHAT, known.models)
+    made = plan(priced, known)
+
+    assert pickle.loads(pickle.dumps(priced)) == priced
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert plan(priced, pickle.loads(pickle.dumps(known))) == made
+
+
+def test_callers_who_name_every_model_in_every_way_fill_no_memory() -> None:
+    known = registry(*(model(f"p{number}/m{number}") for number in range(2 * FORMS)))
+
+    for each in known.models:
+        route(Ask(kind="chat", preferred_model=each.name), known)
+
+    assert len(known.worked_out) <= FORMS
+
+
 # --- whatever is asked of whatever registry ------------------------------------------------
 
 tasks = st.lists(st.sampled_from(TASKS), min_size=1, max_size=3, unique=True).map(tuple)
-ids = st.sampled_from(["m", "n", "o"])
+ids = st.sampled_from(["m", "n", "o", "gpt"])
 amounts = st.decimals(0, 10, places=2)
+tiny = st.decimals(0, "0.02", places=5)
+# Few different ones, so that many are equal.
+rates = st.sampled_from([Decimal(each) for each in ("0", "0.1", "1", "2.5", "30", "0.075", "1.5", "1e-9")])
+prices = st.builds(
+    Price,
+    input=rates,
+    output=rates,
+    cache_write=st.none() | rates,
+    per_image=st.none() | st.just(Decimal("0.001")),
+    long_input=st.sampled_from([()] * 30 + [((above, Price(input=Decimal(3))),) for above in (50, 250)]),
+    source=st.sampled_from(["configured", "price map"]),
+)
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Model:
-    of_tasks = draw(tasks)
+def models(draw: st.DrawFn, name: str) -> Model:
+    provider, _, model_id = name.partition("/")
+    of_tasks = draw(st.just(("chat_small",)) | st.just(("chat_small",)) | tasks)
     return Model(
-        id=draw(ids),
-        provider_id=draw(st.sampled_from(["a", "b", "c"])),
+        id=model_id,
+        provider_id=provider,
         tasks=of_tasks,
         dimension=draw(st.sampled_from([4, 8])) if "embedding" in of_tasks else None,
         vision=draw(st.booleans()),
-        context_window=draw(st.none() | st.integers(1, 200)),
-        price=draw(st.none() | st.just(FREE) | st.just(PRICE)),
+        context_window=draw(st.none() | st.integers(1, 600)),
+        max_output_tokens=draw(st.none() | st.sampled_from([1, 100, 1000])),
+        weight=draw(st.integers(1, 3)),
+        price=draw(st.none() | st.just(FREE) | prices | prices | prices),
     )
 
 
-registries = st.lists(models(), max_size=6, unique_by=lambda each: each.name).flatmap(
-    lambda found: st.fixed_dictionaries({each.provider_id: st.integers(1, 3) for each in found}).map(
-        lambda priority: registry(*found, priority=priority)
-    )
-)
-asks = st.builds(
+@st.composite
+def registries(draw: st.DrawFn) -> Registry:
+    names = draw(st.permutations([f"{provider}/{name}" for provider in "abcdefgh" for name in ("m", "n", "o", "gpt")]))
+    # As often as not there are more than a plan has candidates.
+    count = draw(st.sampled_from([1, 2, 5, 16, 24, 32]))
+    found = [draw(models(name)) for name in names[:count]]
+    return registry(*found, priority={each.provider_id: draw(st.integers(1, 2)) for each in found})
+
+
+anybody = st.builds(Ask, kind=st.just("chat"), vision=st.booleans(), max_cost=st.none() | tiny)
+asks = anybody | st.builds(
     Ask,
-    kind=st.sampled_from(["chat", "embedding"]),
+    kind=st.sampled_from(["chat", "chat", "embedding"]),
     model=st.none() | st.sampled_from(["auto", "m", "a/m", "vision", "embedding"]),
     task=st.none() | st.sampled_from(TASKS),
-    preferred_model=st.none() | ids,
+    preferred_model=st.none() | st.none() | ids,
     vision=st.booleans(),
-    max_cost=st.none() | amounts,
+    max_cost=st.none() | amounts | tiny,
+    priced_apart=st.none() | st.just("service_tier"),
     bulk=st.booleans(),
+    key=st.sampled_from([None, "k"]),
+    tags=st.frozensets(st.just("t")),
 )
 rules = st.builds(
     Rules,
-    auto_fallback=st.booleans(),
+    auto_fallback=st.booleans() | st.just(True),
     cost_aware=st.booleans(),
     max_cost_per_request=st.none() | st.decimals("0.01", 10, places=2),
 )
 a_budget = st.builds(
     Budget,
     name=st.sampled_from(["x", "y"]),
-    limit=amounts,
-    match=st.dictionaries(st.sampled_from(["provider", "model"]), st.sampled_from(["a", "m"]), max_size=2),
+    limit=amounts | tiny,
+    match=st.fixed_dictionaries(
+        {},
+        optional={
+            "provider": st.sampled_from("abc"),
+            "model": ids,
+            "task": st.sampled_from(TASKS),
+            "key": st.just("k"),
+            "tag": st.just("t"),
+        },
+    ),
 )
+tokenizers = st.sampled_from([Counter("one", exact=True), Counter("two", exact=False), Counter("two", exact=True)])
 
 
-@given(data=st.data(), known=registries, ask=asks, rules=rules, budgets=st.lists(a_budget, max_size=2))
-def test_a_plan_is_pure_and_total_and_its_candidates_break_no_rule(
-    data: st.DataObject, known: Registry, ask: Ask, rules: Rules, budgets: list[Budget]
-) -> None:
-    by_model: dict[str, Estimate | None] = {}
-    for each in known:
-        expected, more = data.draw(amounts), data.draw(amounts)
-        tokens = data.draw(st.integers(0, 300))
-        by_model[each.name] = (
-            None
-            if each.price is None
-            else Estimate(
-                expected=expected,
-                worst_case=expected + more,
-                input_tokens=tokens,
-                output_tokens=0,
-                context_tokens=tokens,
-            )
-        )
-    open_circuits = frozenset(data.draw(st.lists(st.sampled_from(sorted(by_model) or ["-"]), max_size=2)))
-    left = {budget.name: data.draw(amounts) for budget in budgets}
-    priced = Estimates(by_model=by_model, remaining=left)
+@st.composite
+def decisions(draw: st.DrawFn) -> tuple[Estimates, Registry, Conditions]:
+    known = draw(registries())
+    names = [each.name for each in known]
+    some = st.sampled_from(names or ["-"])
+    budgets = tuple(draw(st.lists(a_budget, max_size=2, unique_by=lambda each: each.name)))
+    made = Estimates(
+        Size(
+            draw(asks),
+            images=draw(st.integers(0, 2)),
+            replies=draw(st.sampled_from([1, 1, 3])),
+            reply_limit=draw(st.none() | st.integers(1, 2000)),
+            writes_cache=draw(st.booleans()),
+        ),
+        counters={name: draw(tokenizers) for name in ["m", "n", "o", "gpt"]},
+        counts={name: Count(draw(st.integers(0, 300)), draw(st.integers(0, 300))) for name in ("one", "two")},
+        usual=draw(st.dictionaries(some, st.integers(1, 3000), max_size=4)),
+        rules=draw(rules),
+        budgets=budgets,
+        remaining={budget.name: draw(amounts | tiny) for budget in budgets if draw(st.booleans())},
+    )
+    conditions = Conditions(
+        open_circuits=draw(st.frozensets(some, max_size=3)),
+        throttled=draw(st.dictionaries(st.sampled_from("abz"), st.sampled_from([0.5, 9.0, math.inf]), max_size=2)),
+        latency_seconds=draw(st.dictionaries(some, st.floats(0, 100), max_size=4)),
+        draw=draw(st.floats(0, 1, exclude_max=True)),
+    )
+    return made, known, conditions
 
-    def run() -> Plan | RequestRefused:
-        try:
-            return plan(ask, known, priced, rules=rules, budgets=budgets, open_circuits=open_circuits)
-        except RequestRefused as refused:
-            return refused
 
-    made, again = run(), run()
+def decided(made: Estimates, known: Registry, conditions: Conditions) -> Plan | RequestRefused:
+    try:
+        return plan(made, known, conditions)
+    except RequestRefused as refused:
+        return refused
 
-    if isinstance(made, RequestRefused):
-        assert str(again) == str(made)
+
+@settings(max_examples=400)
+@given(decisions())
+def test_the_quick_choice_is_the_one_that_is_explained(decision: tuple[Estimates, Registry, Conditions]) -> None:
+    made, known, conditions = decision
+
+    quick = decided(made, known, conditions)
+
+    if isinstance(quick, UnknownModel):
+        with pytest.raises(UnknownModel, match=re.escape(str(quick))):
+            explain(made, known, conditions)
         return
-    assert again == made
-    asked = considered(ask, known)
-    names = [candidate.model.name for candidate in made.candidates] + [drop.model.name for drop in made.dropped]
-    assert sorted(names) == sorted(each.name for each in asked)
-    assert len(made.candidates) == 1 or rules.auto_fallback
-    limit, _ = cap(ask, rules)
-    for candidate in made.candidates:
+    explained = explain(made, known, conditions)
+    if isinstance(quick, RequestRefused):
+        assert explained.kept == ()
+        assert str(quick) == str(explained.refusal)
+        return
+    assert explained.refusal is None
+    assert quick == decided(made, known, conditions)
+    assert [(each.model, each.estimate, each.reason) for each in quick.candidates] == [
+        (each.model, each.estimate, each.why) for each in explained.kept
+    ]
+    asked = considered(made.ask, known)
+    assert sorted(each.model.name for each in explained.verdicts) == sorted(each.name for each in asked)
+
+
+@given(decisions())
+def test_the_candidates_of_a_plan_break_no_rule(decision: tuple[Estimates, Registry, Conditions]) -> None:
+    made, known, conditions = decision
+
+    chosen = decided(made, known, conditions)
+
+    if isinstance(chosen, RequestRefused):
+        return
+    ask = made.ask
+    assert 1 <= len(chosen.candidates) <= (SHORTLIST if made.rules.auto_fallback else 1)
+    limit, _ = cap(ask, made.rules)
+    for candidate in chosen.candidates:
         kept, estimate = candidate.model, candidate.estimate
         assert kept.price is not None
-        assert kept.name not in open_circuits
+        assert kept.name not in conditions.open_circuits
+        assert kept.provider_id not in conditions.throttled
         assert kept.vision or not ask.vision
         assert kept.context_window is None or estimate.context_tokens <= kept.context_window
         assert limit is None or estimate.worst_case <= limit
         assert (kept.dimension is not None) or ask.kind == "chat"
-        for budget in budgets:
-            assert not budget.covers(ask.scope(kept)) or estimate.worst_case <= left[budget.name]
+        for budget in made.budgets:
+            assert not budget.covers(ask.scope(kept)) or estimate.worst_case <= made.left(budget)
     if ask.kind == "embedding":
-        assert len({(candidate.model.id, candidate.model.dimension) for candidate in made.candidates}) == 1
+        assert len({(candidate.model.id, candidate.model.dimension) for candidate in chosen.candidates}) == 1
     preferred = {each.name for each in known if ask.preferred_model in (each.id, each.name)}
     if ask.preferred_model is None:
-        ranks = [known.provider_of(candidate.model).priority for candidate in made.candidates]
+        ranks = [known.provider_of(candidate.model).priority for candidate in chosen.candidates]
         assert ranks == sorted(ranks)
     elif ask.kind == "chat" and ask.model is None:
-        ranked = [candidate.model.name in preferred for candidate in made.candidates]
+        ranked = [candidate.model.name in preferred for candidate in chosen.candidates]
         assert ranked == sorted(ranked, reverse=True)
