@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 from sekha.errors import NoSuchPage, SekhaError
-from sekha.gateway import chats, embeddings, pages
+from sekha.gateway import chats, embeddings, explaining, pages, searches
 from sekha.gateway.exchange import Exchange, Message, Receive, Send
 from sekha.gateway.problems import answer_to
 from sekha.gateway.serving import Serving
@@ -25,15 +25,20 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/v1/chat/completions": {"POST": chats.complete},
     "/v1/embeddings": {"POST": embeddings.embed},
     "/v1/models": {"GET": pages.openai_models},
-    "/api/v1/route": {"POST": pages.route},
+    "/v1/models/{model}": {"GET": pages.model},
+    "/api/v1/route": {"POST": explaining.route},
     "/api/v1/models": {"GET": pages.models},
     "/api/v1/tasks": {"GET": pages.tasks},
-    "/api/v1/search": {"POST": pages.search},
+    "/api/v1/search": {"POST": searches.search},
     "/api/v1/costs": {"GET": pages.costs},
     "/api/v1/health": {"GET": pages.health},
     "/api/v1/health/providers": {"GET": pages.providers_health},
     "/health": {"GET": pages.to_health},
+    "/health/live": {"GET": pages.live},
+    "/health/ready": {"GET": pages.ready},
     "/metrics": {"GET": pages.metrics},
+    "/openapi.json": {"GET": pages.openapi},
+    "/docs": {"GET": pages.docs},
 }
 WATCH_AFTER_SECONDS = 0.05
 """Who leaves earlier is not noticed: a watch is a task, and most answers are quick."""
@@ -45,6 +50,7 @@ class Gateway:
     def __init__(self, serving: Serving, *, routes: Mapping[str, Mapping[str, Handler]] = ROUTES) -> None:
         self.serving = serving
         self._routes = routes
+        self._prefixes = tuple((route.partition("{")[0], route) for route in routes if "{" in route)
         self._under_way: dict[Serving, int] = {}
         self._idle = asyncio.Event()
 
@@ -67,9 +73,11 @@ class Gateway:
     async def _exchange(self, x: Exchange) -> None:
         serving = self.serving
         self._under_way[serving] = self._under_way.get(serving, 0) + 1
+        serving.metrics.under_way += 1
         watch = _Watch(x)
         started = time.perf_counter()
-        methods = self._routes.get(x.path)
+        page = self._page(x.path)
+        methods = self._routes.get(page)
         try:
             try:
                 await self._handler(x, methods)(serving, x)
@@ -91,12 +99,21 @@ class Gateway:
                 )
         finally:
             watch.end()
-            serving.metrics.request(x.path if methods else "other", x.status, time.perf_counter() - started)
+            serving.metrics.under_way -= 1
+            serving.metrics.request(page if methods else "other", x.status, time.perf_counter() - started)
             left = self._under_way[serving] - 1
             self._under_way[serving] = left
             if not left:
                 del self._under_way[serving]
                 self._idle.set()
+
+    def _page(self, path: str) -> str:
+        """The route that a path is on. The names of models hold slashes, so `{model}` is all that is left of it."""
+        if path not in self._routes:
+            for prefix, route in self._prefixes:
+                if path.startswith(prefix) and path != prefix:
+                    return route
+        return path
 
     def _handler(self, x: Exchange, methods: Mapping[str, Handler] | None) -> Handler:
         if methods is None:

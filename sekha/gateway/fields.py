@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -13,9 +14,8 @@ from sekha.errors import InvalidRequest, did_you_mean
 __all__ = ["dollars", "flag", "kind_of", "number", "object_in", "only", "text", "whole"]
 
 _MOST_DOLLARS = 10**9
-_FINEST_DOLLARS = -100
-"""Digits behind the point. More are no price, and amounts with a million of them take a while to add up."""
-_MOST_DIGITS = 40
+# An amount with a million digits would be a number too, and take a while to add up.
+_WRITTEN_DOLLARS = re.compile(r"[0-9]{1,10}(\.[0-9]{1,30})?")
 
 
 def object_in(body: bytes) -> dict[str, Any]:
@@ -71,15 +71,13 @@ def dollars(given: Mapping[str, Any], name: str) -> Decimal | None:
     value = given.get(name)
     if value is None:
         return None
-    if type(value) in (int, float, str):
-        written = str(value)
-        try:
-            amount = Decimal(written if len(written) <= _MOST_DIGITS else "NaN")
-        except InvalidOperation:
-            amount = Decimal("NaN")
-        if amount.is_finite() and abs(amount) <= _MOST_DOLLARS and _places(amount) >= _FINEST_DOLLARS:
+    if type(value) in (int, float) or (type(value) is str and _WRITTEN_DOLLARS.fullmatch(value)):
+        amount = Decimal(str(value))
+        if amount < 0:
+            raise InvalidRequest(f"`{name}` is {value}; it must be 0 or more.", field=name)
+        if amount <= _MOST_DOLLARS:
             return amount
-    instead = "" if type(value) in (int, float) else f", not {kind_of(value)}"
+    instead = "" if type(value) in (int, float, str) else f", not {kind_of(value)}"
     raise InvalidRequest(f"`{name}` must be dollars, such as 0.01{instead}.", field=name)
 
 
@@ -98,8 +96,3 @@ def kind_of(value: object) -> str:
             return "a list"
         case _:
             return "an object"
-
-
-def _places(amount: Decimal) -> int:
-    exponent = amount.as_tuple().exponent
-    return exponent if isinstance(exponent, int) else 0

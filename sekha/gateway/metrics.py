@@ -181,7 +181,7 @@ class Metrics:
         self._first = self._totals.histograms[FIRST_TOKEN.name]
         self._tokens = self._totals.counters[TOKENS.name]
         self._dollars = self._totals.counters[DOLLARS.name]
-        self._lag = self._totals.histograms[LAG.name][()] = Histogram(_LAG_SECONDS)
+        self._lag = Histogram(_LAG_SECONDS)
         self.started_at = time.time()
         self._recorder: Recording | None = None
         self._recorder_said: dict[str, int] = {}
@@ -239,6 +239,8 @@ class Metrics:
 
     def start(self) -> None:
         """Measure the event loop's lag, and write for the other workers, from now on."""
+        # What was taken over goes on.
+        self._lag = self._totals.histograms[LAG.name].setdefault((), self._lag)
         self._measure_at(asyncio.get_running_loop())
 
     def close(self) -> None:

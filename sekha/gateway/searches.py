@@ -1,0 +1,146 @@
+"""`POST /api/v1/search`: what is stored and nearest to a question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeGuard, get_args
+
+from sekha.errors import InvalidRequest
+from sekha.gateway.exchange import Exchange
+from sekha.gateway.fields import dollars, kind_of, number, object_in, only, text, whole
+from sekha.gateway.finished import UnderWay
+from sekha.gateway.pages import say
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.wire import sekha_note, tags_of
+from sekha.registry import COLLECTION_NAME
+from sekha.search import SearchRequest
+from sekha.search import search as search_in_order
+from sekha.vectors.base import AllOf, AnyOf, Compare, Filter, Not, Scalar
+
+__all__ = ["FIELDS", "OPERATORS", "search"]
+
+FIELDS = ("query", "collection", "dimension", "limit", "where", "min_similarity", "max_cost", "metadata")
+Operator = Literal["eq", "ne", "lt", "le", "gt", "ge", "in"]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
+
+_MOST_RESULTS = 10_000
+_MOST_DIMENSION = 65_536
+_DEEPEST = 16
+_MOST_PARTS = 256
+
+
+async def search(serving: Serving, x: Exchange) -> None:
+    """Search a collection, under the model that it is kept under."""
+    key = serving.keys.owner(x.authorization)
+    given = object_in(await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS))
+    request = _asked(given, serving, key.name if key else None)
+    under_way = UnderWay(serving, "search", request)
+    try:
+        found = await search_in_order(request, serving.search)
+    except BaseException as error:
+        under_way.failed(error)
+        raise
+    await say(
+        x,
+        {
+            "collection": found.collection,
+            "results": [
+                {
+                    "uuid": hit.uuid,
+                    "content": hit.text,
+                    "score": hit.similarity,
+                    "dimension": found.dimension,
+                    "properties": dict(hit.properties),
+                }
+                for hit in found.hits
+            ],
+            "sekha": sekha_note(found, under_way.run_id),
+        },
+    )
+    under_way.answered(found)
+
+
+def _asked(given: Mapping[str, Any], serving: Serving, key: str | None) -> SearchRequest:
+    only(given, FIELDS)
+    memory = serving.resources.loaded.config.memory
+    collection = text(given, "collection") or (memory.collection if memory else "documents")
+    if not COLLECTION_NAME.fullmatch(collection):
+        raise InvalidRequest(
+            "`collection` must begin with a letter, and go on with letters, digits and underscores.",
+            field="collection",
+        )
+    _same_dimension(whole(given, "dimension", 1, _MOST_DIMENSION), collection, serving)
+    query = text(given, "query")
+    if query is None:
+        raise InvalidRequest("`query` is missing: say what to look for.", field="query")
+    where = given.get("where")
+    return SearchRequest(
+        query=query,
+        collection=collection,
+        limit=whole(given, "limit", 1, _MOST_RESULTS) or 10,
+        where=None if where is None else _Filters().read(where, "where"),
+        min_similarity=number(given, "min_similarity", -1, 1),
+        max_cost=dollars(given, "max_cost"),
+        tags=tags_of(given.get("metadata")),
+        key=key,
+    )
+
+
+def _same_dimension(wanted: int | None, collection: str, serving: Serving) -> None:
+    if wanted is None:
+        return
+    kept = serving.resources.registry.space(collection).dimension
+    if wanted != kept:
+        raise InvalidRequest(
+            f"Collection {collection!r} is kept with {kept} dimensions, not {wanted}. Leave `dimension` out.",
+            field="dimension",
+        )
+
+
+class _Filters:
+    """Reads `where`: a comparison, or `all`, `any` and `not` of others."""
+
+    def __init__(self) -> None:
+        self._parts = 0
+
+    def read(self, given: object, at: str, depth: int = 0) -> Filter:
+        self._parts += 1
+        if depth > _DEEPEST or self._parts > _MOST_PARTS:
+            raise InvalidRequest(
+                f"`where` may have {_MOST_PARTS} parts, {_DEEPEST} levels deep, at the most.", field="where"
+            )
+        match given:
+            case {"all": list(parts), **rest} if not rest:
+                return AllOf(tuple(self.read(part, f"{at}.all[{n}]", depth + 1) for n, part in enumerate(parts)))
+            case {"any": list(parts), **rest} if not rest:
+                return AnyOf(tuple(self.read(part, f"{at}.any[{n}]", depth + 1) for n, part in enumerate(parts)))
+            case {"not": part, **rest} if not rest:
+                return Not(self.read(part, f"{at}.not", depth + 1))
+            case {"property": str(name), "operator": str(operator), "value": value, **rest} if not rest and name:
+                return _comparison(name, operator, value, at)
+            case _:
+                raise InvalidRequest(
+                    f"`{at}` must be {{property, operator, value}}, or {{all}}, {{any}} or {{not}} with others "
+                    f"inside, not {kind_of(given)} of another form.",
+                    field=at,
+                )
+
+
+def _comparison(name: str, operator: str, value: object, at: str) -> Compare:
+    if not _is_operator(operator):
+        raise InvalidRequest(f"`{at}.operator` must be one of {', '.join(OPERATORS)}.", field=f"{at}.operator")
+    if operator == "in":
+        if not isinstance(value, list) or not all(_is_scalar(each) for each in value):
+            raise InvalidRequest(f"`{at}.value` must be a list of values for `in`.", field=f"{at}.value")
+        return Compare(name, operator, tuple(value))
+    if not _is_scalar(value):
+        raise InvalidRequest(f"`{at}.value` must be one value, not {kind_of(value)}.", field=f"{at}.value")
+    return Compare(name, operator, value)
+
+
+def _is_operator(operator: str) -> TypeGuard[Operator]:
+    return operator in OPERATORS
+
+
+def _is_scalar(value: object) -> TypeGuard[Scalar]:
+    return value is None or isinstance(value, str | int | float | bool)
