@@ -1,0 +1,164 @@
+"""Embeddings over HTTP: the provider's own bytes, in whichever form the caller asks for."""
+
+from __future__ import annotations
+
+import numpy as np
+import openai
+import pytest
+
+from sekha.testing import StandIn
+from tests.fixtures.gateway import Opens, config_for
+
+# As `cl100k_base` counts, which is taken for a model that nobody knows.
+HELLO_THERE = [9906, 1070, 13]
+BYE = [1383, 68, 13]
+
+
+async def test_a_text_becomes_a_vector_and_the_reply_says_of_which_length(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        answered = await served.openai.embeddings.with_raw_response.create(model="vectors", input="Hello there.")
+        spent, held = await served.spent(), await served.held()
+
+    reply = answered.parse()
+    assert [len(item.embedding) for item in reply.data] == [8]
+    assert reply.usage.prompt_tokens == 2
+    assert reply.model_extra is not None
+    assert reply.model_extra["dimension"] == 8
+    assert reply.model_extra["sekha"]["cost"] == float(answered.headers["x-sekha-cost"]) == float(spent) == 0.002
+    assert (answered.headers["x-sekha-provider"], answered.headers["x-sekha-model"]) == ("first", "vectors")
+    assert held == 0
+
+
+async def test_numbers_and_base64_say_the_same(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        asked = {"model": "vectors", "input": ["one", "two"]}
+        plain = (await served.http.post("/v1/embeddings", json=asked)).json()
+        # The SDK asks for base64 by itself, and unpacks it.
+        packed = await served.openai.embeddings.create(model="vectors", input=["one", "two"])
+        kept = (await served.http.post("/v1/embeddings", json={**asked, "encoding_format": "base64"})).json()
+        sent = [each.json.get("encoding_format") for each in standin.requests]
+
+    assert sent == [None, "base64", "base64"]
+    assert isinstance(kept["data"][0]["embedding"], str)
+    for one, other in zip(plain["data"], packed.data, strict=True):
+        assert one["embedding"] == pytest.approx(other.embedding)
+        assert np.linalg.norm(one["embedding"]) == pytest.approx(1)
+
+
+async def test_dimensions_and_user_reach_the_provider(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        reply = await served.openai.embeddings.create(
+            model="vectors", input="one", dimensions=4, user="u-1", extra_body={"metadata": {"team": "search"}}
+        )
+        sent = standin.requests[-1].json
+
+    assert len(reply.data[0].embedding) == 4
+    assert (sent["dimensions"], sent["user"]) == (4, "u-1")
+    assert "metadata" not in sent
+
+
+async def test_tokens_are_embedded_as_the_texts_that_they_stand_for(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        one = await served.openai.embeddings.create(model="vectors", input=HELLO_THERE)
+        two = await served.openai.embeddings.create(model="vectors", input=[HELLO_THERE, BYE])
+        words = await served.openai.embeddings.create(model="vectors", input="Hello there.")
+
+    assert len(one.data) == 1
+    assert len(two.data) == 2
+    assert one.data[0].embedding == two.data[0].embedding == words.data[0].embedding
+
+
+@pytest.mark.parametrize("kind", ["openai", "ollama", "openrouter"])
+async def test_every_protocol_embeds_in_openais_shape(gateway: Opens, kind: str) -> None:
+    async with StandIn(dimension=8) as standin, gateway(config=config_for(standin, kind=kind)) as served:
+        reply = await served.openai.embeddings.create(model="vectors", input=["one", "two"])
+        plain = await served.http.post("/v1/embeddings", json={"input": ["one", "two"]})
+
+    assert [(item.index, len(item.embedding)) for item in reply.data] == [(0, 8), (1, 8)]
+    assert [len(item["embedding"]) for item in plain.json()["data"]] == [8, 8]
+
+
+async def test_many_texts_are_split_and_come_back_in_their_order(gateway: Opens) -> None:
+    texts = [f"text {number}" for number in range(600)]
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        reply = await served.openai.embeddings.create(model="vectors", input=texts)
+        alone = await served.openai.embeddings.create(model="vectors", input=texts[599])
+        asked = len(standin.requests)
+
+    assert asked == 3
+    assert [item.index for item in reply.data] == list(range(600))
+    assert reply.data[599].embedding == pytest.approx(alone.data[0].embedding, abs=1e-6)
+
+
+async def test_another_provider_of_the_model_is_asked_when_one_fails(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as one, StandIn(dimension=8) as two, gateway(one, two) as served:
+        one.fail(500)
+        answered = await served.openai.embeddings.with_raw_response.create(model="vectors", input="one")
+
+    assert answered.headers["x-sekha-provider"] == "second"
+
+
+async def test_vectors_of_another_length_are_no_answer(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as one, StandIn(dimension=8) as two, gateway(one, two) as served:
+        one.wrong_dimension(5)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await served.openai.embeddings.create(model="vectors", input="one")
+
+    assert (caught.value.status_code, caught.value.code) == (502, "dimension_mismatch")
+    assert not two.requests
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ""}, "input[0]"),
+        ({"input": ["one", 2]}, "input"),
+        ({"input": [[]]}, "input"),
+        ({"input": [-1]}, "input"),
+        ({"input": ["one"] * 2049}, "input"),
+        ({"input": {"text": "one"}}, "input"),
+        ({"input": "one", "dimensions": 0}, "dimensions"),
+        ({"input": "one", "dimensions": "8"}, "dimensions"),
+        ({"input": "one", "encoding_format": "int8"}, "encoding_format"),
+        ({"input": "one", "model": 5}, "model"),
+        ({"input": "one", "max_cost": "much"}, "max_cost"),
+        ({"input": "one", "metadata": [1]}, "metadata"),
+    ],
+)
+async def test_what_cannot_be_embedded_is_refused_by_its_field(
+    gateway: Opens, asked: dict[str, object], field: str
+) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        response = await served.http.post("/v1/embeddings", json=asked)
+
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] in (field, f"{field}[0]")
+    assert not standin.requests
+
+
+# --- models --------------------------------------------------------------------------------
+
+
+async def test_models_are_listed_by_both_of_their_names(gateway: Opens) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
+        models = [model.id async for model in served.openai.models.list()]
+
+    assert {"chat", "first/chat", "second/chat", "vectors"} <= set(models)
+    assert len(models) == len(set(models))
+
+
+@pytest.mark.parametrize("name", ["chat", "second/chat"])
+async def test_one_model_is_looked_up_by_name(gateway: Opens, name: str) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
+        model = await served.openai.models.retrieve(name)
+
+    assert model.id == name
+    assert model.owned_by == ("second" if "/" in name else "first")
+
+
+async def test_a_model_that_is_not_there_is_not_found(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        with pytest.raises(openai.NotFoundError, match="Did you mean 'chat'"):
+            await served.openai.models.retrieve("chatt")
