@@ -108,7 +108,7 @@ class RelayProvider:
             vectors = np.stack([_vector(item["embedding"]) for item in in_order])
         except (LookupError, TypeError, ValueError) as error:
             raise failed.bad(_NOT_VECTORS) from wordless(error)
-        if vectors.ndim != 2:
+        if vectors.ndim != 2 or not vectors.size:
             raise failed.bad(_NOT_VECTORS)
         failed.unless_as_long(vectors.shape[1], model.dimension)
         if not np.isfinite(vectors).all():

@@ -1,0 +1,475 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import subprocess
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from pydantic import SecretStr
+
+from sekha.errors import (
+    BadReply,
+    DimensionMismatch,
+    ModelNotFound,
+    ProviderAuthFailed,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RateLimited,
+    StreamBroken,
+)
+from sekha.pricing import Usage
+from sekha.providers.base import ChatCall
+from sekha.providers.opening import open_provider
+from sekha.providers.relay import RelayProvider, RelayStream
+from sekha.registry import Model, ProviderKind, ProviderSpec
+from sekha.testing import StandIn
+from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
+
+SECRET = "sk-relay-0123456789abcdef"
+PROMPT = "Tell me about the confidential merger"
+PATIENCE = 20.0
+EVENT_STREAM = ("Content-Type: text/event-stream",)
+ROLE = b'data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+WORD = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"word"},"finish_reason":null}],"usage":null}\n\n'
+STOP = b'data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":null}\n\n'
+USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":2,"total_tokens":8}}\n\n'
+DONE = b"data: [DONE]\n\n"
+ANSWER = (
+    b'{ "id":"c", "choices":[{"index":0,"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],'
+    b' "usage":{"prompt_tokens":6,"completion_tokens":2,'
+    b' "prompt_tokens_details":{"cached_tokens":4,"cache_write_tokens":1}},'
+    b' "unheard": [1.10] }\n'
+)
+
+
+def chat(model: str = "gpt-4o-mini", *, timeout_seconds: float = PATIENCE, **options: Any) -> ChatCall:
+    return ChatCall(
+        model=Model(id=model, provider_id="one", tasks=("chat_small",)),
+        messages=[{"role": "user", "content": PROMPT}],
+        options=options,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def embedder(dimension: int | None = 3) -> Model:
+    return Model(id="embedder", provider_id="one", tasks=("embedding",), dimension=dimension)
+
+
+@asynccontextmanager
+async def relay_to(
+    *answers: Answer | None, kind: ProviderKind = "openai"
+) -> AsyncIterator[tuple[RelayProvider, Upstream]]:
+    async with Upstream(*answers) as upstream:
+        spec = ProviderSpec(id="one", kind=kind, base_url=f"{upstream.url}/v1", api_key=SecretStr(SECRET))
+        async with aclosing(RelayProvider(spec)) as provider:
+            yield provider, upstream
+
+
+async def streamed(answer: Answer, **options: Any) -> tuple[bytes, RelayStream]:
+    async with relay_to(answer) as (provider, _):
+        stream = await provider.open_stream(chat(**options))
+        blocks = [block async for block in stream]
+        await stream.aclose()
+        return b"".join(blocks), stream
+
+
+async def gather(stream: RelayStream, received: list[bytes]) -> None:
+    async for block in stream:
+        received.append(block)
+
+
+def sent(upstream: Upstream) -> Any:
+    return orjson.loads(upstream.requests[-1].partition(b"\r\n\r\n")[2])
+
+
+def events(*pieces: bytes, end: bool = True) -> bytes:
+    return chunked(*pieces, headers=EVENT_STREAM, end=end)
+
+
+# --- whole answers -------------------------------------------------------------------------
+
+
+async def test_an_answer_is_handed_on_byte_for_byte() -> None:
+    async with relay_to(with_length(ANSWER)) as (provider, _):
+        completion = await provider.complete(chat())
+
+    assert completion.raw == ANSWER
+    assert completion.text == "Hi"
+    assert completion.usage == Usage(input_tokens=6, output_tokens=2, cached_tokens=4, cache_write_tokens=1)
+
+
+async def test_every_field_goes_out_as_it_came_in() -> None:
+    options = {"temperature": 0.5, "seed": 7, "unheard_of": {"a": [1, None]}, "metadata": {"x": "y"}, "stop": None}
+
+    async with relay_to(with_length(ANSWER)) as (provider, upstream):
+        await provider.complete(chat(**options, stream=True, stream_options={"include_usage": True}))
+
+        assert sent(upstream) == {
+            "model": "gpt-4o-mini",
+            "messages": [{"role": "user", "content": PROMPT}],
+            "temperature": 0.5,
+            "seed": 7,
+            "unheard_of": {"a": [1, None]},
+            "metadata": {"x": "y"},
+        }
+        assert upstream.requests[0].startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
+        assert f"authorization: Bearer {SECRET}\r\n".encode() in upstream.requests[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "field"),
+    [
+        ("openai", "gpt-4o-mini", "max_tokens"),
+        ("openai", "o1", "max_completion_tokens"),
+        ("openai", "o3-mini", "max_completion_tokens"),
+        ("openai", "gpt-5-mini", "max_completion_tokens"),
+        ("openai", "ft:gpt-5-mini:us", "max_completion_tokens"),
+        ("openai", "gpt-oss-20b", "max_tokens"),
+        ("openai", "olmo-2", "max_tokens"),
+        ("openrouter", "openai/gpt-5-mini", "max_tokens"),
+    ],
+)
+async def test_a_limit_has_the_name_that_the_model_takes(kind: ProviderKind, model: str, field: str) -> None:
+    async with relay_to(with_length(ANSWER), kind=kind) as (provider, upstream):
+        await provider.complete(chat(model, max_tokens=9))
+
+        assert {name: value for name, value in sent(upstream).items() if "tokens" in name} == {field: 9}
+
+
+async def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
+
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind="openai", base_url=standin.openai_url)
+        async with aclosing(open_provider(spec)) as provider:
+            await provider.complete(chat())
+
+    assert "authorization" not in {name.lower() for name in standin.requests[0].headers}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "says"),
+    [
+        (b'{"error":{"code":429,"message":"Slow down"}}', RateLimited, "Slow down"),
+        (b'{"error":{"code":502,"message":"Upstream is down"}}', ProviderUnavailable, "Upstream is down"),
+        (b'{"error":{"message":"No."}}', BadReply, "No"),
+        (b'{"choices":[]}', BadReply, "it has no choices"),
+        (b'{"choices":[{"index":0}]}', BadReply, "a choice has no message"),
+        (b"[1]", BadReply, "it is not the JSON of its API"),
+        (b"", BadReply, "it is not the JSON of its API"),
+    ],
+)
+async def test_an_answer_that_is_none_is_an_error(body: bytes, expected: type[ProviderError], says: str) -> None:
+    async with relay_to(with_length(body)) as (provider, _):
+        with pytest.raises(expected, match=says) as whole:
+            await provider.complete(chat())
+        with pytest.raises(expected) as in_pieces:
+            await provider.open_stream(chat())
+
+    assert type(whole.value) is expected
+    assert type(in_pieces.value) is expected
+
+
+@pytest.mark.parametrize(
+    "usage",
+    ["null", "7", "{}", '{"prompt_tokens":0,"completion_tokens":0}', '{"prompt_tokens":"6"}', '{"prompt_tokens":-6}'],
+)
+async def test_usage_that_says_nothing_is_none(usage: str) -> None:
+    body = ANSWER[: ANSWER.index(b"{", 2 + ANSWER.index(b'"usage"'))] + usage.encode() + b"}"
+
+    async with relay_to(with_length(body)) as (provider, _):
+        assert (await provider.complete(chat())).usage is None
+
+
+async def test_a_request_that_json_cannot_carry_is_the_callers_to_change() -> None:
+    async with relay_to(with_length(ANSWER)) as (provider, upstream):
+        for value in ("\ud800", 2**70, object()):
+            with pytest.raises(ProviderRejected, match="cannot be written as JSON"):
+                await provider.complete(chat(user=value))
+
+        assert upstream.requests == []
+
+
+async def test_a_key_that_no_header_can_carry_is_said_without_quoting_it() -> None:
+    spec = ProviderSpec(id="one", kind="openai", base_url="http://127.0.0.1:9", api_key=SecretStr("sk-abc\r\nx"))
+
+    with pytest.raises(ProviderAuthFailed, match="no header can carry") as caught:
+        await RelayProvider(spec).complete(chat())
+
+    assert "sk-abc" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_neither_key_nor_prompt_is_in_an_error_or_its_causes() -> None:
+    said = orjson.dumps({"error": {"message": f"Bad: {PROMPT} of {SECRET}"}})
+
+    async with relay_to(with_length(said, status="400 Bad"), with_length(said), None) as (provider, _):
+        for _ in range(3):
+            with pytest.raises(ProviderError) as caught:
+                await provider.complete(chat())
+
+            shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value.__dict__)
+            assert PROMPT not in shown
+            assert SECRET not in shown
+
+
+async def test_an_attempt_that_cannot_have_been_billed_is_told_from_one_that_can() -> None:
+    half = with_length(ANSWER)[:-9]
+
+    async def break_off(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(half)
+        await writer.drain()
+        writer.close()
+
+    async with relay_to(break_off) as (provider, upstream):
+        with pytest.raises(ProviderUnavailable) as cut:
+            await provider.complete(chat())
+        refused = RelayProvider(ProviderSpec(id="one", kind="openai", base_url=upstream.url))
+    with pytest.raises(ProviderUnavailable) as never_sent:
+        await refused.complete(chat())
+
+    assert cut.value.may_be_billed
+    assert not never_sent.value.may_be_billed
+
+
+def test_nothing_heavy_is_imported_on_the_way() -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from sekha.providers.opening import open_provider\n"
+        "from sekha.providers.base import ChatCall\n"
+        "from sekha.registry import Model, ProviderSpec\n"
+        "from sekha.errors import ProviderUnavailable\n"
+        "provider = open_provider(ProviderSpec(id='one', kind='openai', base_url='http://127.0.0.1:1'))\n"
+        "call = ChatCall(model=Model(id='m', provider_id='one', tasks=('chat_small',)), messages=[])\n"
+        "try: asyncio.run(provider.complete(call))\n"
+        "except ProviderUnavailable: pass\n"
+        "print([name for name in ('litellm', 'httpx', 'openai', 'aiohttp', 'prefect') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+# --- streams -------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_handed_on_byte_for_byte_but_for_its_last_word() -> None:
+    handed_on, stream = await streamed(
+        events(b": hello\n\n", ROLE, WORD, WORD[:20], WORD[20:], STOP, USAGE, DONE),
+        stream_options={"include_usage": True},
+    )
+
+    assert handed_on == b": hello\n\n" + ROLE + WORD * 2 + STOP + USAGE
+    assert stream.usage == Usage(input_tokens=6, output_tokens=2)
+    assert stream.said() == "wordword"
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": None}, {"stream_options": {"include_usage": False}}])
+async def test_usage_that_the_caller_did_not_ask_for_is_known_and_not_handed_on(options: dict[str, Any]) -> None:
+    async with relay_to(events(ROLE, WORD, STOP, USAGE, DONE)) as (provider, upstream):
+        stream = await provider.open_stream(chat(**options))
+        handed_on = b"".join([block async for block in stream])
+
+        assert sent(upstream)["stream_options"] == {"include_usage": True}
+        assert sent(upstream)["stream"] is True
+    assert handed_on == ROLE + WORD + STOP
+    assert stream.usage == Usage(input_tokens=6, output_tokens=2)
+
+
+async def test_usage_that_comes_with_a_choice_is_handed_on() -> None:
+    together = STOP.replace(b'"usage":null', b'"usage": {"prompt_tokens": 6, "completion_tokens": 2}')
+
+    handed_on, stream = await streamed(events(ROLE, together, DONE))
+
+    assert handed_on == ROLE + together
+    assert stream.usage == Usage(input_tokens=6, output_tokens=2)
+
+
+async def test_words_that_mean_something_mean_nothing_within_what_is_said() -> None:
+    said = 'data: [DONE] {"error": {"message": "x"}} "usage": {"completion_tokens": 9}'
+    tricky = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": {"content": said}}]}) + b"\n\n"
+
+    handed_on, stream = await streamed(events(ROLE, tricky, STOP, DONE))
+
+    assert handed_on == ROLE + tricky + STOP
+    assert stream.said() == said
+    assert stream.usage is None
+
+
+@pytest.mark.parametrize("last", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\r\n\r\n", b""])
+async def test_a_stream_may_end_in_any_of_the_ways_there_are(last: bytes) -> None:
+    handed_on, _ = await streamed(events(*[piece for piece in (ROLE, WORD, STOP, last) if piece]))
+
+    assert handed_on == ROLE + WORD + STOP
+
+
+async def test_a_stream_that_ends_without_saying_so_is_broken() -> None:
+    async with relay_to(events(ROLE, WORD)) as (provider, _):
+        stream = await provider.open_stream(chat())
+        received: list[bytes] = []
+        with pytest.raises(StreamBroken, match="it ended without saying so"):
+            await gather(stream, received)
+
+    assert b"".join(received) == ROLE + WORD
+
+
+async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() -> None:
+    failing = (
+        b"data: "
+        + orjson.dumps({"error": {"code": 502, "message": f"Overloaded by {PROMPT}"}, "choices": []})
+        + b"\n\n"
+    )
+
+    async with relay_to(events(ROLE, WORD, failing, WORD, DONE)) as (provider, _):
+        stream = await provider.open_stream(chat())
+        received: list[bytes] = []
+        with pytest.raises(StreamBroken, match="Overloaded by") as caught:
+            await gather(stream, received)
+
+    assert b"".join(received) == ROLE + WORD
+    assert PROMPT not in str(caught.value)
+    assert not caught.value.falls_back
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (events(b'data: {"error":{"code":429,"message":"Slow down"}}\n\n'), RateLimited),
+        (events(b": waiting\n\n", b'data: {"error":{"code":404,"message":"No such model"}}\n\n'), ModelNotFound),
+        (events(DONE), BadReply),
+        (events(b": waiting\n\n"), BadReply),
+        (events(b"data: hello\n\n"), BadReply),
+        (events(), BadReply),
+        (with_length(ANSWER), BadReply),
+        (with_length(b"", "Retry-After: 2", status="503 No"), ProviderUnavailable),
+    ],
+)
+async def test_until_the_first_event_a_failure_leaves_room_for_another_provider(
+    answer: bytes, expected: type[ProviderError]
+) -> None:
+    async with relay_to(answer) as (provider, _):
+        with pytest.raises(expected) as caught:
+            await provider.open_stream(chat())
+
+    assert type(caught.value) is expected
+    assert caught.value.falls_back
+
+
+async def test_comments_alone_do_not_keep_a_caller_waiting_beyond_its_time() -> None:
+    async def only_comments(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b": waiting\n\n")
+            await asyncio.sleep(0.02)
+
+    async with relay_to(only_comments) as (provider, _):
+        with pytest.raises(ProviderTimeout):
+            await provider.open_stream(chat(timeout_seconds=0.3))
+
+
+async def test_one_connection_serves_one_stream_after_another() -> None:
+    async with relay_to(events(ROLE, STOP, DONE)) as (provider, upstream):
+        for _ in range(3):
+            stream = await provider.open_stream(chat())
+            assert [block async for block in stream]
+            await stream.aclose()
+
+        assert upstream.connections == 1
+
+
+async def test_what_was_said_can_be_counted_however_long_it_was() -> None:
+    long = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": {"content": "x" * 100_000}}]}) + b"\n\n"
+
+    _, stream = await streamed(events(ROLE, *[long] * 60, STOP))
+
+    assert len(stream.said()) == 60 * 100_000
+    assert stream.usage is None
+
+
+# --- embeddings ----------------------------------------------------------------------------
+
+
+def packed(*numbers: float) -> str:
+    return base64.b64encode(np.array(numbers, dtype="<f4").tobytes()).decode()
+
+
+def vectors(*embeddings: object, indent: bool = False) -> bytes:
+    data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(embeddings)]
+    body = {"object": "list", "data": data, "model": "e", "usage": {"prompt_tokens": 5, "total_tokens": 5}}
+    return with_length(orjson.dumps(body, option=orjson.OPT_INDENT_2 if indent else 0))
+
+
+@pytest.mark.parametrize("indent", [False, True])
+@pytest.mark.parametrize("each", [packed(1, 2, 3), [1.0, -2e-05, 3]], ids=["base64", "numbers"])
+async def test_embeddings_are_handed_on_byte_for_byte_and_measured(each: object, indent: bool) -> None:
+    answer = vectors(each, each, indent=indent)
+
+    async with relay_to(answer) as (provider, upstream):
+        body = {"model": "any", "input": ["a", "b"], "encoding_format": "base64", "user": "me", "unheard": 1}
+        embedded = await provider.embed_raw(embedder(), body, timeout_seconds=PATIENCE)
+
+        assert sent(upstream) == body | {"model": "embedder"}
+    assert embedded.raw == answer.partition(b"\r\n\r\n")[2]
+    assert (embedded.count, embedded.dimension, embedded.usage) == (2, 3, Usage(input_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [("text", 1), (["a"], 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1, 2], [3]], 2), (("a", "b"), 2)],
+    ids=str,
+)
+async def test_texts_and_tokens_are_counted_as_openai_counts_them(given: object, count: int) -> None:
+    async with relay_to(vectors(*[packed(1, 2, 3)] * count)) as (provider, _):
+        embedded = await provider.embed_raw(embedder(), {"input": given}, timeout_seconds=PATIENCE)
+
+    assert embedded.count == count
+
+
+async def test_the_dimensions_asked_for_are_the_ones_that_must_come() -> None:
+    async with relay_to(vectors(packed(1, 2))) as (provider, _):
+        shorter = await provider.embed_raw(embedder(), {"input": "a", "dimensions": 2}, timeout_seconds=PATIENCE)
+        with pytest.raises(DimensionMismatch) as caught:
+            await provider.embed_raw(embedder(), {"input": "a"}, timeout_seconds=PATIENCE)
+
+    assert shorter.dimension == 2
+    assert (caught.value.declared, caught.value.returned) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        vectors(packed(1, 2, 3)),
+        vectors(packed(1, 2, 3), packed(1, 2)),
+        vectors([1, 2, 3], packed(1, 2)),
+        vectors([], []),
+        vectors([1, 2, 3], None),
+        vectors("AAAA", "AAAA"),
+        with_length(b'{"data":[{"embedding":[1,2,3'),
+        with_length(b'{"data":[{},{}]}'),
+        with_length(b'{"data":[1,2]}'),
+        with_length(b'{"data":null}'),
+    ],
+)
+async def test_vectors_that_are_not_what_was_asked_for_break_the_protocol(answer: bytes) -> None:
+    async with relay_to(answer) as (provider, _):
+        with pytest.raises(BadReply):
+            await provider.embed_raw(embedder(None), {"input": ["a", "b"]}, timeout_seconds=PATIENCE)
+        with pytest.raises(BadReply):
+            await provider.embed(embedder(None), ["a", "b"], timeout_seconds=PATIENCE)
+
+
+async def test_numbers_written_out_are_read_where_a_provider_knows_no_base64() -> None:
+    async with relay_to(vectors([1.5, 2, 3], [4, 5, 6])) as (provider, upstream):
+        embedded = await provider.embed(embedder(), ["a", "b"], timeout_seconds=PATIENCE)
+
+        assert sent(upstream)["encoding_format"] == "base64"
+    np.testing.assert_array_equal(embedded.vectors, np.array([[1.5, 2, 3], [4, 5, 6]], dtype=np.float32))
