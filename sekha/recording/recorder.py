@@ -22,7 +22,7 @@ from sekha.config import RecordingSection
 from sekha.recording.policy import Policy
 from sekha.recording.publisher import NOWHERE, Report, read_report
 from sekha.recording.run import Event, Outcome, Run, encode
-from sekha.recording.spool import SpoolWriter, waiting_in
+from sekha.segments import SegmentWriter, waiting_in
 
 __all__ = ["Recorder", "Stats"]
 
@@ -106,11 +106,12 @@ class Recorder:
         self._max_bytes = max_bytes
         self._ordinary_bytes = int(max_bytes * ORDINARY_SHARE)
         self._environment = environment or {}
-        self._writer = SpoolWriter(folder)
+        self._writer = SegmentWriter(folder)
         self._pending: deque[Run | Event] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()
         self._publisher: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self._start_at = 0.0
@@ -164,10 +165,10 @@ class Recorder:
     async def aclose(self) -> None:
         """Write what is pending, and let the publisher end. What it has not published waits for the next start."""
         self._closed = True
+        # Not cancelled: its thread would go on, and might start a publisher that nobody ends.
+        self._ending.set()
         if self._looking is not None:
-            self._looking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._looking
+            await self._looking
         if self._timer is not None:
             self._timer.cancel()
         while self._pending:
@@ -225,14 +226,15 @@ class Recorder:
             self._failing = True
 
     async def _keep_looking(self) -> None:
-        while True:
+        while not self._ending.is_set():
             report, used, segments = await asyncio.to_thread(self._look)
             self._report, self._used = report, used
             bears = report.runs_per_second
             self._policy.limit(None if bears is None else bears * API_SHARE / self._processes)
             many = segments > MANY_SEGMENTS
             self._writer.hand_over(older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else HAND_OVER_SECONDS)
-            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), LOOK_SECONDS)
 
     def _look(self) -> tuple[Report, int, int]:
         waiting = waiting_in(self._folder)

@@ -10,7 +10,8 @@ from typing import TypeAlias
 from sekha.errors import PrefectUnavailable, RecordError
 from sekha.recording.publisher import NOWHERE, Publisher, read_report
 from sekha.recording.run import Event, Run, encode, new_run_id
-from sekha.recording.spool import SpoolReader, SpoolWriter
+from sekha.recording.spool import SpoolReader
+from sekha.segments import SegmentWriter
 
 Makes: TypeAlias = Callable[..., Run]
 
@@ -56,7 +57,7 @@ class Waits:
 
 
 def spooled(folder: Path, *what: Run | Event) -> None:
-    writer = SpoolWriter(folder)
+    writer = SegmentWriter(folder)
     writer.write([encode(each) for each in what])
     writer.hand_over()
 

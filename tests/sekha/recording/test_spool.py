@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sekha.recording.run import CONTENT_BYTES, Event, Run, decode, encode, new_run_id
-from sekha.recording.spool import SpoolReader, SpoolWriter, waiting_in
+from sekha.recording.spool import SpoolReader
+from sekha.segments import SegmentWriter, waiting_in
 from sekha.trace import Step
 
 Makes: TypeAlias = Callable[..., Run]
@@ -64,7 +65,7 @@ def test_run_ids_are_uuids_that_sort_by_time() -> None:
 
 def test_a_segment_is_read_once_it_is_handed_over_and_gone_once_it_is_done(tmp_path: Path, make_run: Makes) -> None:
     run, event = make_run(), Event(id=new_run_id(), occurred_at=1.0, name="n", resource="r")
-    writer, reader = SpoolWriter(tmp_path), SpoolReader(tmp_path)
+    writer, reader = SegmentWriter(tmp_path), SpoolReader(tmp_path)
     writer.write([encode(run), encode(event)])
     before = reader.ready()
     writer.hand_over()
@@ -81,7 +82,7 @@ def test_a_segment_is_read_once_it_is_handed_over_and_gone_once_it_is_done(tmp_p
 
 
 def test_segments_of_several_writers_are_read_by_age(tmp_path: Path, make_run: Makes) -> None:
-    writers = [SpoolWriter(tmp_path) for _ in range(3)]
+    writers = [SegmentWriter(tmp_path) for _ in range(3)]
     runs = [make_run() for _ in range(3)]
     for writer, run in zip(writers, runs, strict=True):
         writer.write([encode(run)])
@@ -95,8 +96,8 @@ def test_segments_of_several_writers_are_read_by_age(tmp_path: Path, make_run: M
 WRITES = """
 import sys
 from pathlib import Path
-from sekha.recording.spool import SpoolWriter
-writer = SpoolWriter(Path(sys.argv[1]))
+from sekha.segments import SegmentWriter
+writer = SegmentWriter(Path(sys.argv[1]))
 writer.write([line for line in sys.stdin.buffer])
 print("written", flush=True)
 import signal; signal.pause()
@@ -133,11 +134,11 @@ def test_a_full_disk_raises_and_leaves_whole_lines_only(tmp_path: Path, make_run
     code = """
 import resource, signal, sys
 from pathlib import Path
-from sekha.recording.spool import SpoolWriter
+from sekha.segments import SegmentWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 line = sys.stdin.buffer.read()
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(line) * 2.5), -1))
-writer = SpoolWriter(Path(sys.argv[1]))
+writer = SegmentWriter(Path(sys.argv[1]))
 for _ in range(3):
     try:
         writer.write([line])
