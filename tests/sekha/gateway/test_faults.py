@@ -1,0 +1,256 @@
+"""Providers that fail and callers who leave: who is asked, how often, and what it does to the money."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import orjson
+import pytest
+
+from sekha.breaker import BreakerRules
+from sekha.circuits import Circuits
+from sekha.testing import StandIn
+from tests.fixtures.gateway import Opens, Served, wait_until
+
+PASSING: dict[str, Callable[[StandIn], None]] = {
+    "500": lambda standin: standin.fail(500),
+    "503": lambda standin: standin.fail(503, retry_after=30),
+    "429": lambda standin: standin.fail(429, retry_after=30),
+    "our key": lambda standin: standin.fail(401),
+    "no such model": lambda standin: standin.fail(404),
+    "out of money": lambda standin: standin.fail(429, message="You exceeded your current quota."),
+    "dropped": lambda standin: standin.drop(),
+    "cut": lambda standin: standin.cut(),
+    "garbage": lambda standin: standin.garbage(),
+    "hang": lambda standin: standin.hang(),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+async def test_another_provider_answers_when_one_fails(gateway: Opens, fault: str) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, rounds=3, timeout_secs=0.3) as served:
+        PASSING[fault](one)
+        response = await served.chat(model="chat")
+        held = await served.held()
+
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"] == "You said: Hello there."
+    assert (response.headers["x-sekha-provider"], response.json()["sekha"]["attempts"]) == ("second", 2)
+    assert (len(one.requests), len(two.requests)) == (1, 1)
+    assert held == 0
+
+
+@pytest.mark.parametrize(
+    "fault", [StandIn.refuse_content, StandIn.exceed_context, lambda s, **times: s.fail(400, **times)]
+)
+async def test_what_is_wrong_with_the_request_is_asked_once_and_costs_nothing(
+    gateway: Opens, fault: Callable[..., None]
+) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, rounds=3) as served:
+        fault(one, times=None)
+        response = await served.chat(model="chat")
+        spent, held = await served.spent(), await served.held()
+
+    assert response.status_code == 400
+    assert response.headers["x-should-retry"] == "false"
+    assert (len(one.requests), len(two.requests)) == (1, 0)
+    assert (spent, held) == (0, 0)
+
+
+async def test_a_storm_of_429_is_left_alone_while_another_answers(gateway: Opens) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, rounds=3) as served:
+        one.fail(429, retry_after=30, times=None)
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(served.chat(model="chat") for _ in range(20)))
+        seconds = time.perf_counter() - started
+
+    assert {answer.headers["x-sekha-provider"] for answer in answers} == {"second"}
+    assert len(one.requests) == 20
+    assert seconds < 10
+
+
+async def test_a_provider_is_asked_again_when_it_said_that_it_may(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, rounds=3) as served:
+        standin.fail(429, retry_after=0.1, times=2)
+        started = time.perf_counter()
+        response = await served.chat(model="chat")
+        seconds = time.perf_counter() - started
+
+    assert response.json()["sekha"]["attempts"] == 3
+    assert seconds >= 0.2
+
+
+async def test_who_asks_to_wait_longer_than_there_is_time_is_not_waited_for(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, rounds=3, timeout_secs=1) as served:
+        standin.fail(429, retry_after=60, times=None)
+        started = time.perf_counter()
+        response = await served.chat(model="chat")
+        seconds = time.perf_counter() - started
+
+    assert (response.status_code, response.headers["retry-after"]) == (429, "60")
+    assert seconds < 1
+    assert len(standin.requests) == 1
+
+
+async def test_a_provider_that_keeps_failing_is_not_asked_any_more(gateway: Opens) -> None:
+    circuits = Circuits(BreakerRules(failure_threshold=3))
+    async with StandIn() as one, StandIn() as two, gateway(one, two, circuits=circuits) as served:
+        one.fail(500, times=None)
+        answers = [await served.chat(model="chat") for _ in range(5)]
+        asked = len(one.requests)
+        two.fail(500, times=None)
+        last = [await served.chat(model="chat") for _ in range(4)][-1]
+
+    assert [answer.headers["x-sekha-provider"] for answer in answers] == ["second"] * 5
+    assert asked == 3
+    assert last.status_code == 503
+    assert last.json()["error"]["code"] in ("circuit_open", "no_candidate")
+    assert last.headers["x-should-retry"] == "true"
+
+
+# --- who leaves ----------------------------------------------------------------------------
+
+
+async def _ask_and_leave(served: Served, standin: StandIn, **fields: Any) -> None:
+    """Send a request and close the connection once a provider was asked."""
+    body = orjson.dumps({"messages": [{"role": "user", "content": "Hello there."}], **fields})
+    _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    async with asyncio.timeout(2):
+        await standin.arrived.wait()
+    writer.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_provider_is_left_too_when_the_caller_leaves_before_the_answer(gateway: Opens, stream: bool) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        standin.hang()
+        await _ask_and_leave(served, standin, stream=stream)
+        async with asyncio.timeout(1):
+            await standin.abandoned.wait()
+        await wait_until(lambda: _nothing_held(served))
+        after = await served.chat()
+
+    assert after.status_code == 200
+    assert len(standin.requests) == 2
+
+
+async def test_who_leaves_while_an_attempt_is_waited_for_ends_it(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, rounds=3) as served:
+        standin.fail(429, retry_after=5, times=None)
+        await _ask_and_leave(served, standin, model="chat")
+        await wait_until(lambda: _nothing_held(served), seconds=1)
+
+    assert len(standin.requests) == 1
+
+
+async def test_who_leaves_in_the_middle_of_a_body_asked_for_nothing(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"messages": [')
+        await writer.drain()
+        writer.close()
+        after = await served.chat()
+
+    assert after.status_code == 200
+    assert len(standin.requests) == 1
+
+
+# --- money ---------------------------------------------------------------------------------
+
+
+async def test_an_outcome_that_nobody_knows_is_charged_at_its_worst(gateway: Opens) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, timeout_secs=0.3) as served:
+        one.hang()
+        asking = asyncio.create_task(served.chat(model="chat"))
+        await one.arrived.wait()
+        held = await served.held()
+        response = await asking
+        costs = {line["group"]: line["cost"] for line in await _costs(served)}
+        held_after = await served.held()
+
+    # Held is the dearer's worst case, and the dearer costs twice as much.
+    assert costs["first"] == pytest.approx(float(held) / 2)
+    assert costs["second"] == response.json()["sekha"]["cost"]
+    assert held_after == 0
+
+
+async def test_a_lost_attempt_and_the_one_after_it_are_both_paid_for(gateway: Opens) -> None:
+    worst = await _worst_case(gateway)
+    async with StandIn() as standin, gateway(standin, rounds=2, timeout_secs=0.3) as served:
+        standin.hang()
+        response = await served.chat(model="chat")
+        spent, held = await served.spent(), await served.held()
+
+    assert response.status_code == 200
+    assert float(spent) == pytest.approx(float(worst) + response.json()["sekha"]["cost"])
+    assert held == 0
+
+
+async def test_a_lost_attempt_is_the_last_when_the_budget_cannot_hold_another(gateway: Opens) -> None:
+    worst = await _worst_case(gateway)
+    small = f"{{name: small, limit: {worst * Decimal('1.5')}}}"
+    async with StandIn() as standin, gateway(standin, rounds=2, timeout_secs=0.3, budgets=[small]) as served:
+        standin.hang()
+        response = await served.chat(model="chat")
+        spent, held = await served.spent(), await served.held("small")
+
+    assert response.status_code == 402
+    assert response.json()["error"]["code"] == "budget_exceeded"
+    assert (spent, held) == (worst, 0)
+    assert len(standin.requests) == 1
+
+
+@pytest.mark.parametrize("hanging", [False, True])
+async def test_many_at_once_never_pass_a_nearly_spent_budget(gateway: Opens, hanging: bool) -> None:
+    worst = await _worst_case(gateway)
+    limit = worst * Decimal("3.5")
+    most_held: list[Decimal] = []
+    async with (
+        StandIn() as standin,
+        gateway(standin, timeout_secs=0.3, budgets=[f"{{name: small, limit: {limit}}}"]) as served,
+    ):
+        standin.hang(times=None) if hanging else standin.slow(0.1, times=None)
+
+        async def watch() -> None:
+            while True:
+                most_held.append(await served.held("small") + await served.spent())
+                await asyncio.sleep(0.01)
+
+        watching = asyncio.create_task(watch())
+        answers = await asyncio.gather(*(served.chat(model="chat") for _ in range(50)))
+        watching.cancel()
+        spent, held = await served.spent(), await served.held("small")
+
+    admitted = [answer for answer in answers if answer.status_code != 402]
+    assert {answer.status_code for answer in admitted} == {504 if hanging else 200}
+    assert len(admitted) == len(standin.requests) >= 3
+    assert spent <= limit
+    assert max(most_held) <= limit
+    assert held == 0
+    assert all(answer.json()["error"]["code"] == "budget_exceeded" for answer in answers if answer.status_code == 402)
+
+
+async def _worst_case(gateway: Opens) -> Decimal:
+    """Of a chat in one sentence at the first provider."""
+    async with StandIn() as standin, gateway(standin) as served:
+        standin.hang()
+        asking = asyncio.create_task(served.chat(model="chat"))
+        await standin.arrived.wait()
+        worst = await served.held()
+        asking.cancel()
+        await wait_until(lambda: _nothing_held(served))
+    return worst
+
+
+async def _costs(served: Served) -> list[dict[str, Any]]:
+    costs: list[dict[str, Any]] = (await served.http.get("/api/v1/costs?by=provider")).json()["costs"]
+    return costs
+
+
+async def _nothing_held(served: Served) -> bool:
+    return await served.held() == 0
