@@ -136,7 +136,7 @@ class Ledger(Protocol):
 
         Spending is recorded even when it exceeds the hold, and when the hold has expired. Only what
         is held for budgets that cover the spend is reduced, and never below zero. When it returns,
-        the spend survives `kill -9` and a power cut.
+        the spend survives `kill -9`, and a power cut unless the ledger says how much may be lost.
         """
         ...
 

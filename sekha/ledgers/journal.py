@@ -100,6 +100,7 @@ class Journal:
     def close(self) -> None:
         """Let go of the journal as it is: whoever finds it next recovers it."""
         os.close(self._segment)
+        self._segment = -1  # the number may soon be another file's
         os.close(self._lock)
 
     def remove(self) -> None:
@@ -204,7 +205,11 @@ def _spends(segments: Iterable[Path]) -> Iterator[Spend]:
     holds: dict[str, _Open] = {}
     budgets: dict[int, Budget] = {}
     count = recorded = 0
+    known = False
     for record in _records(segments):
+        if not known and record[0] != "v":
+            raise _Unreadable("its beginning is damaged")
+        known = True
         match record:
             case ["v", version, before]:
                 if version != _VERSION:

@@ -28,7 +28,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -61,7 +60,7 @@ T = TypeVar("T")
 LEASE_SECONDS = 60.0
 """A slice that its process does not renew is free after this long."""
 BEHIND_SECONDS = 30.0
-"""Nothing is held any more while spending waits this long to be recorded."""
+"""Nothing more is held while spending has waited this long to be recorded."""
 _RENEW_SECONDS = 15.0
 _SKEW = timedelta(seconds=5)
 """A slice is left alone so long before it expires, since other machines' clocks may be ahead."""
@@ -80,7 +79,6 @@ _ASK_AGAIN_SECONDS = 0.05
 _RECOVER_SECONDS = 3.0
 _BACK_OFF_SECONDS = 0.5
 _USUAL_SECONDS = 30.0
-_SEGMENT_BYTES = 4_000_000
 _MANY = 10_000
 _NEVER = float("inf")
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
@@ -90,8 +88,8 @@ class _Pool:
     """One budget's slice in this process, in picos, and what is known of the budget."""
 
     __slots__ = (
-        "asked", "budget", "elsewhere", "end", "exact_until", "free", "held", "index", "limit", "match", "pending",
-        "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
+        "asked", "budget", "debt", "elsewhere", "end", "exact_until", "free", "held", "index", "limit", "match",
+        "pending", "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
     )  # fmt: skip
 
     def __init__(self, index: int, budget: Budget) -> None:
@@ -103,6 +101,8 @@ class _Pool:
         self.free = 0
         self.held = 0
         self.unrecorded = 0
+        self.debt = 0
+        """Spent beyond all that was leased: what is freed goes there first."""
         self.written: tuple[int, int] | None = (0, 0)
         """In use and idle, as the shared ledger has it; None when nobody knows."""
         self.limit = 0
@@ -174,7 +174,7 @@ class _Want:
         self.hold = hold
         self.needs = needs
         self.bounds = bounds
-        """The budget with the lowest limit for each pool."""
+        """What each pool is leased under."""
         self.at = at
         self.scope = scope
         self.future: Future[Hold] = asyncio.get_running_loop().create_future()
@@ -182,20 +182,29 @@ class _Want:
 
 
 class LeasedLedger:
-    """A `Ledger` that answers from memory, over one that is shared. One event loop, one process.
+    """A `Ledger` that answers from memory, over one that is shared. For one event loop of one process.
 
     `reserve`, `charge`, `settle`, `release` and `spent` normally return without suspending. `spent`
     may be half a second behind what other processes do, and `usual_output_tokens` thirty seconds;
     `reserve` is exact. A hold is settled or released where it was made; one that is open at `aclose`
-    stays in the shared ledger until it expires, and anybody may settle it there.
+    stays in the shared ledger until it expires, and anybody may settle it there. A process that forks
+    opens its ledger afterwards, since a child would keep the journal's lock.
     """
 
     def __init__(
-        self, ledger: SqlLedger, journal_folder: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        ledger: SqlLedger,
+        journal_folder: Path,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        behind_seconds: float = BEHIND_SECONDS,
+        segment_bytes: int = 4_000_000,
     ) -> None:
         self._ledger = ledger
         self._folder = journal_folder
         self._clock = clock
+        self._behind_seconds = behind_seconds
+        self._segment_bytes = segment_bytes
         self._journal: Journal | None = None
         self._worker: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -246,12 +255,13 @@ class LeasedLedger:
         scope: Scope | None = None,
     ) -> Hold:
         behind = monotonic() - self._behind_since
-        if behind > BEHIND_SECONDS:
+        if behind > self._behind_seconds:
             raise LedgerUnavailable(str(self._folder), f"spending has waited to be recorded for {behind:.0f} s")
         ready = not self._closing
         held: dict[str, Decimal] = {}
         needs: dict[_Pool, int] = {}
         bounds: dict[_Pool, _Known] = {}
+        before, same = None, 0
         for budget in budgets:
             amount = amounts.get(budget.name)
             if not amount or amount < 0:
@@ -259,10 +269,14 @@ class LeasedLedger:
             held[budget.name] = amount
             known = self._known.get(id(budget)) or self._register(budget)
             _, pool, limit = known
-            need = picos(amount)
+            if amount is not before:  # it is the same for all of them as a rule
+                before, same = amount, picos(amount)
+            need = same
             if pool in needs:
-                need = max(need, needs[pool])
-                known = min(known, bounds[pool], key=itemgetter(2))
+                # Two budgets on the same calls hold once, and each must have room for its own amount.
+                most = max(need, needs[pool])
+                known = budget, pool, min(limit - need, bounds[pool][2] - needs[pool]) + most
+                need = most
             needs[pool], bounds[pool] = need, known
             if pool.free < need or pool.limit > limit or not pool.since <= at < pool.until:
                 ready = False
@@ -321,13 +335,17 @@ class LeasedLedger:
                 self._usual_asked.add((provider, model))
             if age < _USUAL_SECONDS or self._down:
                 return tokens
-        return await self._ask(partial(self._look_up_usual, provider, model))
+        await self._ask(_nothing)
+        return await self._look_up_usual(provider, model)
 
     async def report(self, by: GroupBy, *, since: datetime | None = None) -> list[Spent]:
-        return await self._ask(partial(self._ledger.report, by, since=since))
+        await self._ask(_nothing)
+        return await self._ledger.report(by, since=since)
 
     async def aclose(self) -> None:
         """Record everything, give all slices back and remove the journal. What fails is left to be recovered."""
+        if self._closing:
+            return
         self._closing = True
         if self._worker is not None and not self._worker.done():
             self._wake.set()
@@ -401,8 +419,11 @@ class LeasedLedger:
             if covered:
                 left[pool] -= covered
                 pool.held -= covered
-            # What no hold covers comes out of the slice, as far as it goes.
-            pool.free -= min(pool.free, cost - covered)
+            if covered < cost:
+                # What no hold covers comes out of the slice, as far as it goes.
+                idle = min(pool.free, cost - covered)
+                pool.free -= idle
+                pool.debt += cost - covered - idle
         if under is None:
             return written
         if kind == "s":
@@ -434,7 +455,9 @@ class LeasedLedger:
     def _free(self, hold: str) -> None:
         for pool, left in self._open.pop(hold).left.items():
             pool.held -= left
-            pool.free += left
+            owed = min(pool.debt, left)
+            pool.debt -= owed
+            pool.free += left - owed
 
     def _expire(self, at: datetime) -> None:
         if at < self._next_expiry:
@@ -502,6 +525,8 @@ class LeasedLedger:
                     await self._round(journal)
                 except LedgerError as error:
                     self._back_off(error)
+                except OSError as error:
+                    self._back_off(LedgerUnavailable(str(self._folder), error.strerror or "it cannot be used"))
         except Exception:
             log.exception("The ledger stopped; what is spent stays in its journal")
             raise
@@ -669,11 +694,12 @@ class LeasedLedger:
         wanted = {
             pool: Wanted(
                 budget,
+                limit,
                 Slice(pool.match, pool.period, pool.held + pool.unrecorded, pool.free),
                 tuple(want.needs[pool] for want in asking if pool in want.needs),
                 exact=now < pool.exact_until,
             )
-            for pool, (budget, _, _) in by.items()
+            for pool, (budget, _, limit) in by.items()
         }
         expires_at = max(at, self._clock()) + timedelta(seconds=LEASE_SECONDS)
         for pool in wanted:
@@ -684,11 +710,11 @@ class LeasedLedger:
             pool.budget, _, pool.limit = by[pool]
             had = wanted[pool].slice
             idle = 0 if one.lost else had.idle
-            pool.written = had.in_use, idle + one.granted
-            left = max(pool.limit - one.used, 0)
-            # Calls went on meanwhile, and what was idle may have been leased under a higher limit.
-            since_then = pool.held + pool.unrecorded - had.in_use
-            pool.free = min(max(pool.free - had.idle + idle, 0) + one.granted, max(left - since_then, 0))
+            # Calls went on meanwhile.
+            left = pool.limit - one.used - (pool.held + pool.unrecorded - had.in_use)
+            pool.debt, left = max(-left, 0), max(left, 0)
+            # What was idle may have been leased under a higher limit.
+            pool.free = min(max(pool.free - had.idle + idle, 0) + one.granted, left)
             pool.slice = 0 if wanted[pool].exact else left // SHARE
             pool.since = period_start(pool.period, at) or _FIRST
             pool.until = expires_at - _SKEW
@@ -708,20 +734,27 @@ class LeasedLedger:
                 else:
                     want.future.set_result(want.hold)
                 continue
-            for pool, need in want.needs.items():
-                budget, _, limit = want.bounds[pool]
-                left = max(limit - leased[pool].used, 0)
-                if need > left:
-                    patient = monotonic() - want.since < _RECALL_SECONDS
-                    if patient and need <= left + leased[pool].recalled:
-                        self._wants.append(want)
-                    else:
-                        want.future.set_exception(exceeded(budget, to_dollars(need), to_dollars(left), want.at))
-                    break
-            else:
-                # Somebody was faster, and there may be more.
-                self._wants.append(want)
-                self._wake.set()
+            self._refuse(want, leased)
+
+    def _refuse(self, want: _Want, leased: Mapping[_Pool, Leased]) -> None:
+        """Refuse what the shared ledger has too little for, unless others may give it back."""
+        for budget in want.hold.budgets:
+            amount = want.hold.amounts.get(budget.name)
+            if amount is None:
+                continue
+            _, pool, limit = self._known.get(id(budget)) or self._register(budget)
+            left = max(limit - leased[pool].used, 0)
+            need = picos(amount)
+            if need > left:
+                patient = monotonic() - want.since < _RECALL_SECONDS
+                if patient and need <= left + leased[pool].recalled:
+                    self._wants.append(want)
+                else:
+                    want.future.set_exception(exceeded(budget, amount, to_dollars(left), want.at))
+                return
+        # Somebody was faster, and there may be more.
+        self._wants.append(want)
+        self._wake.set()
 
     # --- what is known of the shared ledger --------------------------------------------------
 
@@ -782,12 +815,16 @@ class LeasedLedger:
                 journal.close()
 
     def _keep_house(self, journal: Journal) -> None:
-        if self._syncing is not None and not self._syncing.done():
-            return
+        if self._syncing is not None:
+            if not self._syncing.done():
+                return
+            if error := self._syncing.exception():
+                log.warning("Spending of the last second would not survive a power cut: %s", error)
+            self._syncing = None
         while self._replaced and self._replaced[0][0] <= self._recorded:
             for path in self._replaced.pop(0)[1]:
                 path.unlink(missing_ok=True)
-        if journal.size > _SEGMENT_BYTES:
+        if journal.size > self._segment_bytes:
             records = [*map(_pool_record, self._pools), *(under.record() for under in self._open.values())]
             self._replaced.append((self._written, journal.rotate(self._written, records)))
             self._synced_size = 0
@@ -798,6 +835,7 @@ class LeasedLedger:
     async def _hand_over(self, journal: Journal) -> None:
         if self._syncing is not None:
             await asyncio.wait([self._syncing])
+        recorded = len(self._pending)
         holds = [
             (
                 replace(under.hold, expires_at=under.expires_at),
@@ -807,6 +845,9 @@ class LeasedLedger:
         ]
         try:
             await self._ledger.close_lease(self._owner, [one.spend for one in self._pending], holds)
+            while late := self._pending[recorded:]:
+                recorded += len(late)
+                await self._ledger.close_lease(self._owner, [one.spend for one in late], ())
         except LedgerError as error:
             log.warning("%d calls stay in the journal until they can be recorded: %s", len(self._pending), error)
             journal.close()

@@ -62,6 +62,7 @@ Value: TypeAlias = str | int | tuple[str, ...] | list[str] | None
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY = 86_400_000_000
+_HOUR = 3_600_000_000
 _MOST = 2**63 - 1
 
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -151,6 +152,8 @@ class Wanted:
     """More of a budget for the slice that a process has of it."""
 
     budget: Budget
+    limit: int
+    """Picos that all spending and holds together may not pass."""
     slice: Slice
     needs: tuple[int, ...]
     """What calls wait for, in picos, the first in line first."""
@@ -301,7 +304,7 @@ def migrate(transaction: Transaction, ledger: str) -> None:
 
 def expand(sql: str, values: Sequence[Value]) -> tuple[str, Sequence[str | int | None]]:
     """Write out the marks of values that are tuples or lists, and flatten them."""
-    if not any(isinstance(value, tuple | list) for value in values):
+    if {tuple, list}.isdisjoint(map(type, values)):
         return sql, cast("Sequence[str | int | None]", values)
     flat: list[str | int | None] = []
     pieces = sql.split("?")
@@ -401,7 +404,7 @@ def _record(transaction: Transaction, spend: Spend) -> bool:
         return False
     for tag in sorted(spend.scope.tags):
         transaction.changed("INSERT INTO ledger_tags (spend, tag) VALUES (?, ?)", spend.id, storable(tag))
-    matches, spans = _matches(spend.scope), [_span(period, spend.at) for period in get_args(Period)]
+    matches, spans = _matches(spend.scope), _spans(_micros(spend.at) // _HOUR)
     totals = transaction.rows(
         "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
     )
@@ -442,7 +445,14 @@ def _spent(transaction: Transaction, *, budget: Budget, at: datetime) -> tuple[i
     match, span = meaning(budget), _span(budget.period, at)
     kept = transaction.rows("SELECT spent FROM ledger_totals WHERE match = ? AND span = ?", match, span)
     spent = kept[0][0] if kept else _sum(transaction, budget, at)
-    return spent, _held(transaction, [budget], at)[match, budget.period]
+    # What lies idle in slices is held for no call, and comes back when somebody needs it.
+    held = transaction.rows(
+        "SELECT coalesce(sum(amount - idle), 0) FROM ledger_holds WHERE match = ? AND period = ? AND expires_at > ?",
+        match,
+        budget.period,
+        _micros(at),
+    )
+    return spent, int(held[0][0])
 
 
 def _usual_output_tokens(transaction: Transaction, *, provider: str, model: str) -> int | None:
@@ -509,7 +519,7 @@ def _lease(
         idle = 0 if lost else want.slice.idle
         total = spent[line[0], _span(want.budget.period, at)]
         used = total + others.amount + want.slice.in_use
-        available = max(picos(want.budget.limit) - used, 0)
+        available = max(want.limit - used, 0)
         fitting = 0
         for need in want.needs:
             if fitting + need <= available:
@@ -653,10 +663,11 @@ def _record_all(transaction: Transaction, spends: Sequence[Spend]) -> frozenset[
 
 def _added(transaction: Transaction, spends: Sequence[Spend]) -> dict[tuple[str, str], int]:
     """What these spends add to each total that is kept, by match and span."""
-    spans = {spend.at: tuple(_span(period, spend.at) for period in get_args(Period)) for spend in spends}
+    by_span: dict[tuple[str, ...], list[Spend]] = {}
+    for spend in spends:
+        by_span.setdefault(_spans(_micros(spend.at) // _HOUR), []).append(spend)
     kept = transaction.rows(
-        "SELECT match, span FROM ledger_totals WHERE span IN ?",
-        sorted({span for some in spans.values() for span in some}),
+        "SELECT match, span FROM ledger_totals WHERE span IN ?", sorted({span for spans in by_span for span in spans})
     )
     by_match: dict[str, set[str]] = {}
     for match, span in kept:
@@ -665,12 +676,22 @@ def _added(transaction: Transaction, spends: Sequence[Spend]) -> dict[tuple[str,
     for match in by_match:
         coverage.add(_fields(match), match)
     added: dict[tuple[str, str], int] = {}
-    for spend in spends:
-        cost = picos(spend.cost)
-        for match in coverage.of(spend.scope) if cost else ():
-            for span in by_match[match].intersection(spans[spend.at]):
-                added[match, span] = added.get((match, span), 0) + cost
+    for spans, during in by_span.items():
+        by_scope: dict[Scope, int] = {}
+        for spend in during:
+            by_scope[spend.scope] = by_scope.get(spend.scope, 0) + picos(spend.cost)
+        for scope, cost in by_scope.items():
+            for match in coverage.of(scope) if cost else ():
+                for span in by_match[match].intersection(spans):
+                    added[match, span] = added.get((match, span), 0) + cost
     return added
+
+
+@lru_cache(maxsize=64)
+def _spans(hour: int) -> tuple[str, ...]:
+    """The periods that hold this hour since 1970."""
+    at = _EPOCH + timedelta(hours=hour)
+    return tuple(_span(period, at) for period in get_args(Period))
 
 
 def _chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:
@@ -847,6 +868,6 @@ def to_dollars(picos: int) -> Decimal:
 
 def storable(value: str | None) -> str | None:
     """What both databases can store: tags come from callers, and JSON may carry NUL or half a surrogate."""
-    if value is None:
-        return None
+    if value is None or (value.isascii() and "\x00" not in value):
+        return value
     return value.encode("utf-8", "replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")

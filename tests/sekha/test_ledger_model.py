@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from sekha.errors import BudgetExceeded
-from sekha.ledger import Budget, GroupBy, Hold, Scope, Spend, period_end, period_start
-from sekha.ledgers import open_ledger
+from sekha.ledger import Budget, GroupBy, Hold, Ledger, Scope, Spend, period_end, period_start
+from sekha.ledgers import open_database, open_ledger
+from sekha.ledgers.leased import LeasedLedger
+from sekha.ledgers.sql import SqlLedger
 from sekha.pricing import Usage
 
 amounts = st.one_of(
@@ -69,11 +71,17 @@ class LedgerMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.runner = asyncio.Runner()
         self.now = datetime(2026, 11, 30, 22, 45, tzinfo=UTC)
-        url = f"sqlite:///{Path(self.folder.name) / 'ledger.db'}"
-        self.ledgers = [open_ledger(url), open_ledger(url)]
+        self.ledgers = self.opened(f"sqlite:///{Path(self.folder.name) / 'ledger.db'}")
         self.declared: list[Budget] = []
         self.recorded: dict[str, Spend] = {}
         self.held: dict[str, Held] = {}
+
+    def opened(self, url: str) -> list[Ledger]:
+        return [open_ledger(url), open_ledger(url)]
+
+    def at(self, hold: Hold, age_minutes: int) -> datetime:
+        """When a call was made that is charged now."""
+        return self.now - timedelta(minutes=age_minutes)
 
     def teardown(self) -> None:
         for ledger in self.ledgers:
@@ -156,7 +164,7 @@ class LedgerMachine(RuleBasedStateMachine):
         age_minutes=st.sampled_from([0, 0, 0, 70, 60 * 26]),
     )
     def charge(self, process: int, hold: Hold, scope: Scope, cost: Decimal, age_minutes: int) -> Spend:
-        at = self.now - timedelta(minutes=age_minutes)
+        at = self.at(hold, age_minutes)
         spend = Spend(scope=scope, cost=cost, estimated=cost, usage=Usage(output_tokens=1), at=at)
         self.runner.run(self.ledgers[process].charge(hold, spend))
         self.recorded[spend.id] = spend
@@ -193,5 +201,20 @@ class LedgerMachine(RuleBasedStateMachine):
         assert sum(line.calls for line in report) == len(self.recorded)
 
 
+class LeasedLedgerMachine(LedgerMachine):
+    """One process that spends slices of its budgets is to be told from one that asks each time by its speed alone."""
+
+    def opened(self, url: str) -> list[Ledger]:
+        journals = Path(self.folder.name) / "journals"
+        return [LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: self.now)] * 2
+
+    def at(self, hold: Hold, age_minutes: int) -> datetime:
+        # A hold that expired may be gone or not yet, and only what was late would still find it.
+        gone = hold.id not in self.held or self.held[hold.id].expires_at <= self.now
+        return super().at(hold, 0 if gone else age_minutes)
+
+
 TestLedger = LedgerMachine.TestCase
+TestLeasedLedger = LeasedLedgerMachine.TestCase
+TestLeasedLedger.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestLedger.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

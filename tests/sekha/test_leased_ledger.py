@@ -1,0 +1,614 @@
+"""A ledger that spends slices of budgets in memory: what it promises beyond `tests/contracts/test_ledger.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import zlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from sekha.errors import BudgetExceeded, LedgerUnavailable
+from sekha.ledger import Budget, Hold, Ledger, Scope, Spend
+from sekha.ledgers import open_database, open_leased, open_ledger
+from sekha.ledgers.leased import LeasedLedger
+from sekha.ledgers.sql import SqlLedger
+from sekha.ledgers.sqlite import SqliteDatabase
+from sekha.pricing import Usage
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
+SPENDER = ROOT / "tests" / "fixtures" / "spender.py"
+NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
+TEAM = Budget(name="team", limit=Decimal("2.00"), period="day")
+SCOPE = Scope(provider="openai", model="openai/m", task="chat_small", key="research", tags=frozenset({"eval"}))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/ledger.db"
+
+
+@pytest.fixture
+def journals(tmp_path: Path) -> Path:
+    return tmp_path / "journals"
+
+
+Open = Callable[[], LeasedLedger]
+
+
+@pytest.fixture
+async def opened(url: str, journals: Path, clock: Clock) -> AsyncIterator[Open]:
+    """Opens a ledger as one more process would."""
+    ledgers: list[LeasedLedger] = []
+
+    def open_it() -> LeasedLedger:
+        ledgers.append(LeasedLedger(SqlLedger(open_database(url)), journals, clock=clock))
+        return ledgers[-1]
+
+    yield open_it
+    for ledger in ledgers:
+        await ledger.aclose()
+
+
+@pytest.fixture
+async def shared(url: str) -> AsyncIterator[Ledger]:
+    """What is on record for every process."""
+    ledger = open_ledger(url)
+    yield ledger
+    await ledger.aclose()
+
+
+def spend(cost: str, *, at: datetime = NOW, scope: Scope = SCOPE, output_tokens: int = 0) -> Spend:
+    usage = Usage(output_tokens=output_tokens)
+    return Spend(scope=scope, cost=Decimal(cost), estimated=Decimal(cost), usage=usage, at=at)
+
+
+async def reserve(ledger: Ledger, amount: str, budget: Budget = TEAM, *, at: datetime = NOW) -> Hold:
+    return await ledger.reserve([budget], {budget.name: Decimal(amount)}, at=at, ttl_seconds=60, scope=SCOPE)
+
+
+def at_once(work: Coroutine[object, None, T]) -> T:
+    """Run something that never waits; fails if it does."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]  # what the coroutine returned
+    work.close()
+    raise AssertionError("it waited")
+
+
+def decimals(*amounts: str) -> tuple[Decimal, ...]:
+    return tuple(Decimal(amount) for amount in amounts)
+
+
+async def until(ledger: Ledger, spent: str, held: str, *, budget: Budget = TEAM, at: datetime = NOW) -> None:
+    """Wait for what is done in the background."""
+    async with asyncio.timeout(20):
+        while await ledger.spent(budget, at=at) != decimals(spent, held):  # noqa: ASYNC110 - the database has no event
+            await asyncio.sleep(0.01)
+
+
+# --- without waiting -----------------------------------------------------------------------
+
+
+async def test_a_call_is_paid_for_from_a_slice_without_waiting(opened: Open) -> None:
+    ledger = opened()
+    wide = Budget(name="wide", limit=Decimal(10))
+    amounts = {"team": Decimal("0.01"), "wide": Decimal("0.01")}
+    await ledger.settle(await ledger.reserve([TEAM, wide], amounts, at=NOW, ttl_seconds=60), spend("0.01"))
+    await ledger.spent(TEAM, at=NOW)
+
+    hold = at_once(ledger.reserve([TEAM, wide], amounts, at=NOW, ttl_seconds=60))
+    at_once(ledger.charge(hold, spend("0.002")))
+    held = at_once(ledger.spent(TEAM, at=NOW))
+    at_once(ledger.settle(hold, spend("0.003")))
+    at_once(ledger.release(at_once(ledger.reserve([TEAM], amounts, at=NOW, ttl_seconds=60))))
+    settled = at_once(ledger.spent(TEAM, at=NOW))
+
+    assert held == decimals("0.012", "0.008")
+    assert settled == decimals("0.015", "0")
+
+
+async def test_what_is_idle_in_the_own_slice_is_left_to_spend(opened: Open, shared: Ledger) -> None:
+    ledger = opened()
+
+    await ledger.settle(await reserve(ledger, "0.10"), spend("0.05"))
+
+    await until(shared, "0.05", "0")
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0.05", "0")
+
+
+async def test_what_was_spent_reaches_the_shared_ledger_by_itself(opened: Open, shared: Ledger) -> None:
+    ledger = opened()
+    hold = await reserve(ledger, "0.50")
+
+    for _ in range(1_200):
+        at_once(ledger.charge(hold, spend("0.0001")))
+
+    await until(shared, "0.12", "0.38")
+
+
+async def test_the_usual_reply_is_remembered(opened: Open) -> None:
+    ledger = opened()
+    hold = await ledger.reserve([], {}, at=NOW, ttl_seconds=60)
+    for _ in range(10):
+        at_once(ledger.charge(hold, spend("0", output_tokens=7)))
+
+    assert await ledger.usual_output_tokens("openai", "openai/m") == 7
+    assert at_once(ledger.usual_output_tokens("openai", "openai/m")) == 7
+
+
+async def test_a_report_knows_all_that_was_spent_here(opened: Open) -> None:
+    ledger = opened()
+
+    at_once(ledger.settle(await reserve(ledger, "0.50"), spend("0.25")))
+
+    assert [(line.group, line.cost) for line in await ledger.report("key")] == [("research", Decimal("0.25"))]
+
+
+# --- several processes ---------------------------------------------------------------------
+
+
+async def test_money_that_lies_idle_in_another_process_is_given_back_before_anybody_is_refused(opened: Open) -> None:
+    one, other = opened(), opened()
+    await one.release(await reserve(one, "1.00"))
+
+    hold = await reserve(other, "2.00")
+
+    assert hold.amounts == {"team": Decimal("2.00")}
+
+
+async def test_money_that_another_process_needs_for_its_calls_is_not_given_back(opened: Open) -> None:
+    one, other = opened(), opened()
+    await reserve(one, "1.00")
+
+    with pytest.raises(BudgetExceeded) as refused:
+        await reserve(other, "1.50")
+
+    assert refused.value.remaining <= Decimal("1.00")
+    await reserve(other, "1.00")
+
+
+async def test_a_process_that_does_nothing_keeps_nothing(opened: Open, shared: Ledger) -> None:
+    ledger = opened()
+    await ledger.release(await reserve(ledger, "0.01"))
+
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(BudgetExceeded):
+                # A ledger without slices waits for nobody.
+                await reserve(shared, "2.00")
+                return
+            await asyncio.sleep(0.1)
+
+
+async def test_spending_of_other_processes_is_seen_within_a_second(opened: Open, shared: Ledger) -> None:
+    ledger = opened()
+    await ledger.spent(TEAM, at=NOW)
+
+    await shared.settle(await reserve(shared, "0.75"), spend("0.75"))
+
+    await until(ledger, "0.75", "0")
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+async def test_a_crowd_in_four_processes_spends_a_budget_to_its_end_and_never_beyond(
+    request: pytest.FixtureRequest, url: str, journals: Path, database: str
+) -> None:
+    if database == "postgres":
+        url = request.getfixturevalue("postgres_url")
+    shared = open_ledger(url)
+    await shared.settle(await reserve(shared, "1.00"), spend("1.00"))
+    with ExitStack() as processes:
+        crowds = [processes.enter_context(spender(url, "crowd", journals)) for _ in range(4)]
+        for crowd in crowds:
+            assert line_of(crowd) == "ready"
+        for crowd in crowds:
+            tell(crowd)
+        calls = sum(int(line_of(crowd)) for crowd in crowds)
+
+    spent, held = await shared.spent(TEAM, at=NOW)
+    await shared.aclose()
+
+    assert held == 0
+    assert spent == 1 + calls * Decimal("0.004")
+    # Who is refused does not ask again, so what the last calls did not need after all may be left.
+    assert Decimal("1.95") <= spent <= 2
+    assert listed(journals) == []
+
+
+# --- dying ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+async def test_what_a_killed_process_spent_is_recorded_and_its_calls_are_charged_at_their_worst_case(
+    request: pytest.FixtureRequest, url: str, journals: Path, clock: Clock, database: str
+) -> None:
+    if database == "postgres":
+        url = request.getfixturevalue("postgres_url")
+    with spender(url, "hold", journals) as process:
+        assert [line_of(process), line_of(process)] == ["charged", "charged"]
+        os.kill(process.pid, signal.SIGKILL)
+
+    survivors = [LeasedLedger(SqlLedger(open_database(url)), journals, clock=clock) for _ in range(2)]
+    for ledger in survivors:
+        await until(ledger, "1.00", "0")
+    with pytest.raises(BudgetExceeded):
+        await reserve(survivors[0], "1.01")
+    report = await survivors[0].report("day")
+
+    assert [(line.calls, line.cost) for line in report] == [(3, Decimal("1.00"))]
+    for ledger in survivors:
+        await ledger.aclose()
+
+
+async def test_the_worst_case_is_charged_where_the_call_was_made_and_marked(
+    url: str, journals: Path, opened: Open, tmp_path: Path
+) -> None:
+    dying = opened()
+    narrow = Budget(name="narrow", limit=Decimal(5), match={"key": "research"})
+    other = Budget(name="other", limit=Decimal(5), match={"provider": "anthropic"})
+    amounts = {"team": Decimal("0.50"), "narrow": Decimal("0.50"), "other": Decimal("0.20")}
+    hold = await dying.reserve([TEAM, narrow, other], amounts, at=NOW, ttl_seconds=60, scope=SCOPE)
+    await dying.charge(hold, spend("0.10"))
+    left_behind = copied(journals, tmp_path / "left behind")
+    await dying.release(hold)
+    await dying.aclose()
+
+    ledger = LeasedLedger(SqlLedger(open_database(url)), left_behind, clock=lambda: NOW)
+    figures = [(await ledger.spent(budget, at=NOW))[0] for budget in (narrow, other)]
+    await ledger.aclose()
+
+    assert figures == [Decimal("0.70"), Decimal("0.20")]
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    rows = connection.execute("SELECT id, provider, model, cost, counted FROM ledger_spends ORDER BY cost").fetchall()
+    connection.close()
+    assert rows[1:] == [
+        (f"{hold.id}/1", "anthropic", None, 200_000_000_000, 1),
+        (hold.id, "openai", "openai/m", 400_000_000_000, 1),
+    ]
+
+
+@pytest.mark.parametrize("cut", [2, 20, 250])
+async def test_a_line_that_was_never_finished_hides_no_other(
+    url: str, journals: Path, tmp_path: Path, cut: int
+) -> None:
+    dying = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    hold = await reserve(dying, "1.00")
+    at_once(dying.charge(hold, spend("0.10")))
+    at_once(dying.settle(hold, spend("0.20")))
+    left_behind = copied(journals, tmp_path / "left behind", without=cut)
+    await dying.aclose()
+
+    survivor = LeasedLedger(SqlLedger(open_database(f"sqlite:///{tmp_path}/new.db")), left_behind, clock=lambda: NOW)
+    spent, held = await survivor.spent(TEAM, at=NOW)
+    await survivor.aclose()
+
+    assert (spent, held) == decimals("1.00", "0")
+
+
+async def test_a_journal_is_finished_once_however_often_it_is_found(url: str, journals: Path, tmp_path: Path) -> None:
+    dying = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    await reserve(dying, "0.30")
+    at_once(dying.settle(await reserve(dying, "0.20"), spend("0.15")))
+    copies = [copied(journals, tmp_path / name) for name in ("first", "second")]
+    await dying.aclose()
+
+    for folder in copies:
+        survivor = LeasedLedger(SqlLedger(open_database(f"sqlite:///{tmp_path}/new.db")), folder, clock=lambda: NOW)
+        await survivor.spent(TEAM, at=NOW)
+        await survivor.aclose()
+        assert listed(folder) == []
+
+    shared = open_ledger(f"sqlite:///{tmp_path}/new.db")
+    assert await shared.spent(TEAM, at=NOW) == decimals("0.45", "0")
+    await shared.aclose()
+
+
+def test_a_journal_of_a_newer_sekha_is_left_alone(url: str, journals: Path) -> None:
+    record = b'["v",99,0]'
+    journals.mkdir()
+    (journals / "abc.lock").touch()
+    (journals / "abc-000001.journal").write_bytes(b"%08x %b\n" % (zlib.crc32(record), record))
+
+    async def work() -> None:
+        ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+        await reserve(ledger, "0.10")
+        await ledger.aclose()
+
+    asyncio.run(work())
+
+    assert listed(journals) == ["abc-000001.journal", "abc.lock"]
+
+
+@pytest.mark.parametrize(
+    ("database", "rounds"),
+    [
+        ("sqlite", 3),
+        ("postgres", 3),
+        pytest.param("sqlite", 25, marks=pytest.mark.soak),
+        pytest.param("postgres", 25, marks=pytest.mark.soak),
+    ],
+)
+async def test_processes_that_are_killed_again_and_again_record_no_less_than_they_spent_and_no_more_than_the_limit(
+    request: pytest.FixtureRequest, url: str, journals: Path, tmp_path: Path, database: str, rounds: int
+) -> None:
+    if database == "postgres":
+        url = request.getfixturevalue("postgres_url")
+    bill, luck = tmp_path / "bill", random.Random(7)
+    for _ in range(rounds):
+        with ExitStack() as processes:
+            storms = [processes.enter_context(spender(url, "storm", journals, bill)) for _ in range(3)]
+            for storm in storms:
+                line_of(storm)
+            for storm in storms:
+                await asyncio.sleep(luck.random() / 20)
+                os.kill(storm.pid, signal.SIGKILL)
+    shared = open_ledger(url)
+    before, _ = await shared.spent(TEAM, at=NOW)
+    with spender(url, "storm", journals, bill) as last:
+        assert [line_of(last), line_of(last)] == ["ready", "done"]
+    spent, held = await shared.spent(TEAM, at=NOW)
+    await shared.aclose()
+
+    billed = sum(Decimal(line) for line in bill.read_text().split())
+    assert held == 0
+    assert Decimal("0.10") < before
+    assert billed <= spent <= TEAM.limit
+    assert TEAM.limit - spent < Decimal("0.02")
+    assert listed(journals) == []
+
+
+async def test_a_hold_that_is_open_at_the_end_is_anybodys_to_settle(opened: Open, url: str, journals: Path) -> None:
+    ending = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    hold = await reserve(ending, "0.50")
+    await ending.aclose()
+
+    ledger = opened()
+    before = await ledger.spent(TEAM, at=NOW)
+    await ledger.settle(hold, spend("0.20"))
+
+    assert before == decimals("0", "0.50")
+    await until(ledger, "0.20", "0")
+
+
+# --- the shared ledger is away, or the disk is full ----------------------------------------
+
+
+async def test_while_the_shared_ledger_is_away_slices_are_spent_and_then_nothing(
+    tmp_path: Path, journals: Path
+) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = LeasedLedger(SqlLedger(SqliteDatabase(str(path), busy_seconds=0.01)), journals, clock=lambda: NOW)
+    await ledger.settle(await reserve(ledger, "0.01"), spend("0.01"))
+    await reserve(ledger, "0.01")
+    away = sqlite3.connect(path, isolation_level=None)
+    away.execute("BEGIN IMMEDIATE")
+
+    at_once(ledger.settle(at_once(reserve(ledger, "0.01")), spend("0.005")))
+    with pytest.raises(LedgerUnavailable):
+        await reserve(ledger, "1.00")
+    away.execute("ROLLBACK")
+    away.close()
+
+    await until(ledger, "0.015", "0.01")
+    await until_reserved(ledger, "1.00")
+    await ledger.aclose()
+
+
+async def until_reserved(ledger: Ledger, amount: str) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(LedgerUnavailable):
+                await reserve(ledger, amount)
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_nothing_is_held_while_spending_waits_too_long_to_be_recorded(tmp_path: Path, journals: Path) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = LeasedLedger(
+        SqlLedger(SqliteDatabase(str(path), busy_seconds=0.01)), journals, clock=lambda: NOW, behind_seconds=0.2
+    )
+    hold = await reserve(ledger, "0.01")
+    away = sqlite3.connect(path, isolation_level=None)
+    away.execute("BEGIN IMMEDIATE")
+
+    at_once(ledger.settle(hold, spend("0.01")))
+    await asyncio.sleep(0.3)
+    with pytest.raises(LedgerUnavailable, match="waited to be recorded"):
+        at_once(reserve(ledger, "0.01"))
+    away.execute("ROLLBACK")
+    away.close()
+
+    await until(ledger, "0.01", "0")
+    await until_reserved(ledger, "0.01")
+    await ledger.aclose()
+
+
+async def test_what_cannot_be_recorded_at_the_end_is_recorded_by_the_next(tmp_path: Path, journals: Path) -> None:
+    path = tmp_path / "ledger.db"
+    ending = LeasedLedger(SqlLedger(SqliteDatabase(str(path), busy_seconds=0.01)), journals, clock=lambda: NOW)
+    hold = await reserve(ending, "0.50")
+    away = sqlite3.connect(path, isolation_level=None)
+    away.execute("BEGIN IMMEDIATE")
+    at_once(ending.settle(hold, spend("0.40")))
+    await ending.aclose()
+    away.execute("ROLLBACK")
+    away.close()
+
+    survivor = LeasedLedger(SqlLedger(SqliteDatabase(str(path))), journals, clock=lambda: NOW)
+
+    assert await survivor.spent(TEAM, at=NOW) == decimals("0.40", "0")
+    await survivor.aclose()
+
+
+# --- periods and budgets -------------------------------------------------------------------
+
+
+async def test_a_slice_counts_into_the_next_period_so_what_is_spent_from_it_there_stays_within_the_limit(
+    opened: Open, clock: Clock
+) -> None:
+    hourly = Budget(name="hourly", limit=Decimal("1.00"), period="hour")
+    one, other = opened(), opened()
+    clock.now = NOW.replace(minute=59, second=59)
+    hold = await reserve(one, "0.60", hourly, at=clock.now)
+    clock.now = NOW.replace(hour=15, minute=0)
+
+    with pytest.raises(BudgetExceeded):
+        await reserve(other, "0.50", hourly, at=clock.now)
+    await one.settle(hold, spend("0.60", at=clock.now))
+    await reserve(other, "0.40", hourly, at=clock.now)
+
+    await until(other, "0.60", "0.40", budget=hourly, at=clock.now)
+
+
+async def test_a_new_period_gives_the_whole_budget_again(opened: Open, clock: Clock) -> None:
+    hourly = Budget(name="hourly", limit=Decimal("1.00"), period="hour")
+    ledger = opened()
+    await ledger.settle(await reserve(ledger, "1.00", hourly), spend("1.00"))
+    with pytest.raises(BudgetExceeded):
+        await reserve(ledger, "0.01", hourly)
+
+    clock.now = NOW.replace(hour=15, minute=0)
+    await reserve(ledger, "1.00", hourly, at=clock.now)
+
+    assert await ledger.spent(hourly, at=clock.now) == decimals("0", "1.00")
+
+
+async def test_a_limit_that_is_lowered_holds_for_the_very_next_call(opened: Open) -> None:
+    ledger = opened()
+    await ledger.settle(await reserve(ledger, "0.50"), spend("0.50"))
+
+    with pytest.raises(BudgetExceeded) as refused:
+        await reserve(ledger, "0.01", Budget(name="team", limit=Decimal("0.50"), period="day"))
+    await reserve(ledger, "1.50")
+
+    assert refused.value.remaining == 0
+
+
+async def test_two_limits_on_the_same_calls_both_hold(opened: Open) -> None:
+    low = Budget(name="low", limit=Decimal("1.00"), period="day")
+    ledger = opened()
+
+    outcomes = await asyncio.gather(
+        *(reserve(ledger, "0.10", low if n % 2 else TEAM) for n in range(40)), return_exceptions=True
+    )
+
+    held = [outcome for outcome in outcomes if isinstance(outcome, Hold)]
+    assert len(held) == 20
+    assert all(isinstance(outcome, Hold | BudgetExceeded) for outcome in outcomes)
+    with pytest.raises(BudgetExceeded):
+        await reserve(ledger, "0.01", low)
+
+
+async def test_a_slice_that_expired_is_not_spent_any_more(opened: Open, clock: Clock) -> None:
+    one, other = opened(), opened()
+    await one.release(await reserve(one, "0.10"))
+    clock.now = NOW + timedelta(seconds=120)
+
+    await reserve(other, "2.00", at=clock.now)
+
+    with pytest.raises(BudgetExceeded):
+        await reserve(one, "0.01", at=clock.now)
+
+
+# --- the journal ---------------------------------------------------------------------------
+
+
+async def test_journals_are_deleted_when_all_in_them_is_on_record(
+    url: str, journals: Path, shared: Ledger, tmp_path: Path
+) -> None:
+    ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW, segment_bytes=20_000)
+    hold = await reserve(ledger, "1.00")
+
+    for _ in range(300):
+        at_once(ledger.charge(hold, spend("0.001")))
+    async with asyncio.timeout(10):
+        while size(journals) > 10_000:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.05)
+    at_once(ledger.charge(hold, spend("0.001")))
+    left_behind = copied(journals, tmp_path / "left behind")
+    await ledger.aclose()
+    survivor = LeasedLedger(SqlLedger(open_database(url)), left_behind, clock=lambda: NOW)
+
+    await until(survivor, "1.00", "0.699")
+    assert await shared.report("provider") != []
+    await survivor.aclose()
+
+
+async def test_journals_are_kept_apart_by_ledger_and_not_by_password(tmp_path: Path) -> None:
+    for path in ("a.db", "b.db", "./a.db"):
+        ledger = open_leased(f"sqlite:///{tmp_path}/{path}", tmp_path / "journals")
+        await reserve(ledger, "0.01")
+        await ledger.aclose()
+    for password in ("old", "new"):
+        away = open_leased(f"postgresql://user:{password}@/money?host={tmp_path}", tmp_path / "journals")
+        with pytest.raises(LedgerUnavailable):
+            await reserve(away, "0.01")
+        await away.aclose()
+
+    assert len(listed(tmp_path / "journals")) == 3
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def copied(journals: Path, to: Path, *, without: int = 0) -> Path:
+    """The journals as they are, as if their owner were dead; cut off so many bytes before their end."""
+    to.mkdir()
+    for path in journals.iterdir():
+        written = path.read_bytes()
+        (to / path.name).write_bytes(written[: len(written) - without] if path.suffix == ".journal" else written)
+    return to
+
+
+def spender(url: str, what: str, *arguments: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, SPENDER, url, what, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
