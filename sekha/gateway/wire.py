@@ -63,6 +63,8 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
             else f"`messages` must be a list, not {kind_of(messages)}.",
             field="messages",
         )
+    for at, message in enumerate(messages):
+        _check_message(message, f"messages[{at}]")
     keep = flag(given, "store", default=True)
     metadata = given.get("metadata")
     options = {name: value for name, value in given.items() if name not in _OURS}
@@ -73,6 +75,10 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
             options["metadata"] = metadata
     if (replies := options.get("n")) is not None and type(replies) is not int:
         raise InvalidRequest(f"`n` must be a whole number, not {kind_of(replies)}.", field="n")
+    if (tools := options.get("tools")) is not None:
+        _objects(tools, "tools")
+    if (modalities := options.get("modalities")) is not None and type(modalities) is not list:
+        raise InvalidRequest(f"`modalities` must be a list, not {kind_of(modalities)}.", field="modalities")
     request = ChatRequest(
         messages=tuple(messages),
         model=text(given, "model"),
@@ -157,6 +163,33 @@ def tags_of(metadata: object) -> frozenset[str]:
                 field="metadata",
             )
     return frozenset(f"{name}:{value}" for name, value in metadata.items())
+
+
+def _check_message(message: object, where: str) -> None:
+    """Refuse what is no message, before anybody counts or prices it."""
+    if type(message) is not dict:
+        raise InvalidRequest(f"`{where}` must be an object with a `role` and `content`.", field=where)
+    content = message.get("content")
+    if type(content) is list:
+        _objects(content, f"{where}.content")
+    elif content is not None and type(content) is not str:
+        raise InvalidRequest(
+            f"`{where}.content` must be text or a list of parts, not {kind_of(content)}.", field=f"{where}.content"
+        )
+    if (calls := message.get("tool_calls")) is not None:
+        for at, call in enumerate(_objects(calls, f"{where}.tool_calls")):
+            if type(called := call.get("function") or {}) is not dict:
+                name = f"{where}.tool_calls[{at}].function"
+                raise InvalidRequest(f"`{name}` must be an object, not {kind_of(called)}.", field=name)
+
+
+def _objects(given: object, where: str) -> list[dict[str, Any]]:
+    if type(given) is not list:
+        raise InvalidRequest(f"`{where}` must be a list, not {kind_of(given)}.", field=where)
+    for at, each in enumerate(given):
+        if type(each) is not dict:
+            raise InvalidRequest(f"`{where}[{at}]` must be an object, not {kind_of(each)}.", field=f"{where}[{at}]")
+    return given
 
 
 def _texts(given: object, model: str | None) -> tuple[str, ...]:
