@@ -118,7 +118,8 @@ class Gateway:
     def _handler(self, x: Exchange, methods: Mapping[str, Handler] | None) -> Handler:
         if methods is None:
             raise NoSuchPage(x.method, x.path, known=list(self._routes))
-        handler = methods.get(x.method)
+        # The server leaves out the body of what answers a HEAD.
+        handler = methods.get("GET" if x.method == "HEAD" else x.method)
         if handler is None:
             raise NoSuchPage(x.method, x.path, allowed=list(methods))
         return handler
