@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 from sekha.calling import Clock, Retries
 from sekha.circuits import Circuits
 from sekha.config import Config
+from sekha.latency import Latencies
 from sekha.ledger import Budget, Ledger
 from sekha.loading import Loaded
 from sekha.price_map import PriceMap
 from sekha.providers.base import Provider
+from sekha.rates import ProviderRates
 from sekha.registry import ProviderSpec, Registry
 from sekha.routing import Conditions, Estimates, Plan, Rules
 from sekha.vectors.base import VectorStore
@@ -24,6 +26,7 @@ __all__ = ["WALL", "Resources", "ledger_url", "utc_now"]
 
 WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
 PATIENT = Retries()
+_NONE_OPEN: frozenset[str] = frozenset()
 
 
 def utc_now() -> datetime:
@@ -61,6 +64,8 @@ class Resources:
         self._store: VectorStore | None = None
         self._ledger: Ledger | None = ledger
         self.circuits = circuits
+        self.rates = ProviderRates(self.registry, clock=clock.now)
+        self.latencies = Latencies(clock=clock.now)
         self._opening = asyncio.Lock()
 
     async def store(self) -> VectorStore:
@@ -87,11 +92,14 @@ class Resources:
             self._providers[provider_id] = self._open_provider(self.registry.providers[provider_id])
         return self._providers[provider_id]
 
-    def conditions(self, estimates: Estimates) -> Conditions:  # noqa: ARG002 - nobody is slowed down yet
+    def conditions(self, estimates: Estimates) -> Conditions:
         """What is shut or slow just now for a request of this size."""
-        if self.circuits is None:
-            return Conditions()
-        return Conditions(open_circuits=self.circuits.open_now, draw=self.clock.random())
+        return Conditions(
+            open_circuits=_NONE_OPEN if self.circuits is None else self.circuits.open_now,
+            throttled=self.rates.throttled(estimates.tokens),
+            latency_seconds=self.latencies.seconds(),
+            draw=self.clock.random(),
+        )
 
     def patience_seconds(self, chosen: Plan) -> float:
         """How long one request may take, all attempts together."""

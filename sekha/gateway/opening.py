@@ -12,7 +12,7 @@ from sekha.circuits_shared import SharedCircuits
 from sekha.config import CircuitBreaker
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.serving import Serving
-from sekha.ledgers import open_database
+from sekha.ledgers import lease_from, open_database
 from sekha.ledgers.sql import SqlLedger
 from sekha.loading import Loaded
 from sekha.resources import Resources, ledger_url
@@ -34,13 +34,15 @@ async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) ->
 
     state = state_folder(loaded)
     recorder = Recorder(loaded.config.recording, state / "recording", processes=workers)
-    database = open_database(ledger_url(loaded))
+    url = ledger_url(loaded)
+    database = open_database(url)
     circuits = Circuits(_rules(loaded.config.routing.circuit_breaker), shared=SharedCircuits(database))
     circuits.subscribe(partial(_tell, recorder))
-    resources = Resources(loaded, ledger=SqlLedger(database), circuits=circuits)
+    ledger = lease_from(SqlLedger(database), url, state / "journal")
+    resources = Resources(loaded, ledger=ledger, circuits=circuits)
     await circuits.start()
     await recorder.start()
-    return Serving(resources, metrics, recorder=recorder)
+    return Serving(resources, metrics, recorder=recorder, at_once=True)
 
 
 def _rules(section: CircuitBreaker) -> BreakerRules:

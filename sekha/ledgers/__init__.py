@@ -14,7 +14,7 @@ from sekha.ledgers.sql import Database, SqlLedger
 if TYPE_CHECKING:
     from sekha.ledgers.leased import LeasedLedger
 
-__all__ = ["open_database", "open_leased", "open_ledger"]
+__all__ = ["lease_from", "open_database", "open_leased", "open_ledger"]
 
 
 def open_ledger(url: str) -> Ledger:
@@ -27,9 +27,14 @@ def open_leased(url: str, folder: Path) -> LeasedLedger:
 
     Journals are kept apart by the ledger that they belong to, so one folder may serve several.
     """
+    return lease_from(SqlLedger(open_database(url)), url, folder)
+
+
+def lease_from(ledger: SqlLedger, url: str, folder: Path) -> LeasedLedger:
+    """The same over a ledger that is open already."""
     from sekha.ledgers.leased import LeasedLedger
 
-    return LeasedLedger(SqlLedger(open_database(url)), folder / _fingerprint(url))
+    return LeasedLedger(ledger, folder / _fingerprint(url))
 
 
 def open_database(url: str) -> Database:
