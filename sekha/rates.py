@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 from sekha.registry import Registry
 
@@ -56,17 +58,18 @@ class RateLimit:
             return 0.0
         now = self._clock()
         self._forget_until(math.floor(now))
-        requests, counted = self._all_requests, self._all_tokens
-        if self._has_room(requests, counted, tokens):
+        if self._has_room(self._all_requests, self._all_tokens, tokens):
             return 0.0
         if not self._has_room(0, 0, tokens):
             return math.inf
-        for second in range(self._second - SLICES, self._second + 1):
-            requests -= self._requests[second % (SLICES + 1)]
-            counted -= self._tokens[second % (SLICES + 1)]
-            if self._has_room(requests, counted, tokens):
-                return max(second + SLICES + 1 - now, 0.0)
-        return math.inf
+        # How many of the oldest seconds have to be over before there is room.
+        oldest = (self._second + 1) % (SLICES + 1)
+        over = 0
+        if self._all_requests >= self.requests_per_minute:
+            over = _first(self._requests, oldest, self._all_requests - self.requests_per_minute + 1)
+        if self._all_tokens + tokens > self.tokens_per_minute:
+            over = max(over, _first(self._tokens, oldest, self._all_tokens + tokens - self.tokens_per_minute))
+        return max(self._second + 1 + over - now, 0.0)
 
     def take(self, tokens: int = 0) -> Taken:
         """Count a request that passes; a limit that is reached does not stop it, `wait` says whether it may."""
@@ -117,6 +120,11 @@ class RateLimit:
         self._second = max(second, self._second)
 
 
+def _first(ring: list[int], oldest: int, enough: float) -> int:
+    """After which second of the ring, the oldest being 0, so many are over."""
+    return bisect_left(list(accumulate(chain(ring[oldest:], ring[:oldest]))), enough)
+
+
 class ProviderRates:
     """The `limits:` of every provider that has some."""
 
@@ -134,6 +142,9 @@ class ProviderRates:
         self._least_tokens = min((limit.tokens_per_minute for limit in self._limits.values()), default=math.inf)
         # Where less than half is used there is room, so that a request asks but the busy ones.
         self._busy: dict[str, RateLimit] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._limits)
 
     def throttled(self, tokens: int) -> Mapping[str, float]:
         """Providers whose limits do not let a request of so many tokens pass now → seconds until they do."""

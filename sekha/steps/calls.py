@@ -21,6 +21,7 @@ from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage, cost
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
 from sekha.providers.chunks import ChunkStream
+from sekha.rates import Taken
 from sekha.registry import Model, ProviderKind
 from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
@@ -307,15 +308,30 @@ class Calls:
     async def _in_turn(
         self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]], *, whole: bool = True
     ) -> Answered[T]:
-        return await call_in_turn(
+        rates = self._open.rates
+        taken: dict[str, Taken] = {}
+
+        async def counted(candidate: Candidate, seconds: float) -> T:
+            provider_id, estimate = candidate.model.provider_id, candidate.estimate
+            if took := rates.take(provider_id, estimate.input_tokens + estimate.output_tokens):
+                taken[provider_id] = took
+            return await once(candidate, seconds)
+
+        answered = await call_in_turn(
             chosen.candidates,
-            once,
+            counted if rates else once,
             retries=self._open.retries,
             clock=self._open.clock,
             deadline_seconds=self._open.patience_seconds(chosen),
             circuits=self._open.circuits,
             whole=whole,
         )
+        model = answered.candidate.model
+        self._open.latencies.observe(model.name, answered.attempts[-1].seconds)
+        usage: Usage | None = getattr(answered.value, "usage", None)
+        if usage is not None and (took := taken.get(model.provider_id)):
+            rates.correct(model.provider_id, took, usage.input_tokens + usage.output_tokens)
+        return answered
 
     async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: _Lost) -> Embedded:
         async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
