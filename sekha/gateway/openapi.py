@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from sekha.gateway.health import sekha_version
 from sekha.gateway.pages import GROUPS
 from sekha.gateway.searches import OPERATORS
+from sekha.gateway.wire import MOST_DIMENSIONS
 from sekha.registry import TASKS
 
 __all__ = ["CODES", "document"]
@@ -173,6 +174,7 @@ _STATUS: Json = {"enum": ["healthy", "degraded", "unhealthy", "unknown"]}
 _FILLED: Json = {"type": "string", "pattern": r"\S"}
 _AT_LEAST_ONE = _or_null({"type": "integer", "minimum": 1})
 
+_DIMENSION = _or_null({"type": "integer", "minimum": 1, "maximum": MOST_DIMENSIONS})
 _MODEL = _says(_or_null(_TEXT), "A model, `provider/model`, a task's name, `auto`, or nothing for the default.")
 _TASK = _says({"enum": [*TASKS, None]}, "Choose among the models for this task.")
 _MAX_COST = _says(
@@ -346,7 +348,7 @@ _SCHEMAS: dict[str, Json] = {
             },
             "model": _MODEL,
             "encoding_format": {"enum": ["float", "base64", None]},
-            "dimensions": _AT_LEAST_ONE,
+            "dimensions": _DIMENSION,
             "max_cost": _MAX_COST,
             "metadata": _METADATA,
             "store": _STORE,
@@ -453,7 +455,7 @@ _SCHEMAS: dict[str, Json] = {
                 _or_null({"type": "string", "pattern": "^([A-Za-z][_0-9A-Za-z]{0,200})?$"}),
                 "Left out: the one that remembers, where `memory:` is configured, or else `documents`.",
             ),
-            "dimension": _or_null({"type": "integer", "minimum": 1, "maximum": 65_536}),
+            "dimension": _DIMENSION,
             "limit": _or_null({"type": "integer", "minimum": 1, "maximum": 10_000}),
             "where": _or_null(_ref("Filter")),
             "min_similarity": _or_null({"type": "number", "minimum": -1, "maximum": 1}),
@@ -580,7 +582,7 @@ _SAY_HELLO: Json = {"messages": [{"role": "user", "content": "Hello"}], "max_cos
 _CHAT_ANSWER: Json = _answer("The answer.", _ref("ChatCompletion"), headers=_WHO_ANSWERED)
 _CHAT_ANSWER["content"]["text/event-stream"] = {
     "schema": _says(
-        _TEXT,
+        _ANY,
         "With `stream: true`: OpenAI's chunks, and `[DONE]`. A stream that breaks ends with an error instead.",
     )
 }

@@ -11,7 +11,7 @@ from sekha.gateway.fields import dollars, kind_of, number, object_in, only, text
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.pages import say
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
-from sekha.gateway.wire import sekha_note, tags_of
+from sekha.gateway.wire import MOST_DIMENSIONS, sekha_note, tags_of
 from sekha.registry import COLLECTION_NAME
 from sekha.search import SearchRequest
 from sekha.search import search as search_in_order
@@ -24,7 +24,6 @@ Operator = Literal["eq", "ne", "lt", "le", "gt", "ge", "in"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
 _MOST_RESULTS = 10_000
-_MOST_DIMENSION = 65_536
 _DEEPEST = 16
 _MOST_PARTS = 256
 
@@ -69,7 +68,7 @@ def _asked(given: Mapping[str, Any], serving: Serving, key: str | None) -> Searc
             "`collection` must begin with a letter, and go on with letters, digits and underscores.",
             field="collection",
         )
-    _same_dimension(whole(given, "dimension", 1, _MOST_DIMENSION), collection, serving)
+    _same_dimension(whole(given, "dimension", 1, MOST_DIMENSIONS), collection, serving)
     query = text(given, "query")
     if query is None:
         raise InvalidRequest("`query` is missing: say what to look for.", field="query")

@@ -37,7 +37,6 @@ class Serving:
             metrics.follow(recorder)
         self.circuits = resources.circuits
         self.health = Health(resources)
-        self.circuits = resources.circuits
         self.runtime = Runtime(resources)
         self.metrics = metrics
         self.keys = Keyring(

@@ -13,11 +13,12 @@ from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, UnknownModel
-from sekha.gateway.fields import dollars, flag, kind_of, object_in, text
+from sekha.gateway.fields import dollars, flag, kind_of, object_in, text, whole
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
 
 __all__ = [
+    "MOST_DIMENSIONS",
     "ChatAsked",
     "chat_asked",
     "chat_reply",
@@ -34,6 +35,8 @@ _OURS = frozenset(
 _EMBEDDING_OURS = frozenset({"model", "input", "max_cost", "store", "metadata", "task"})
 _MOST_INPUTS = 2048
 """OpenAI's own limit on the texts of one request."""
+MOST_DIMENSIONS = 65_536
+"""Of a vector, as in sekha.yaml."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +104,7 @@ def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
     encoding = options.get("encoding_format")
     if encoding not in (None, "float", "base64"):
         raise InvalidRequest("`encoding_format` must be `float` or `base64`.", field="encoding_format")
-    dimensions = options.get("dimensions")
-    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise InvalidRequest("`dimensions` must be a whole number, 1 or more.", field="dimensions")
+    whole(options, "dimensions", 1, MOST_DIMENSIONS)
     request = EmbedRequest(
         texts=_texts(given.get("input"), model),
         model=model,
