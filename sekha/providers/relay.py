@@ -428,28 +428,28 @@ def _usage(reported: object) -> Usage | None:
     """No real call takes no tokens, so zeros are no report."""
     if not isinstance(reported, dict):
         return None
-    went_in, came_out = _tokens(reported, "prompt_tokens"), _tokens(reported, "completion_tokens")
+    went_in, came_out = _count(reported.get("prompt_tokens")), _count(reported.get("completion_tokens"))
     if not went_in and not came_out:
         return None
     details = reported.get("prompt_tokens_details")
     details = details if isinstance(details, dict) else {}
-    cached = (
-        _tokens(details, "cached_tokens")
-        or _tokens(reported, "cache_read_input_tokens")
-        or _tokens(reported, "prompt_cache_hit_tokens")
+    # OpenAI's and OpenRouter's names first; then those of others who speak their protocol.
+    read = (
+        details.get("cached_tokens")
+        or reported.get("cache_read_input_tokens")
+        or reported.get("prompt_cache_hit_tokens")
     )
-    written = _tokens(details, "cache_write_tokens") or _tokens(reported, "cache_creation_input_tokens")
-    cached = min(cached, went_in)
+    written = details.get("cache_write_tokens") or reported.get("cache_creation_input_tokens")
+    cached = min(_count(read), went_in)
     return Usage(
         input_tokens=went_in,
         output_tokens=came_out,
         cached_tokens=cached,
-        cache_write_tokens=min(written, went_in - cached),
+        cache_write_tokens=min(_count(written), went_in - cached),
     )
 
 
-def _tokens(reported: Mapping[str, Any], name: str) -> int:
-    value = reported.get(name)
+def _count(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
