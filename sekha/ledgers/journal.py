@@ -14,10 +14,12 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from time import time
 from typing import Any
 
 import orjson
@@ -32,6 +34,7 @@ __all__ = ["Abandoned", "Journal", "abandoned", "scope_record", "spend_record"]
 log = logging.getLogger("sekha.ledgers")
 
 _VERSION = 1
+_BEGUN_SECONDS = 60.0
 _MOST = 2**63 - 1
 
 
@@ -170,6 +173,11 @@ class Abandoned:
 
 def abandoned(folder: Path) -> Iterator[Abandoned]:
     """Find and lock each journal that has no owner any more."""
+    for path in folder.glob("*.new"):
+        # Its owner was killed before it began, unless it is beginning just now.
+        with suppress(FileNotFoundError):
+            if time() - path.stat().st_mtime > _BEGUN_SECONDS:
+                path.unlink()
     for path in sorted(folder.glob("*.lock")):
         lock = _locked(path)
         if lock is None:

@@ -361,14 +361,17 @@ async def test_processes_that_are_killed_again_and_again_record_no_less_than_the
     if database == "postgres":
         url = request.getfixturevalue("postgres_url")
     bill, luck = tmp_path / "bill", random.Random(7)
+    bill.touch()
     for _ in range(rounds):
         with ExitStack() as processes:
             storms = [processes.enter_context(spender(url, "storm", journals, bill)) for _ in range(3)]
             for storm in storms:
                 line_of(storm)
             for storm in storms:
-                await asyncio.sleep(luck.random() / 20)
-                os.kill(storm.pid, signal.SIGKILL)
+                enough = bill.stat().st_size + luck.randrange(200)
+                while bill.stat().st_size < enough and storm.poll() is None:  # noqa: ASYNC110 - a file has no event
+                    await asyncio.sleep(0.001)
+                storm.kill()
     shared = open_ledger(url)
     before, _ = await shared.spent(TEAM, at=NOW)
     with spender(url, "storm", journals, bill) as last:
@@ -378,10 +381,11 @@ async def test_processes_that_are_killed_again_and_again_record_no_less_than_the
 
     billed = sum(Decimal(line) for line in bill.read_text().split())
     assert held == 0
-    assert Decimal("0.10") < before
+    assert 0 < before < TEAM.limit / 2 or rounds > 3
     assert billed <= spent <= TEAM.limit
     assert TEAM.limit - spent < Decimal("0.02")
-    assert listed(journals) == []
+    # One that was killed before it began leaves an empty file for a minute.
+    assert [name for name in listed(journals) if not name.endswith(".new")] == []
 
 
 async def test_a_hold_that_is_open_at_the_end_is_anybodys_to_settle(opened: Open, url: str, journals: Path) -> None:
