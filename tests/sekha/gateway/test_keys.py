@@ -1,0 +1,123 @@
+"""Keys: made once, kept as hashes, asked for on every page that costs or tells, and shown nowhere."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from sekha.errors import Unauthenticated
+from sekha.gateway.app import ROUTES
+from sekha.keys import Key, Keyring, hash_of, new_key
+from sekha.testing import StandIn
+from tests.fixtures.gateway import Opens
+
+OPEN = {
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/api/v1/health",
+    "/api/v1/health/providers",
+    "/docs",
+    "/openapi.json",
+}
+"""What load balancers and browsers ask for, who have no key."""
+
+
+def test_a_key_is_long_by_chance_and_known_by_its_hash() -> None:
+    keys = {new_key() for _ in range(100)}
+
+    assert len(keys) == 100
+    assert all(key.startswith("sk-sekha-") and len(key) >= 50 for key in keys)
+    assert all(key not in hash_of(key) for key in keys)
+
+
+def test_a_key_belongs_to_whom_it_was_given() -> None:
+    one, other = new_key(), new_key()
+    ring = Keyring([Key(name="one", hash=hash_of(one)), Key(name="other", hash=hash_of(other))])
+
+    found = [ring.owner(b"%b %b" % (scheme, other.encode())) for scheme in (b"Bearer", b"bearer", b"BEARER ")]
+
+    assert [key.name for key in found if key] == ["other"] * 3
+    assert ring
+
+
+@pytest.mark.parametrize(
+    "header", [None, b"", b"Bearer", b"Basic eDp5", b"Bearer ", b"Bearer \xff\xfe", b"bearer sk-x"]
+)
+def test_anything_else_is_refused(header: bytes | None) -> None:
+    ring = Keyring([Key(name="one", hash=hash_of(new_key()))])
+
+    with pytest.raises(Unauthenticated) as caught:
+        ring.owner(header)
+
+    assert "sk-x" not in str(caught.value)
+
+
+def test_without_keys_everybody_is_let_in() -> None:
+    assert Keyring([]).owner(None) is None
+    assert Keyring([]).owner(b"Bearer whatever") is None
+    assert not Keyring([])
+
+
+async def test_every_page_that_costs_or_tells_asks_for_a_key(gateway: Opens) -> None:
+    key = new_key()
+    async with StandIn() as standin, gateway(standin, extra=_keys(key)) as served:
+        statuses = {
+            (method, path): (await served.http.request(method, path.replace("{model}", "chat"))).status_code
+            for path, methods in ROUTES.items()
+            for method in methods
+            if path not in OPEN
+        }
+
+    assert statuses
+    assert set(statuses.values()) == {401}, statuses
+    assert not standin.requests
+
+
+async def test_no_key_is_asked_for_where_nothing_is_told(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, extra=_keys(new_key())) as served:
+        said = {path: await served.http.get(path, follow_redirects=True) for path in sorted(OPEN & ROUTES.keys())}
+
+    assert {path: response.status_code for path, response in said.items()} == dict.fromkeys(said, 200)
+
+
+async def test_a_key_is_asked_for_before_the_body_is_read(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, extra=_keys(new_key())) as served:
+        raw = await served.send(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", whole=False
+        )
+
+    assert raw.startswith(b"HTTP/1.1 401 ")
+
+
+async def test_neither_key_nor_prompt_is_logged_whatever_happens(
+    gateway: Opens, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, stranger, prompt = new_key(), new_key(), "paint the boats blue"
+    caplog.set_level(logging.DEBUG)
+    # What a client logs of its own requests is its own.
+    for name in ("httpx", "httpcore", "openai", "asyncio"):
+        caplog.set_level(logging.WARNING, name)
+    async with StandIn() as standin, gateway(standin, extra=_keys(key), timeout_secs=0.3) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        await served.chat(prompt, model="chat")
+        for fault in (standin.fail, standin.hang, standin.garbage, standin.refuse_content, standin.drop):
+            fault()
+            await served.chat(prompt, model="chat")
+        standin.fail(400, message=f"You sent {prompt!r}.")
+        _, refused = await served.stream(prompt, model="chat")
+        standin.fail_within(f"You sent {prompt!r}.")
+        _, broken = await served.stream(prompt, model="chat")
+        no_json = (await served.http.post("/v1/chat/completions", content=prompt.encode())).text
+        metrics = (await served.http.get("/metrics")).text
+        strange = (await served.http.get("/v1/models", headers={"Authorization": f"Bearer {stranger}"})).text
+
+    said = caplog.text + refused + broken.rpartition('"error"')[2] + no_json + metrics + strange
+    assert len(standin.requests) >= 8
+    assert caplog.records
+    assert not [secret for secret in (key, stranger, prompt) if secret in said]
+
+
+def _keys(key: str) -> str:
+    return f"keys:\n  - {{name: research, hash: '{hash_of(key)}'}}"
