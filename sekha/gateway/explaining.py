@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import orjson
 
 from sekha.asks import Estimates
 from sekha.chat import ChatRequest
 from sekha.embedding import EmbedRequest
-from sekha.errors import InvalidRequest, NoCandidate, RequestRefused
+from sekha.errors import InvalidRequest, NoCandidate
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.fields import dollars, flag, kind_of, object_in, text, whole
+from sekha.gateway.fields import object_in, text, whole
 from sekha.gateway.pages import say
 from sekha.gateway.problems import answer_to, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
-from sekha.gateway.wire import tags_of
-from sekha.registry import TASKS, Registry, Task
+from sekha.gateway.wire import chat_request, embed_request
+from sekha.registry import TASKS, Registry
 from sekha.routing import Explanation, Verdict
 
 __all__ = ["route"]
 
-_OURS = frozenset(
-    {"task", "model", "preferred_model", "require_vision", "max_cost", "context_size", "messages", "input"}
-    | {"metadata", "stream", "store"}
-)
 _MOST_TOKENS = 100_000_000
-_NOTHING_SAID: tuple[Mapping[str, Any], ...] = ({"role": "user", "content": ""},)
+# What is priced where nothing was said: the shortest that there is. How much more it is, `context_size` tells.
+_CHAT: Mapping[str, Any] = {"messages": [{"role": "user", "content": ""}]}
+_TEXT: Mapping[str, Any] = {"input": "a"}
 
 
 async def route(serving: Serving, x: Exchange) -> None:
@@ -60,51 +58,15 @@ async def route(serving: Serving, x: Exchange) -> None:
 
 
 def _asked(given: Mapping[str, Any], key: str | None) -> ChatRequest | EmbedRequest:
+    """The chat or the embedding that is asked about. Either's own body is taken as it is."""
     task = text(given, "task")
-    if task is not None and not _is_task(task):
+    if task is not None and task not in TASKS:
         raise InvalidRequest(f"There is no task {task[:64]!r}. Tasks are {', '.join(TASKS)}.", field="task")
-    model, preferred = text(given, "model"), text(given, "preferred_model")
-    require_vision = flag(given, "require_vision", default=False)
-    tags = tags_of(given.get("metadata"))
+    said = {name: value for name, value in given.items() if value is not None and name != "context_size"}
     if task == "embedding":
-        return EmbedRequest(
-            texts=_texts(given.get("input")),
-            model=model or preferred,
-            max_cost=dollars(given, "max_cost"),
-            tags=tags,
-            key=key,
-        )
-    messages = given.get("messages")
-    if messages is not None and not isinstance(messages, list):
-        raise InvalidRequest(f"`messages` must be a list, not {kind_of(messages)}.", field="messages")
-    return ChatRequest(
-        messages=_NOTHING_SAID if messages is None else tuple(messages),
-        model=model,
-        task=task,
-        preferred_model=preferred,
-        require_vision=require_vision,
-        max_cost=dollars(given, "max_cost"),
-        options={name: value for name, value in given.items() if name not in _OURS},
-        tags=tags,
-        key=key,
-    )
-
-
-def _is_task(task: str) -> TypeGuard[Task]:
-    return task in TASKS
-
-
-def _texts(given: object) -> tuple[str, ...]:
-    match given:
-        case None:
-            # The shortest there is: what it costs is told by `context_size`.
-            return ("a",)
-        case str():
-            return (given,)
-        case list() if given and all(isinstance(each, str) for each in given):
-            return tuple(given)
-        case _:
-            raise InvalidRequest("`input` must be a text, or a list of texts.", field="input")
+        preferred = text(given, "preferred_model")
+        return embed_request({**_TEXT, "model": preferred, **said}, key=key)
+    return chat_request({**_CHAT, **said}, key=key)
 
 
 def _as_large_as(tokens: int | None, estimates: Estimates) -> Estimates:
@@ -120,7 +82,7 @@ def _as_large_as(tokens: int | None, estimates: Estimates) -> Estimates:
 
 async def _refuse(x: Exchange, explained: Explanation, candidates: list[dict[str, object]]) -> None:
     """Say that nobody would be asked: 503 whatever the reason, which `code` and the candidates tell."""
-    refusal: RequestRefused = explained.refusal or NoCandidate(str(explained.ask), [])
+    refusal = explained.refusal or NoCandidate(str(explained.ask), [])
     _, _, headers = answer_to(refusal)
     await x.answer(503, orjson.dumps(problem(refusal) | {"candidates": candidates}), headers)
 

@@ -216,7 +216,6 @@ _HANDED_ON = {
         "top_p",
         "stop",
         "seed",
-        "tools",
         "tool_choice",
         "parallel_tool_calls",
         "response_format",
@@ -226,6 +225,10 @@ _HANDED_ON = {
         "presence_penalty",
         "user",
     )
+}
+_SHAPED: dict[str, Json] = {
+    "tools": _says(_or_null(_list({"type": "object"})), "What the model may call."),
+    "modalities": _says(_or_null(_list(_ANY)), "Handed on to the provider."),
 }
 _LENGTHS: dict[str, Json] = {
     "n": _says(_AT_LEAST_ONE, "How many replies; each is paid for."),
@@ -244,7 +247,16 @@ _CHAT = {
     "stream": _says(_or_null(_FLAG), "Answer with server-sent events, as it comes."),
     "stream_options": _says(_ANY, '`{"include_usage": true}` ends the stream with its usage.'),
     **_LENGTHS,
+    **_SHAPED,
     **_HANDED_ON,
+}
+_INPUT: Json = {
+    "anyOf": [
+        _FILLED,
+        _list(_FILLED, minItems=1, maxItems=2048),
+        _says(_list(_COUNT, minItems=1), "The tokens of one text."),
+        _says(_list(_list(_COUNT, minItems=1), minItems=1, maxItems=2048), "The tokens of texts."),
+    ]
 }
 _USAGE = _object(
     {"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT}, optional=("completion_tokens",)
@@ -338,14 +350,7 @@ _SCHEMAS: dict[str, Json] = {
     ),
     "EmbeddingRequest": _object(
         {
-            "input": {
-                "anyOf": [
-                    _FILLED,
-                    _list(_FILLED, minItems=1, maxItems=2048),
-                    _says(_list(_COUNT, minItems=1), "The tokens of one text."),
-                    _says(_list(_list(_COUNT, minItems=1), minItems=1, maxItems=2048), "The tokens of texts."),
-                ]
-            },
+            "input": _INPUT,
             "model": _MODEL,
             "encoding_format": {"enum": ["float", "base64", None]},
             "dimensions": _DIMENSION,
@@ -424,9 +429,7 @@ _SCHEMAS: dict[str, Json] = {
                 "Tokens that go in, where there are no messages to count.",
             ),
             "messages": _or_null(_CHAT["messages"]),
-            "input": _says(
-                {"anyOf": [_FILLED, _list(_FILLED, minItems=1), {"type": "null"}]}, "With the task `embedding`."
-            ),
+            "input": _says(_or_null(_INPUT), "With the task `embedding`."),
             "metadata": _METADATA,
             **_LENGTHS,
         },
@@ -694,7 +697,7 @@ _PATHS: dict[str, Json] = {
             "route",
             "Explain who would answer",
             "Every candidate with its price, circuit, budgets and capability, and the rule that kept or dropped it. "
-            "Calls nobody. Takes a chat's body as it is.",
+            "Calls nobody. Takes the body of a chat, or of an embedding with that task, as it is.",
             tag="operation",
             body="RouteRequest",
             example={"task": "chat_small", "context_size": 2000, "max_cost": 0.05},

@@ -22,7 +22,9 @@ __all__ = [
     "ChatAsked",
     "chat_asked",
     "chat_reply",
+    "chat_request",
     "embed_asked",
+    "embed_request",
     "money",
     "sekha_note",
     "tags_of",
@@ -58,6 +60,12 @@ class ChatAsked:
 def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
     """Read `POST /v1/chat/completions`. Raises `InvalidRequest` with the field that is wrong."""
     given = object_in(body)
+    request = chat_request(given, key=key)
+    return ChatAsked(request, flag(given, "stream", default=False), flag(given, "store", default=True))
+
+
+def chat_request(given: Mapping[str, Any], *, key: str | None) -> ChatRequest:
+    """The request that a chat's JSON object makes."""
     messages = given.get("messages")
     if type(messages) is not list:
         raise InvalidRequest(
@@ -68,7 +76,6 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
         )
     for at, message in enumerate(messages):
         _check_message(message, f"messages[{at}]")
-    keep = flag(given, "store", default=True)
     metadata = given.get("metadata")
     options = {name: value for name, value in given.items() if name not in _OURS}
     if given.get("store") is True:
@@ -82,7 +89,7 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
         _objects(tools, "tools")
     if (modalities := options.get("modalities")) is not None and type(modalities) is not list:
         raise InvalidRequest(f"`modalities` must be a list, not {kind_of(modalities)}.", field="modalities")
-    request = ChatRequest(
+    return ChatRequest(
         messages=tuple(messages),
         model=text(given, "model"),
         task=_task(given),
@@ -93,19 +100,23 @@ def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
         tags=tags_of(metadata),
         key=key,
     )
-    return ChatAsked(request, flag(given, "stream", default=False), keep)
 
 
 def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
     """Read `POST /v1/embeddings`: the request, and whether it may be remembered."""
     given = object_in(body)
+    return embed_request(given, key=key), flag(given, "store", default=True)
+
+
+def embed_request(given: Mapping[str, Any], *, key: str | None) -> EmbedRequest:
+    """The request that the JSON object for an embedding makes."""
     model = text(given, "model")
     options = {name: value for name, value in given.items() if name not in _EMBEDDING_OURS}
     encoding = options.get("encoding_format")
     if encoding not in (None, "float", "base64"):
         raise InvalidRequest("`encoding_format` must be `float` or `base64`.", field="encoding_format")
     whole(options, "dimensions", 1, MOST_DIMENSIONS)
-    request = EmbedRequest(
+    return EmbedRequest(
         texts=_texts(given.get("input"), model),
         model=model,
         max_cost=dollars(given, "max_cost"),
@@ -113,7 +124,6 @@ def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
         key=key,
         options=options,
     )
-    return request, flag(given, "store", default=True)
 
 
 def chat_reply(reply: Reply, run_id: str) -> bytes:
