@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema
 
-from sekha.registry import ProviderKind, Task
+from sekha.registry import COLLECTION_NAME, ProviderKind, Task
 
 __all__ = [
     "ALSO_ACCEPTED",
@@ -175,7 +175,11 @@ class KeySection(Section):
 
 
 class MemorySection(Section):
-    collection: str = Field("conversations", description="The collection that keeps what passes the gateway.")
+    collection: str = Field(
+        "conversations",
+        pattern=f"^{COLLECTION_NAME.pattern}$",
+        description="The collection that keeps what passes the gateway.",
+    )
 
 
 class RecordingSection(Section):

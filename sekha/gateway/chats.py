@@ -33,6 +33,8 @@ async def complete(serving: Serving, x: Exchange) -> None:
             await pipe.end(reply)
         else:
             reply = await answer(asked.request, serving.chat)
+            if asked.keep and serving.memory is not None:
+                await serving.memory.chat(under_way.run_id, asked.request, reply)
             await x.answer(200, chat_reply(reply, under_way.run_id), headers_of(reply))
     except BaseException as error:
         under_way.failed(error)
@@ -60,6 +62,8 @@ class _Pipe:
         self._serving = serving
         self._asked = asked
         self._under_way = under_way
+        self._memory = serving.memory if asked.keep else None
+        self._pieces: list[bytes] = []
         self._last = b""
 
     async def begin(self, opened: Opened) -> None:
@@ -82,6 +86,8 @@ class _Pipe:
         if self._asked.wants_usage:
             piece, self._last = _without_usage_at_its_end(self._last + piece)
         if piece:
+            if self._memory is not None:
+                self._pieces.append(piece)
             await self._x.go_on(piece)
 
     async def end(self, reply: Reply) -> None:
@@ -92,6 +98,8 @@ class _Pipe:
             said = b"data: " + orjson.dumps(last | {"sekha": note})
         else:
             said = b": sekha " + orjson.dumps(note)
+        if self._memory is not None:
+            await self._memory.chat(self._under_way.run_id, self._asked.request, reply, b"".join(self._pieces))
         await self._x.end(said + b"\n\ndata: [DONE]\n\n")
 
     async def broken(self, error: SekhaError) -> None:

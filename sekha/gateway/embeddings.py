@@ -15,13 +15,15 @@ async def embed(serving: Serving, x: Exchange) -> None:
     """Embed one text or many."""
     key = serving.keys.owner(x.authorization)
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
-    request, _keep = embed_asked(body, key=key.name if key else None)
+    request, keep = embed_asked(body, key=key.name if key else None)
     under_way = UnderWay(serving, "embed", request)
     try:
         embedded = await embed_in_order(request, serving.embed)
     except BaseException as error:
         under_way.failed(error)
         raise
+    if keep and serving.memory is not None:
+        await serving.memory.vectors(under_way.run_id, request, embedded)
     note = sekha_note(embedded, under_way.run_id)
     said = with_note(embedded.raw, note, b',"dimension":' + str(embedded.dimension).encode())
     await x.answer(

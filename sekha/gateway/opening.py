@@ -10,14 +10,17 @@ from sekha.breaker import BreakerRules
 from sekha.circuits import Circuits, Tripped
 from sekha.circuits_shared import SharedCircuits
 from sekha.config import CircuitBreaker
+from sekha.errors import ConfigError, Problem, UnknownModel
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.serving import Serving
 from sekha.ledgers import lease_from, open_database
 from sekha.ledgers.sql import SqlLedger
 from sekha.loading import Loaded
+from sekha.registry import Registry
 from sekha.resources import Resources, ledger_url
 
 if TYPE_CHECKING:
+    from sekha.gateway.remembering import Remembering
     from sekha.recording.recorder import Recorder
 
 __all__ = ["open_serving", "state_folder"]
@@ -40,9 +43,29 @@ async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) ->
     circuits.subscribe(partial(_tell, recorder))
     ledger = lease_from(SqlLedger(database), url, state / "journal")
     resources = Resources(loaded, ledger=ledger, circuits=circuits)
+    memory = _memory(loaded, resources.registry, state / "memory")
     await circuits.start()
     await recorder.start()
-    return Serving(resources, metrics, recorder=recorder, at_once=True)
+    serving = Serving(resources, metrics, recorder=recorder, memory=memory, at_once=True)
+    if memory is not None:
+        memory.start(serving)
+    return serving
+
+
+def _memory(loaded: Loaded, registry: Registry, folder: Path) -> Remembering | None:
+    section = loaded.config.memory
+    if section is None:
+        return None
+    from sekha.gateway.remembering import Remembering
+
+    try:
+        registry.space(section.collection)
+        return Remembering(folder, section.collection)
+    except UnknownModel as error:
+        problem = f"there is no model to embed {section.collection!r} with. {error}"
+    except OSError as error:
+        problem = f"{folder} cannot be written: {error.strerror}. Memory is written down there before it is kept."
+    raise ConfigError(loaded.source, [Problem("memory", problem)])
 
 
 def _rules(section: CircuitBreaker) -> BreakerRules:

@@ -16,6 +16,7 @@ from sekha.search import SearchSteps
 from sekha.trace import noted
 
 if TYPE_CHECKING:
+    from sekha.gateway.remembering import Remembering
     from sekha.recording.recorder import Recorder
 
 __all__ = ["BODY_MB", "BODY_SECONDS", "Serving"]
@@ -29,10 +30,17 @@ class Serving:
     """The open resources of one configuration, its steps noted, and how many requests use it."""
 
     def __init__(
-        self, resources: Resources, metrics: Metrics, *, recorder: Recorder | None = None, at_once: bool = False
+        self,
+        resources: Resources,
+        metrics: Metrics,
+        *,
+        recorder: Recorder | None = None,
+        memory: Remembering | None = None,
+        at_once: bool = False,
     ) -> None:
         self.resources = resources
         self.recorder = recorder
+        self.memory = memory
         if recorder is not None:
             metrics.follow(recorder)
         self.circuits = resources.circuits
@@ -89,6 +97,8 @@ class Serving:
 
     async def aclose(self) -> None:
         await self.health.aclose()
+        if self.memory is not None:
+            await self.memory.aclose()
         await self.runtime.aclose()
         if self.recorder is not None:
             await self.recorder.aclose()
