@@ -183,6 +183,23 @@ async def test_money_that_lies_idle_in_another_process_is_given_back_before_anyb
     assert hold.amounts == {"team": Decimal("2.00")}
 
 
+async def test_a_busy_process_gives_back_what_its_calls_do_not_need(opened: Open) -> None:
+    busy, other = opened(), opened()
+
+    async def on_and_on() -> None:
+        while True:
+            with suppress(BudgetExceeded):
+                await busy.release(await reserve(busy, "0.001"))
+            await asyncio.sleep(0.01)
+
+    await busy.release(await reserve(busy, "1.00"))
+    going_on = asyncio.create_task(on_and_on())
+    await reserve(other, "1.99")
+
+    going_on.cancel()
+    await asyncio.wait([going_on])
+
+
 async def test_money_that_another_process_needs_for_its_calls_is_not_given_back(opened: Open) -> None:
     one, other = opened(), opened()
     await reserve(one, "1.00")
@@ -507,13 +524,25 @@ async def test_a_new_period_gives_the_whole_budget_again(opened: Open, clock: Cl
 
 async def test_a_limit_that_is_lowered_holds_for_the_very_next_call(opened: Open) -> None:
     ledger = opened()
-    await ledger.settle(await reserve(ledger, "0.50"), spend("0.50"))
+    await ledger.settle(await reserve(ledger, "0.50"), spend("0.45"))
 
     with pytest.raises(BudgetExceeded) as refused:
-        await reserve(ledger, "0.01", Budget(name="team", limit=Decimal("0.50"), period="day"))
-    await reserve(ledger, "1.50")
+        await reserve(ledger, "0.01", Budget(name="team", limit=Decimal("0.45"), period="day"))
+    await reserve(ledger, "1.55")
 
     assert refused.value.remaining == 0
+
+
+async def test_what_is_freed_after_a_call_cost_too_much_is_not_spent_again(opened: Open) -> None:
+    ledger = opened()
+    dear, other = await reserve(ledger, "1.00"), await reserve(ledger, "1.00")
+
+    await ledger.settle(dear, spend("3.00"))
+    await ledger.release(other)
+
+    with pytest.raises(BudgetExceeded):
+        await reserve(ledger, "0.01")
+    assert await ledger.spent(TEAM, at=NOW) == decimals("3.00", "0")
 
 
 async def test_two_limits_on_the_same_calls_both_hold(opened: Open) -> None:
