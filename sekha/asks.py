@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from sekha.ledger import Budget, Scope
 from sekha.pricing import Estimate, estimate_chat, estimate_embedding
 from sekha.registry import TASKS, Model, Task
+from sekha.vision import Pictures
 
 __all__ = ["Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
 
@@ -26,6 +27,8 @@ class Ask:
     preferred_model: str | None = None
     """Goes first, but unlike `model` other models of the task stand behind it."""
     vision: bool = False
+    pictures: Pictures | None = None
+    """The images that go with it, which not every model that sees can take."""
     max_cost: Decimal | None = None
     priced_apart: str | None = None
     """A field of the request that providers bill otherwise than by the prices of their tokens."""

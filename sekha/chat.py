@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 from sekha.calling import Attempt
@@ -15,6 +16,7 @@ from sekha.providers.base import RawStream
 from sekha.registry import Task
 from sekha.routing import Ask, Candidate, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
+from sekha.vision import Pictures, pictures_in
 
 __all__ = [
     "REPLY_LIMITS",
@@ -89,7 +91,13 @@ class ChatRequest:
 
     @property
     def image_count(self) -> int:
-        return sum(part.get("type") == "image_url" for part in self._parts())
+        parts = self._parts()
+        return sum(part.get("type") == "image_url" for part in parts) if parts else 0
+
+    @cached_property
+    def pictures(self) -> Pictures | None:
+        """The images, read once; None when there is none. Raises `InvalidRequest` for one that nobody could take."""
+        return pictures_in(self.messages)
 
     @property
     def priced_apart(self) -> str | None:
@@ -126,9 +134,11 @@ class ChatRequest:
             model=self.model,
             task=self.task,
             preferred_model=self.preferred_model,
-            vision=self.require_vision or (images_need_vision and self.image_count > 0),
+            vision=self.require_vision or (images_need_vision and pictures is not None),
+            pictures=pictures,
             max_cost=self.max_cost,
             priced_apart=self.priced_apart,
+        pictures = self.pictures
             key=self.key,
             tags=self.tags,
         )

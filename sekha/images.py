@@ -15,9 +15,11 @@ from typing import Literal, Protocol, TypeAlias
 
 from sekha.errors import InvalidRequest
 
-__all__ = ["Formula", "Image", "ImageFormat", "data_in_url", "formula_of", "image_tokens", "read_image"]
+__all__ = ["DETAILS", "Formula", "Image", "ImageFormat", "data_in_url", "formula_of", "image_tokens", "read_image"]
 
 ImageFormat: TypeAlias = Literal["png", "jpeg", "gif", "webp"]
+DETAILS = ("low", "high", "auto", "original")
+"""How closely a model may be asked to look; `original` is of OpenAI's newer models alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +31,38 @@ class Image:
     height: int
 
 
-def data_in_url(url: str) -> bytes | None:
+def data_in_url(url: str, *, field: str = "image_url") -> bytes | None:
     """The bytes of a `data:` URL, or None for any other URL.
 
-    Raises `InvalidRequest` when they are not base64.
+    Raises `InvalidRequest`, with the field that it is in, when they are not base64.
     """
     if url[:5].lower() != "data:":
         return None
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise InvalidRequest(
-            "An image's `data:` URL must read `data:image/png;base64,…`.", field="messages.content.image_url"
-        )
+        raise InvalidRequest(f"`{field}` must read `data:image/png;base64,…` when it is a `data:` URL.", field=field)
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(f"An image's base64 is broken: {error}.", field="messages.content.image_url") from error
+        raise InvalidRequest(f"`{field}` has broken base64: {error}.", field=field) from error
 
 
-def read_image(data: bytes) -> Image:
+def read_image(data: bytes, *, field: str = "image_url") -> Image:
     """Format, width and height from the bytes themselves.
 
-    Raises `InvalidRequest` for what is not a PNG, JPEG, GIF or WebP image, or breaks off.
+    Raises `InvalidRequest`, with the field that it is in, for what is not a PNG, JPEG, GIF or WebP
+    image, breaks off, or has no pixels.
     """
     try:
         image = _png(data) or _gif(data) or _webp(data) or _jpeg(data)
     except (struct.error, IndexError) as error:
+        raise InvalidRequest(f"`{field}` breaks off before the image says its size.", field=field) from error
+    if image is None:
+        raise InvalidRequest(f"`{field}` is neither a PNG, JPEG, GIF nor WebP image, by its bytes.", field=field)
+    if image.width < 1 or image.height < 1:
         raise InvalidRequest(
-            "An image breaks off before it says its size.", field="messages.content.image_url"
-        ) from error
-    if image is None or image.width < 1 or image.height < 1:
-        raise InvalidRequest("An image is neither PNG, JPEG, GIF nor WebP.", field="messages.content.image_url")
+            f"`{field}` is {image.width} × {image.height} pixels: there is nothing to see.", field=field
+        )
     return image
 
 
@@ -199,6 +202,10 @@ _CLAUDE_STANDARD = (
 )
 
 
+_MOST_MARKERS = 50_000
+"""Bytes and segments looked at for a JPEG's size, so that one made of nothing else keeps nobody busy."""
+
+
 def _png(data: bytes) -> Image | None:
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return None
@@ -235,13 +242,14 @@ def _jpeg(data: bytes) -> Image | None:
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     at = 2
-    while True:
-        while data[at] == 0xFF:  # any number of them may pad a marker
+    for _ in range(_MOST_MARKERS):
+        if (marker := data[at]) == 0xFF:  # any number of them may pad a marker
             at += 1
-        marker = data[at]
+            continue
         (length,) = struct.unpack_from(">H", data, at + 1)
         # The frame headers are C0 to CF, but for three that are tables.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 4)
             return Image("jpeg", width, height)
         at += 1 + length
+    return None

@@ -96,7 +96,8 @@ def incapable(ask: Ask, model: Model) -> str | None:
         return f"it does not chat: its task is {', '.join(model.tasks)}"
     if ask.vision and not model.vision:
         return "it does not take images"
-    return None
+    breach = ask.pictures.breach(model.vision_limits) if ask.pictures is not None else None
+    return None if breach is None else breach.why
 
 
 def drawn(weights: Sequence[int], latencies: Sequence[float | None], draw: float) -> int:
@@ -227,7 +228,16 @@ def _concerns(budget: Budget, ask: Ask) -> bool:
 
 def line_up(ask: Ask, registry: Registry) -> LineUp:
     """Who may serve asks of this form. Raises `UnknownModel` for a name that nothing carries."""
-    form = (ask.kind, ask.model, ask.task, ask.preferred_model, ask.vision, ask.priced_apart is not None)
+    form: tuple[Hashable, ...] = (
+        ask.kind,
+        ask.model,
+        ask.task,
+        ask.preferred_model,
+        ask.vision,
+        ask.priced_apart is not None,
+        # Whose limits the images break is all that they have to do with it.
+        None if ask.pictures is None else tuple(ask.pictures.breach(each) is None for each in registry.vision_limits),
+    )
     known: dict[Hashable, LineUp] = registry.worked_out
     found = known.get(form)
     if found is None:

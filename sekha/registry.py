@@ -12,9 +12,10 @@ from pydantic import SecretStr
 
 from sekha.errors import UnknownModel
 from sekha.pricing import Price, price_of
+from sekha.vision import Scheme, schemes_of
 
 if TYPE_CHECKING:
-    from sekha.config import Config, ModelSection, ProviderSection
+    from sekha.config import Config, ModelSection, ProviderSection, VisionCapabilities
     from sekha.price_map import PriceMap
 
 __all__ = [
@@ -43,6 +44,8 @@ class VisionLimits:
     max_images: int = 10
     max_image_size_mb: float = 20
     supported_formats: tuple[str, ...] = ("jpg", "jpeg", "png", "gif", "webp")
+    url_schemes: tuple[Scheme, ...] = ("http", "https")
+    """Of the URLs that its provider fetches images from; empty where it takes them only as data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,11 @@ class Registry:
     def models(self) -> tuple[Model, ...]:
         by_priority = sorted(self.providers.values(), key=lambda provider: provider.priority)
         return tuple(model for provider in by_priority for model in provider.models)
+
+    @cached_property
+    def vision_limits(self) -> tuple[VisionLimits, ...]:
+        """The different limits on images that there are."""
+        return tuple(dict.fromkeys(model.vision_limits for model in self.models))
 
     @cached_property
     def worked_out(self) -> dict[Hashable, Any]:
@@ -250,9 +258,7 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         vision="vision" in tasks or any(entry.supports_vision for entry in same),
         audio="audio" in tasks or any(entry.supports_audio for entry in same),
         function_calling=any(entry.supports_function_calling for entry in same),
-        vision_limits=VisionLimits(sees.max_images, sees.max_image_size_mb, sees.supported_formats)
-        if sees
-        else VisionLimits(),
+        vision_limits=_vision_limits(sees, schemes_of(section.provider_type, first.model_id)),
         weight=max(entry.weight for entry in same),
         price=price_of(
             configured,
@@ -260,6 +266,12 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
             unknown_is_free=unknown_is_free,
         ),
     )
+
+
+def _vision_limits(declared: VisionCapabilities | None, schemes: tuple[Scheme, ...]) -> VisionLimits:
+    if declared is None:
+        return VisionLimits(url_schemes=schemes)
+    return VisionLimits(declared.max_images, declared.max_image_size_mb, declared.supported_formats, schemes)
 
 
 def _first(values: Iterable[int | None]) -> int | None:

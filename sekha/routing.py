@@ -15,6 +15,7 @@ from sekha.ledger import Budget, period_end
 from sekha.lineup import SHORTLIST, Cap, Entrant, LineUp, considered, drawn, incapable, line_up, preferred
 from sekha.pricing import Estimate
 from sekha.registry import Model, Registry
+from sekha.vision import nearest
 
 __all__ = [
     "SHORTLIST",
@@ -306,6 +307,11 @@ def _refusal(dropped: Sequence[Verdict], estimates: Estimates) -> RequestRefused
     ask = estimates.ask
     may_pass = [each for each in dropped if each.rule == "circuit" or (each.rule == "rate" and not _forever(each))]
     priced = [(each.estimate.worst_case, each) for each in dropped if each.estimate and each.rule in ("cost", "budget")]
+    if ask.pictures is not None and all(each.rule == "capability" for each in dropped):
+        breaches = ((each.why, ask.pictures.breach(each.model.vision_limits)) for each in dropped)
+        refusal = nearest(breach for why, breach in breaches if breach is not None and breach.why == why)
+        if refusal is not None:
+            return refusal
     if priced and not may_pass and not any(each.rule == "price" for each in dropped):
         needed, cheapest = min(priced, key=lambda each: each[0])
         limit, limit_name = cap(ask, estimates.rules)

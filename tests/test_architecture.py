@@ -36,6 +36,8 @@ ONLY_IN = {
 VALUES = (
     "errors",
     "pricing",
+    "images",
+    "vision",
     "registry",
     "ledger",
     "asks",

@@ -18,6 +18,7 @@ from sekha.lineup import LineUp, line_up
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan, explain, plan
 from sekha.steps.counting import Counters
+from sekha.vision import are_heavy
 
 __all__ = ["HOLD_SECONDS", "Money", "UsualReplies", "spend_of"]
 
@@ -37,6 +38,8 @@ class Money:
 
     async def estimate_cost(self, request: ChatRequest | EmbedRequest) -> Estimates:
         """Count the request, from which its price at every model follows."""
+        if isinstance(request, ChatRequest) and are_heavy(request.messages):
+            await asyncio.to_thread(getattr, request, "pictures")
         ask = self._ask(request)
         lined_up = line_up(ask, self._open.registry)
         budgets = lined_up.covered(ask, self._open.budgets) if self._open.budgets else ()

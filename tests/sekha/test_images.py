@@ -1,5 +1,6 @@
 import base64
 import struct
+import time
 
 import pytest
 
@@ -61,10 +62,27 @@ def test_an_image_cut_anywhere_in_its_head_is_refused(make) -> None:
         assert (image.width, image.height) == (1234, 567)
 
 
-@pytest.mark.parametrize("data", [b"", b"%PDF-1.7", b"<svg/>", png(0, 10)])
+@pytest.mark.parametrize("data", [b"", b"%PDF-1.7", b"<svg/>"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest, match="PNG, JPEG, GIF nor WebP"):
         read_image(data)
+
+
+@pytest.mark.parametrize("data", [png(0, 10), png(10, 0), gif(0, 0), jpeg(7, 0)])
+def test_an_image_without_pixels_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="nothing to see"):
+        read_image(data)
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\xe1\x00\x02", b"\x00\x00\x00"])
+def test_a_jpeg_that_never_says_its_size_keeps_nobody_busy(filling: bytes) -> None:
+    data = b"\xff\xd8\xff" + filling * 2_000_000
+    started = time.process_time()
+
+    with pytest.raises(InvalidRequest):
+        read_image(data)
+
+    assert time.process_time() - started < 0.5
 
 
 def test_the_bytes_of_a_data_url() -> None:
