@@ -571,6 +571,20 @@ async def test_a_slice_that_expired_is_not_spent_any_more(opened: Open, clock: C
         await reserve(one, "0.01", at=clock.now)
 
 
+async def test_what_was_idle_in_a_slice_that_others_took_is_gone_when_its_process_comes_back(
+    opened: Open, clock: Clock
+) -> None:
+    one, other = opened(), opened()
+    await reserve(one, "0.01")
+    clock.now = NOW + timedelta(seconds=120)
+
+    await reserve(other, "1.95", at=clock.now)
+    await one.report("day")
+
+    with pytest.raises(BudgetExceeded):
+        await reserve(one, "0.06", at=clock.now)
+
+
 # --- the journal ---------------------------------------------------------------------------
 
 
