@@ -182,7 +182,8 @@ def _check_message(message: object, where: str) -> None:
         raise InvalidRequest(f"`{where}` must be an object with a `role` and `content`.", field=where)
     content = message.get("content")
     if type(content) is list:
-        _objects(content, f"{where}.content")
+        for at, part in enumerate(_objects(content, f"{where}.content")):
+            _check_part(part, f"{where}.content[{at}]")
     elif content is not None and type(content) is not str:
         raise InvalidRequest(
             f"`{where}.content` must be text or a list of parts, not {kind_of(content)}.", field=f"{where}.content"
@@ -192,6 +193,16 @@ def _check_message(message: object, where: str) -> None:
             if type(called := call.get("function") or {}) is not dict:
                 name = f"{where}.tool_calls[{at}].function"
                 raise InvalidRequest(f"`{name}` must be an object, not {kind_of(called)}.", field=name)
+
+
+def _check_part(part: Mapping[str, Any], where: str) -> None:
+    if (said := part.get("text")) is not None and type(said) is not str:
+        raise InvalidRequest(f"`{where}.text` must be text, not {kind_of(said)}.", field=f"{where}.text")
+    if part.get("type") == "image_url" or "image_url" in part:
+        image = part.get("image_url")
+        if type(image.get("url") if type(image) is dict else image) is not str:
+            name = f"{where}.image_url"
+            raise InvalidRequest(f'`{name}` must be `{{"url": "…"}}`, an address or a `data:` URL.', field=name)
 
 
 def _objects(given: object, where: str) -> list[dict[str, Any]]:
