@@ -17,6 +17,7 @@ from sekha.errors import InvalidRequest, UnknownModel
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.serving import Serving
 from sekha.gateway.wire import chat_asked, embed_asked, money, with_note
+from sekha.steps.counting import count_chat
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens
 
@@ -155,6 +156,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a number for content": ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
     "an object for content": ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages[0]"),
     "a part that is text": ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0]"),
+    "a number for a text": ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0]"),
+    "no image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+    "an image by number": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]},
+        "messages[0].content[0]",
+    ),
     "tool calls as text": ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages[0]"),
     "a tool call as text": ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0]"),
     "a model by number": ({"model": 5}, "model"),
@@ -204,6 +211,30 @@ def test_whatever_is_sent_becomes_a_request_or_a_refusal(sent: dict[str, Any]) -
     for asked in (chat_asked, embed_asked):
         with contextlib.suppress(InvalidRequest, UnknownModel):
             asked(body, key=None)
+
+
+PARTS = st.fixed_dictionaries(
+    {}, optional={"type": st.sampled_from(["text", "image_url", "input_audio"]), "text": JSON, "image_url": JSON}
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"])},
+    optional={
+        "content": st.lists(PARTS | JSON, max_size=3) | JSON,
+        "tool_calls": st.lists(st.fixed_dictionaries({}, optional={"function": JSON}), max_size=2) | JSON,
+        "name": JSON,
+        "cache_control": JSON,
+    },
+)
+
+
+@given(st.lists(MESSAGES, min_size=1, max_size=3), st.none() | JSON)
+def test_what_is_taken_for_a_chat_can_be_counted_and_routed(messages: list[Any], tools: Any) -> None:
+    body = json.dumps({"messages": messages, "tools": tools}).encode()
+    with contextlib.suppress(InvalidRequest):
+        request = chat_asked(body, key=None).request
+
+        assert request.ask().kind == "chat"
+        assert asyncio.run(count_chat(request, "gpt-4o")) > 0
 
 
 def test_numbers_that_json_cannot_hold_are_refused() -> None:
