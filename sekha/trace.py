@@ -6,7 +6,7 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 __all__ = ["Notes", "Step", "Trace", "Tracer", "noted", "take_notes", "trace_of"]
 
@@ -68,18 +68,15 @@ class Tracer:
         return trace_of(self._notes)
 
 
-class Note:
+class Note(NamedTuple):
     """What a step was given and gave back. Kept alive, so that no later object can be taken for it by its id."""
 
-    __slots__ = ("args", "ended", "error", "name", "result", "started")
-
-    def __init__(self, name: str, args: tuple[object, ...], started: float) -> None:
-        self.name = name
-        self.args = args
-        self.started = started
-        self.ended = 0.0
-        self.result: object = None
-        self.error: str | None = None
+    name: str
+    args: tuple[object, ...]
+    started: float
+    ended: float
+    result: object
+    error: str | None
 
 
 Notes: TypeAlias = list[Note]
@@ -101,18 +98,21 @@ def noted(steps: S, clock: Callable[[], float]) -> S:
 def trace_of(notes: Notes) -> Trace:
     """Work out which step went before which. Noting costs a microsecond, this forty: only what is shown needs it."""
     made_by: dict[int, int] = {}
-    for at in sorted(range(len(notes)), key=lambda at: notes[at].ended):
-        note = notes[at]
-        if note.ended and not isinstance(note.result, None | bool | int | float | str):
+    # Noted when they ended; shown as they began.
+    order = sorted(range(len(notes)), key=lambda at: notes[at].started)
+    begun = [notes[at] for at in order]
+    for at in sorted(range(len(begun)), key=lambda at: begun[at].ended):
+        note = begun[at]
+        if not isinstance(note.result, None | bool | int | float | str):
             for part in _parts(note.result):
                 made_by.setdefault(id(part), at)
 
     def before(note: Note) -> tuple[int, ...]:
         makers = {made_by.get(id(part)) for arg in note.args for part in _parts(arg)}
         # Some steps hand on what they were given: only who had made it by then counts.
-        return tuple(sorted(at for at in makers if at is not None and notes[at].ended <= note.started))
+        return tuple(sorted(at for at in makers if at is not None and begun[at].ended <= note.started))
 
-    return Trace(tuple(Step(note.name, before(note), note.started, note.ended, note.error) for note in notes))
+    return Trace(tuple(Step(note.name, before(note), note.started, note.ended, note.error) for note in begun))
 
 
 def _noted(steps: S, clock: Callable[[], float], notes: Callable[[], Notes | None]) -> S:
@@ -138,16 +138,15 @@ def _noting(
         kept = notes()
         if kept is None:
             return await call(*args)
-        note = Note(name, args, clock())
-        kept.append(note)
+        started = clock()
         try:
-            note.result = await call(*args)
+            result = await call(*args)
         except BaseException as error:
-            note.error = getattr(error, "code", type(error).__name__)
+            code = getattr(error, "code", type(error).__name__)
+            kept.append(Note(name, args, started, clock(), None, code))
             raise
-        finally:
-            note.ended = clock()
-        return note.result
+        kept.append(Note(name, args, started, clock(), result, None))
+        return result
 
     return step
 
