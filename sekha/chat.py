@@ -76,6 +76,8 @@ class ChatRequest:
     @property
     def reply_limit(self) -> int | None:
         """Tokens that the caller allows each reply, by whichever of OpenAI's names."""
+        if not self.options:
+            return self.max_tokens
         limits = [self.max_tokens, *(self.options.get(name) for name in REPLY_LIMITS)]
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -102,33 +104,40 @@ class ChatRequest:
     @property
     def priced_apart(self) -> str | None:
         """What in the request a provider bills otherwise than by the prices of its tokens; None if nothing is."""
-        if self.options.get("service_tier") not in ORDINARY_TIERS:
-            return "service_tier"
-        if self.options.get("web_search_options") is not None:
-            return "web_search_options"
-        if "audio" in (self.options.get("modalities") or ()):
-            return "modalities"
-        if any(part.get("type") == "input_audio" for part in self._parts()):
+        if self.options:
+            if self.options.get("service_tier") not in ORDINARY_TIERS:
+                return "service_tier"
+            if self.options.get("web_search_options") is not None:
+                return "web_search_options"
+            if "audio" in (self.options.get("modalities") or ()):
+                return "modalities"
+        if (parts := self._parts()) and any(part.get("type") == "input_audio" for part in parts):
             return "input_audio"
-        if any(isinstance(mark, Mapping) and mark.get("ttl") not in ORDINARY_TTLS for mark in self._cached()):
+        if (marks := self._cached()) and any(
+            isinstance(mark, Mapping) and mark.get("ttl") not in ORDINARY_TTLS for mark in marks
+        ):
             return "cache_control.ttl"
         return None
 
+    # Both are looked through several times for each request, so that the usual one, plain text, goes first.
     def _parts(self) -> list[Mapping[str, Any]]:
-        return [
-            part
-            for message in self.messages
-            if isinstance(message.get("content"), list | tuple)
-            for part in message["content"]
-            if isinstance(part, Mapping)
-        ]
+        parts: list[Mapping[str, Any]] = []
+        for message in self.messages:
+            content = message.get("content")
+            if not isinstance(content, str) and isinstance(content, list | tuple):
+                parts += (part for part in content if isinstance(part, Mapping))
+        return parts
 
     def _cached(self) -> list[object]:
-        marked = (*self.messages, *(self.options.get("tools") or ()), *self._parts())
+        parts, tools = self._parts(), self.options.get("tools")
+        if not parts and not tools:
+            return [message["cache_control"] for message in self.messages if "cache_control" in message]
+        marked = (*self.messages, *(tools or ()), *parts)
         return [each["cache_control"] for each in marked if isinstance(each, Mapping) and "cache_control" in each]
 
     def ask(self, *, images_need_vision: bool = True) -> Ask:
         """What routing has to know of the request."""
+        pictures = self.pictures
         return Ask(
             kind="chat",
             model=self.model,
@@ -138,7 +147,6 @@ class ChatRequest:
             pictures=pictures,
             max_cost=self.max_cost,
             priced_apart=self.priced_apart,
-        pictures = self.pictures
             key=self.key,
             tags=self.tags,
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from itertools import accumulate
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 
     Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-__all__ = ["SHORTLIST", "Cap", "Entrant", "LineUp", "considered", "drawn", "incapable", "line_up", "preferred"]
+__all__ = ["SHORTLIST", "Caps", "Entrant", "LineUp", "considered", "drawn", "incapable", "line_up", "preferred"]
 
-SHORTLIST = 8
+SHORTLIST = 5
 """Candidates that a plan has at the most."""
 FORMS = 64
 """Forms of asks remembered with a registry; callers name models freely, so there may be very many."""
@@ -33,8 +32,10 @@ SHORTEST_SECONDS = 0.001
 _NO_CHAT: frozenset[Task] = frozenset({"embedding", "image_generation"})
 _ROLES: Mapping[str | None, str] = {None: "chat_fast", "chat_smart": "chat_smart", "vision": "chat_vision"}
 """Task of a chat → the role in `default_models` whose model goes first; no task is auto-routing."""
-_ROOM = 1 << 62
-"""Sums below this fit into a machine word."""
+_SUM = 1 << 50
+"""What a request costs at the most is a sum below this one, and fits behind a group into a machine word."""
+_NEVER = 1 << 62
+"""Above everything else in a machine word."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -100,19 +101,22 @@ def incapable(ask: Ask, model: Model) -> str | None:
     return None if breach is None else breach.why
 
 
-def drawn(weights: Sequence[int], latencies: Sequence[float | None], draw: float) -> int:
+def drawn(models: Sequence[Model], conditions: Conditions) -> int:
     """Which of several equals goes first: each as often as its weight, and the more often the quicker it is.
 
     One whose latency is unknown counts as the mean of the known, so that a new one gets its share.
     """
-    known = [max(seconds, SHORTEST_SECONDS) for seconds in latencies if seconds is not None]
-    mean = math.fsum(known) / len(known) if known else 1.0
-    shares = (
-        weight / (mean if seconds is None else max(seconds, SHORTEST_SECONDS))
-        for weight, seconds in zip(weights, latencies, strict=True)
-    )
+    shares: Iterable[float] = [model.weight for model in models]
+    if conditions.latency_seconds:
+        latencies = [conditions.latency_seconds.get(model.name) for model in models]
+        known = [max(seconds, SHORTEST_SECONDS) for seconds in latencies if seconds is not None]
+        mean = math.fsum(known) / len(known) if known else 1.0
+        shares = [
+            weight / (mean if seconds is None else max(seconds, SHORTEST_SECONDS))
+            for weight, seconds in zip(shares, latencies, strict=True)
+        ]
     upto = list(accumulate(shares))
-    return min(bisect_right(upto, draw * upto[-1]), len(upto) - 1)
+    return min(bisect_right(upto, conditions.draw * upto[-1]), len(upto) - 1)
 
 
 # --- what holds for all asks of one form ---------------------------------------------------
@@ -126,8 +130,9 @@ class Entrant(NamedTuple):
     group: int
     """Those of a lower group go first, whatever they cost: by preference, then by priority."""
     why: str
-    """Why it stands where it stands, but for its price."""
-    by_priority: bool
+    """Why it stands where it stands."""
+    why_cheap: str
+    """The same where the price decides too."""
 
 
 class _Cover:
@@ -138,20 +143,27 @@ class _Cover:
         self.at = at
 
     @cached_property
-    def elsewhere(self) -> Numbers | None:
+    def mask(self) -> Numbers:
         import numpy as np
 
-        return None if self.at is None else ~np.array(self.at)
+        return np.array(self.at)
 
 
-class Cap(NamedTuple):
-    """Dollars that a call may cost, and at whom; `cover` is None for everybody."""
+class Caps(NamedTuple):
+    """Dollars that a call may cost."""
 
-    most: Decimal
-    cover: _Cover | None
+    most: Decimal | None
+    """At everybody; None for any amount."""
+    within: tuple[tuple[Decimal, _Cover], ...] = ()
+    """At those alone that a budget covers."""
 
-    def holds_at(self, position: int) -> bool:
-        return self.cover is None or self.cover.at is None or self.cover.at[position]
+    def at(self, position: int) -> Decimal | None:
+        """What a call to the entrant at this position may cost."""
+        most = self.most
+        for left, cover in self.within:
+            if cover.at is not None and cover.at[position] and (most is None or left < most):
+                most = left
+        return most
 
 
 class _Once(Generic[T, R]):
@@ -185,20 +197,23 @@ class LineUp:
         """The budgets that a call to any of the entrants would count against."""
         return [cover.budget for cover in self._covers(budgets) if _concerns(cover.budget, ask)]
 
-    def caps(self, estimates: Estimates) -> list[Cap]:
+    def caps(self, estimates: Estimates) -> Caps:
         """What a call may cost by `max_cost` and by what is left in the budgets."""
         ask = estimates.size.ask
-        caps = [
-            Cap(estimates.left(cover.budget), cover)
-            for cover in self._covers(estimates.budgets)
-            if _concerns(cover.budget, ask)
-        ]
         most, _ = cap(ask, estimates.rules)
-        if most is not None:
-            caps.append(Cap(most, None))
-        return caps
+        if not estimates.budgets:
+            return Caps(most)
+        within: list[tuple[Decimal, _Cover]] = []
+        for cover in self._covers(estimates.budgets):
+            if _concerns(cover.budget, ask):
+                left = estimates.left(cover.budget)
+                if cover.at is not None:
+                    within.append((left, cover))
+                elif most is None or left < most:
+                    most = left
+        return Caps(most, tuple(within))
 
-    def best(self, estimates: Estimates, caps: Sequence[Cap], conditions: Conditions, count: int) -> list[int] | None:
+    def best(self, estimates: Estimates, caps: Caps, conditions: Conditions, count: int) -> list[int] | None:
         """The positions of the first `count` that may serve, best first; None where machine words are too short."""
         return self._field.best(estimates, caps, conditions, count)
 
@@ -210,7 +225,7 @@ class LineUp:
         found: list[_Cover] = []
         for budget in budgets:
             key, tag = budget.match.get("key"), budget.match.get("tag")
-            theirs = replace(self._ask, key=key, tags=frozenset() if tag is None else frozenset({tag}))
+            theirs = self._ask._replace(key=key, tags=frozenset() if tag is None else frozenset({tag}))
             at = tuple(budget.covers(theirs.scope(entrant.model)) for entrant in self.entrants)
             if any(at):
                 found.append(_Cover(budget, None if all(at) else at))
@@ -256,13 +271,13 @@ def _entrants(ask: Ask, registry: Registry, models: Sequence[Model]) -> Iterator
     groups = {rank: group for group, rank in enumerate(sorted(set(ranks)))}
     for rank, model in sorted(zip(ranks, able, strict=True), key=lambda each: each[0]):
         if model.name in first:
-            why = "preferred" if ask.preferred_model else "the default model"
+            why = why_cheap = "preferred" if ask.preferred_model else "the default model"
         elif ask.model in (model.id, model.name):
-            why = "named by the request"
+            why = why_cheap = "named by the request"
         else:
-            why = None
-        by_priority = why is None
-        yield Entrant(model, model.name, groups[rank], why or f"priority {rank[1]}", by_priority)
+            why = f"priority {rank[1]}"
+            why_cheap = f"{why}, then price"
+        yield Entrant(model, model.name, groups[rank], why, why_cheap)
 
 
 # --- the best of very many -----------------------------------------------------------------
@@ -277,6 +292,8 @@ class _Lengths(NamedTuple):
     """Without a history, `ASSUMED_REPLY`."""
     output: Numbers
     """What the replies cost when nothing but the models' own limits cuts them."""
+    ranked_output: Numbers
+    """The same, behind the group."""
     longest: int
 
 
@@ -298,22 +315,22 @@ class _Field:
             "output": [tariff.output * by for tariff, by in zip(tariffs, scale, strict=True)],
             "image": [tariff.image * by for tariff, by in zip(tariffs, scale, strict=True)],
         }
-        self._dearest = tuple(max(whole[sort]) for sort in ("written", "output", "image"))
-        # Where it does not fit, `best` is never asked for a sum.
-        fits = max(self._dearest) < _ROOM
-        arrays = {sort: np.array(each if fits else [0] * len(models)) for sort, each in whole.items()}
+        self._dearest = (max(whole["written"]), max(whole["output"]), max(whole["image"]))
+        groups = [entrant.group for entrant in entrants]
+        # Where a price or the groups do not fit, `best` is asked for no sum.
+        self._fits = max(self._dearest) < _SUM and groups[-1] < _NEVER // _SUM
+        arrays = {sort: np.array(each if self._fits else [0] * len(models)) for sort, each in whole.items()}
         self._input, self._written = arrays["input"], arrays["written"]
         self._output, self._image = arrays["output"], arrays["image"]
+        # Whoever is of a later group ranks behind every sum.
+        self._rank = np.array(groups if self._fits else [0] * len(models)) * _SUM
         prices = [model.price for model in models if model.price is not None]
-        self._long_from = min((above for price in prices for above, _ in price.long_input), default=_ROOM)
+        self._long_from = min((above for price in prices for above, _ in price.long_input), default=_NEVER)
         self._limit = np.array([model.max_output_tokens or LONGEST_REPLY for model in models])
-        self._window = np.array([model.context_window or _ROOM for model in models])
+        self._window = np.array([model.context_window or _NEVER for model in models])
         self._slack = int((self._window - self._limit).min())
         self._smallest_window = int(self._window.min())
         self._weight = np.array([model.weight for model in models])
-        self._everybody = np.arange(len(models))
-        groups = [entrant.group for entrant in entrants]
-        self._group_ends = [bisect_right(groups, group) for group in groups]
         self._position = {entrant.name: at for at, entrant in enumerate(entrants)}
         self._at_provider: dict[str, list[int]] = {}
         for at, model in enumerate(models):
@@ -321,137 +338,131 @@ class _Field:
         self._ways = _Once(self._ways_of)
         self._lengths = _Once(self._lengths_of)
         self._latency = _Once(self._latency_of)
-        self._shut = _Once(self._shut_of)
+        self._shut: tuple[frozenset[str], tuple[str, ...], Numbers] | None = None
 
-    def best(self, estimates: Estimates, caps: Sequence[Cap], conditions: Conditions, count: int) -> list[int] | None:
-        size = estimates.size
+    def best(self, estimates: Estimates, caps: Caps, conditions: Conditions, count: int) -> list[int] | None:
+        np, size = self._np, estimates.size
+        chats = size.ask.kind == "chat"
         ways, way = self._ways(estimates.counters)
         counts = [estimates.counts[name] for name, _ in ways]
-        tokens = [each.tokens for each in counts]
-        at_most = [
-            each.tokens if exact else most_of(each.tokens) for each, (_, exact) in zip(counts, ways, strict=True)
-        ]
         lengths = self._lengths(estimates.usual)
-        chats = size.ask.kind == "chat"
+        tokens = [each.tokens for each in counts]
+        at_most = [each if exact else most_of(each) for each, (_, exact) in zip(tokens, ways, strict=True)]
         longest = (size.reply_limit or lengths.longest) * size.replies if chats else 0
-        dearest = [
-            most * price for most, price in zip((max(at_most), longest, size.images), self._dearest, strict=True)
-        ]
-        if max(at_most) > self._long_from or sum(dearest) >= _ROOM:
+        dearest = max(at_most) * self._dearest[0] + longest * self._dearest[1] + size.images * self._dearest[2]
+        if not self._fits or max(at_most) > self._long_from or dearest >= _SUM:
             return None
 
-        context = [each.tokens + (size.reply_limit or 0) if chats else each.longest for each in counts]
-        alive = self._open(self._fitting(context, way), conditions)
-        most = self._each(at_most, way)
-        replies = self._replies(estimates, lengths, most, max(at_most)) if chats else None
-        for each in caps:
-            units = int(each.most.scaleb(self._places))
-            if units < sum(dearest):
-                worst = most * (self._written if size.writes_cache else self._input)
-                if size.reply_limit is not None and chats:
-                    worst += self._output * (size.reply_limit * size.replies)
-                elif replies is not None:
-                    worst += replies
-                if size.images:
-                    worst += self._image * size.images
-                affordable = worst <= units
-                if each.cover is not None and each.cover.elsewhere is not None:
-                    affordable |= each.cover.elsewhere
-                alive = affordable if alive is None else alive & affordable
-        costs: Numbers | None = None
-        if estimates.rules.cost_aware:
-            costs = self._each(tokens, way) * self._input
+        plainly = chats and size.reply_limit is None and size.replies == 1 and max(at_most) <= self._slack
+        replies: Numbers | None = None
+        if not estimates.rules.cost_aware:
+            key = self._rank.copy()
+        elif plainly:
+            key = self._each(tokens, way) * self._input
+            key += lengths.ranked_output
+        else:
+            replies = self._replies(size, lengths, self._each(at_most, way)) if chats else None
+            key = self._each(tokens, way) * self._input
+            key += self._rank
             if replies is not None:
-                costs += replies
-            if size.images:
-                costs += self._image * size.images
-        return self._in_order(alive, costs, conditions, count)
+                key += replies
+        if size.images and estimates.rules.cost_aware:
+            key += self._image * size.images
+
+        if conditions.open_circuits or conditions.throttled:
+            key[self._shut_by(conditions)] = _NEVER
+        context = [each.tokens + (size.reply_limit or 0) if chats else each.longest for each in counts]
+        if max(context) > self._smallest_window:
+            np.putmask(key, self._each(context, way) > self._window, _NEVER)
+        limits = [(units, cover) for left, cover in caps.within if (units := self._units(left)) < dearest]
+        most = dearest if caps.most is None else self._units(caps.most)
+        if limits or most < dearest:
+            worst = self._worst(size, lengths, self._each(at_most, way), plainly)
+            if most < dearest:
+                np.putmask(key, worst > most, _NEVER)
+            for units, cover in limits:
+                np.putmask(key, (worst > units) & cover.mask, _NEVER)
+        return self._in_order(key, conditions, count)
+
+    def _units(self, amount: Decimal) -> int:
+        return int(amount.scaleb(self._places))
 
     def _each(self, by_way: list[int], way: Numbers) -> Any:
         """A number for each entrant; one for all where they count alike."""
         return by_way[0] if len(by_way) == 1 else self._np.array(by_way).take(way)
 
-    def _fitting(self, context: list[int], way: Numbers) -> Numbers | None:
-        """Whose context window is large enough; None for everybody's."""
-        if max(context) <= self._smallest_window:
-            return None
-        fitting: Numbers = self._each(context, way) <= self._window
-        return fitting
-
-    def _open(self, alive: Numbers | None, conditions: Conditions) -> Numbers | None:
-        """Who of them is neither shut out by a circuit nor by a rate limit."""
-        if not conditions.open_circuits and not conditions.throttled:
-            return alive
-        alive = self._np.ones(len(self._entrants), dtype=bool) if alive is None else alive
-        alive[self._shut(conditions.open_circuits)] = False
-        for provider in conditions.throttled:
-            alive[self._at_provider.get(provider, [])] = False
-        return alive
-
-    def _replies(self, estimates: Estimates, lengths: _Lengths, at_most: Any, longest_input: int) -> Numbers:
+    def _replies(self, size: Size, lengths: _Lengths, at_most: Any) -> Numbers:
         """What the replies are expected to cost."""
-        size = estimates.size
+        np = self._np
         if size.reply_limit is not None:
-            replies = self._output * self._np.minimum(lengths.usual, size.reply_limit)
-        elif longest_input <= self._slack:
-            replies = lengths.output
+            length = np.minimum(lengths.usual, size.reply_limit)
         else:
-            room = self._np.maximum(self._window - at_most, 1)
-            replies = self._output * self._np.minimum(lengths.assumed, self._np.minimum(self._limit, room))
+            length = np.minimum(np.minimum(lengths.assumed, self._limit), np.maximum(self._window - at_most, 1))
+        replies: Numbers = length * self._output
         return replies if size.replies == 1 else replies * size.replies
 
-    def _in_order(self, alive: Numbers | None, costs: Numbers | None, conditions: Conditions, count: int) -> list[int]:
+    def _worst(self, size: Size, lengths: _Lengths, at_most: Any, plainly: bool) -> Numbers:
+        """The least that may be held for a call: what goes in at the most, and the reply that it is cut to."""
+        worst: Numbers = at_most * (self._written if size.writes_cache else self._input)
+        if size.images:
+            worst += self._image * size.images
+        if plainly:
+            worst += lengths.output
+        elif size.reply_limit is not None:
+            worst += self._output * (size.reply_limit * size.replies)
+        elif size.ask.kind == "chat":
+            worst += self._replies(size, lengths, at_most)
+        return worst
+
+    def _in_order(self, key: Numbers, conditions: Conditions, count: int) -> list[int]:
+        """The positions of the lowest keys, by and by; the key is used up."""
         found: list[int] = []
-        positions = self._everybody if alive is None else alive.nonzero()[0]
-        at = 0
-        while at < len(positions) and len(found) < count:
-            end = self._group_ends[positions[at]]
-            stop = len(positions) if end == len(self._entrants) else int(positions.searchsorted(end))
-            group = positions[at:stop]
-            at = stop
-            if costs is None:
-                found += self._equals(group, conditions, count - len(found))
+        at = key.argmin()
+        while (lowest := key[at]) != _NEVER:
+            key[at] = _NEVER
+            after = key.argmin()
+            if key[after] == lowest:
+                key[at] = lowest
+                equals = (key == lowest).nonzero()[0]
+                first = int(equals[self._drawn(equals, conditions)])
+                found.append(first)
+                found += [each for each in equals[: count + 1].tolist() if each != first]
+                if len(found) < count:
+                    key[equals] = _NEVER
+                    after = key.argmin()
             else:
-                found += self._cheapest(group, costs[group], conditions, count - len(found))
-        return found
-
-    def _cheapest(self, group: Numbers, costs: Numbers, conditions: Conditions, count: int) -> list[int]:
-        np = self._np
-        if len(group) > count:
-            # Of those who cost just as much as the last one that is taken, all may be drawn.
-            near = (costs <= np.partition(costs, count - 1)[count - 1]).nonzero()[0]
-            group, costs = group[near], costs[near]
-        order = costs.argsort(kind="stable")
-        group, levels = group[order], costs[order].tolist()
-        found: list[int] = []
-        at = 0
-        while at < len(levels) and len(found) < count:
-            stop = bisect_right(levels, levels[at], at)
-            found += self._equals(group[at:stop], conditions, count - len(found))
-            at = stop
-        return found
-
-    def _equals(self, equals: Numbers, conditions: Conditions, count: int) -> list[int]:
-        """One of them drawn, and the others behind it in the file's order."""
-        if len(equals) == 1:
-            return [int(equals[0])]
-        first = self._drawn(equals, conditions)
-        others = [int(each) for each in equals[: count + 1] if each != equals[first]]
-        return [int(equals[first]), *others][:count]
+                found.append(int(at))
+            if len(found) >= count:
+                break
+            at = after
+        return found[:count]
 
     def _drawn(self, equals: Numbers, conditions: Conditions) -> int:
         """What `drawn` draws, for a thousand at once."""
         np = self._np
         shares = self._weight[equals]
         if conditions.latency_seconds:
-            latency = self._latency(conditions.latency_seconds)[equals]
-            known = latency[~np.isnan(latency)]
-            mean = math.fsum(known.tolist()) / len(known) if len(known) else 1.0
-            shares = shares / np.where(np.isnan(latency), mean, latency)
+            latency, all_known = self._latency(conditions.latency_seconds)
+            latency = latency[equals]
+            if not all_known:
+                unknown = np.isnan(latency)
+                known = latency[~unknown]
+                mean = math.fsum(known.tolist()) / len(known) if len(known) else 1.0
+                latency = np.where(unknown, mean, latency)
+            shares = shares / latency
         upto = shares.cumsum()
         return min(int(upto.searchsorted(conditions.draw * upto[-1], side="right")), len(upto) - 1)
 
     # --- what is looked up anew only when it has changed ---
+
+    def _shut_by(self, conditions: Conditions) -> Numbers:
+        """Who is shut out by a circuit or by a rate limit."""
+        throttled = tuple(conditions.throttled)
+        if self._shut is None or self._shut[0] is not conditions.open_circuits or self._shut[1] != throttled:
+            shut = [at for name in conditions.open_circuits if (at := self._position.get(name)) is not None]
+            shut += (at for provider in throttled for at in self._at_provider.get(provider, ()))
+            self._shut = conditions.open_circuits, throttled, self._np.array(shut, dtype=int)
+        return self._shut[2]
 
     def _ways_of(self, counters: Mapping[str, Counter]) -> tuple[tuple[tuple[str, bool], ...], Numbers]:
         """The different ways of counting, and which of them is whose."""
@@ -466,11 +477,12 @@ class _Field:
         seen = np.array([usual.get(entrant.name) or 0 for entrant in self._entrants])
         assumed = np.where(seen > 0, seen, ASSUMED_REPLY)
         cut = np.minimum(assumed, self._limit)
-        return _Lengths(np.where(seen > 0, seen, _ROOM), assumed, self._output * cut, int(cut.max()))
+        output = self._output * cut
+        return _Lengths(np.where(seen > 0, seen, _NEVER), assumed, output, output + self._rank, int(cut.max()))
 
-    def _latency_of(self, seconds: Mapping[str, float]) -> Numbers:
-        known = [seconds.get(entrant.name, math.nan) for entrant in self._entrants]
-        return self._np.maximum(known, SHORTEST_SECONDS)
-
-    def _shut_of(self, circuits: frozenset[str]) -> list[int]:
-        return [at for name in circuits if (at := self._position.get(name)) is not None]
+    def _latency_of(self, seconds: Mapping[str, float]) -> tuple[Numbers, bool]:
+        """Not a number where it is unknown; and whether all are known."""
+        latency = self._np.maximum(
+            [seconds.get(entrant.name, math.nan) for entrant in self._entrants], SHORTEST_SECONDS
+        )
+        return latency, not self._np.isnan(latency).any()

@@ -160,8 +160,9 @@ def estimate_chat(
     as written to the provider's cache when the request `writes_cache`.
     """
     most = input_tokens if exact else most_of(input_tokens)
-    now = price.at(input_tokens).tariff
-    then = price.at(most).tariff
+    now = then = price.tariff
+    if price.long_input:
+        now, then = price.at(input_tokens).tariff, price.at(most).tariff
     before = input_tokens * now.input + images * now.image
     at_most = most * (max(then.input, then.written) if writes_cache else then.input) + images * then.image
     each, each_at_most = now.output * replies, then.output * replies

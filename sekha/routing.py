@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
 from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, dollars
 from sekha.ledger import Budget, period_end
-from sekha.lineup import SHORTLIST, Cap, Entrant, LineUp, considered, drawn, incapable, line_up, preferred
+from sekha.lineup import SHORTLIST, Entrant, LineUp, considered, drawn, incapable, line_up, preferred
 from sekha.pricing import Estimate
 from sekha.registry import Model, Registry
 from sekha.vision import nearest
@@ -39,6 +39,8 @@ __all__ = [
 
 Rule: TypeAlias = Literal["capability", "price", "context", "cost", "budget", "circuit", "rate", "fallback"]
 ANYTIME = Conditions()
+_Kept: TypeAlias = tuple[int, Decimal, int, Estimate]
+"""An entrant's group, price, position and estimate: they sort into the order in which they are asked."""
 _ANY = Decimal(0)
 """Stands for every price where price does not decide."""
 
@@ -184,52 +186,52 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
 
 def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions, count: int) -> tuple[Candidate, ...]:
     entrants, caps = lined_up.entrants, lined_up.caps(estimates)
+    cost_aware = estimates.rules.cost_aware
     if len(entrants) > SHORTLIST:
         best = lined_up.best(estimates, caps, conditions, count)
         if best is not None:
-            return _candidates([(entrants[at], _priced(entrants[at], at, estimates, caps)) for at in best], estimates)
-    cost_aware = estimates.rules.cost_aware
-    kept: list[tuple[int, Decimal, int, Estimate]] = []
+            chosen = [entrants[at] for at in best]
+            priced = [estimates.priced(entrants[at].model, caps.at(at), entrants[at].name) for at in best]
+            return _candidates(chosen, priced, cost_aware)
+    open_circuits, throttled, _, _ = conditions
+    kept: list[_Kept] = []
     for at, entrant in enumerate(entrants):
         model = entrant.model
-        if entrant.name in conditions.open_circuits or model.provider_id in conditions.throttled:
+        if entrant.name in open_circuits or model.provider_id in throttled:
             continue
-        estimate = _priced(entrant, at, estimates, caps)
+        most = caps.at(at) if caps.within else caps.most
+        estimate = estimates.priced(model, most, entrant.name)
+        if most is not None and estimate.worst_case > most:
+            continue
         if model.context_window and estimate.context_tokens > model.context_window:
             continue
-        if caps and any(estimate.worst_case > each.most and each.holds_at(at) for each in caps):
-            continue
         kept.append((entrant.group, estimate.expected if cost_aware else _ANY, at, estimate))
-    kept.sort()
+    if len(kept) > 1:
+        kept.sort()
+        _draw_among_equals(kept, entrants, conditions)
+    del kept[count:]
+    return _candidates([entrants[each[2]] for each in kept], [each[3] for each in kept], cost_aware)
+
+
+def _draw_among_equals(kept: list[_Kept], entrants: Sequence[Entrant], conditions: Conditions) -> None:
     at = 0
-    while at < len(kept):
+    while at < len(kept) - 1:
+        group, cost, _, _ = kept[at]
         stop = at + 1
-        while stop < len(kept) and kept[stop][:2] == kept[at][:2]:
+        while stop < len(kept) and kept[stop][0] == group and kept[stop][1] == cost:
             stop += 1
         if stop - at > 1:
-            first = _drawn([entrants[position].model for _, _, position, _ in kept[at:stop]], conditions)
+            first = drawn([entrants[position].model for _, _, position, _ in kept[at:stop]], conditions)
             kept.insert(at, kept.pop(at + first))
         at = stop
-    return _candidates([(entrants[at], estimate) for _, _, at, estimate in kept[:count]], estimates)
 
 
-def _priced(entrant: Entrant, at: int, estimates: Estimates, caps: Sequence[Cap]) -> Estimate:
-    most = min((each.most for each in caps if each.holds_at(at)), default=None) if caps else None
-    return estimates.priced(entrant.model, most, entrant.name)
-
-
-def _candidates(chosen: list[tuple[Entrant, Estimate]], estimates: Estimates) -> tuple[Candidate, ...]:
-    cost_aware = estimates.rules.cost_aware
-    found = []
-    for at, (entrant, estimate) in enumerate(chosen):
-        why = f"{entrant.why}, then price" if entrant.by_priority and cost_aware else entrant.why
-        found.append(Candidate(entrant.model, estimate, f"fallback {at}: {why}" if at else why))
+def _candidates(entrants: Sequence[Entrant], estimates: Sequence[Estimate], cost_aware: bool) -> tuple[Candidate, ...]:
+    found: list[Candidate] = []
+    for entrant, estimate in zip(entrants, estimates, strict=True):
+        why = entrant.why_cheap if cost_aware else entrant.why
+        found.append(Candidate(entrant.model, estimate, f"fallback {len(found)}: {why}" if found else why))
     return tuple(found)
-
-
-def _drawn(models: Sequence[Model], conditions: Conditions) -> int:
-    latencies = [conditions.latency_seconds.get(model.name) for model in models]
-    return drawn([model.weight for model in models], latencies, conditions.draw)
 
 
 # --- in full -------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def _ranked(
 
     for _, same in groupby(sorted(able, key=rank), key=rank):
         equals = list(same)
-        chosen = equals.pop(_drawn(equals, conditions))
+        chosen = equals.pop(drawn(equals, conditions))
         yield from ((model, len(equals) + 1) for model in (chosen, *equals))
 
 
@@ -305,13 +307,13 @@ def _reason(estimates: Estimates, registry: Registry, model: Model, place: int) 
 
 def _refusal(dropped: Sequence[Verdict], estimates: Estimates) -> RequestRefused:
     ask = estimates.ask
-    may_pass = [each for each in dropped if each.rule == "circuit" or (each.rule == "rate" and not _forever(each))]
-    priced = [(each.estimate.worst_case, each) for each in dropped if each.estimate and each.rule in ("cost", "budget")]
     if ask.pictures is not None and all(each.rule == "capability" for each in dropped):
         breaches = ((each.why, ask.pictures.breach(each.model.vision_limits)) for each in dropped)
         refusal = nearest(breach for why, breach in breaches if breach is not None and breach.why == why)
         if refusal is not None:
             return refusal
+    may_pass = [each for each in dropped if each.rule == "circuit" or (each.rule == "rate" and not _forever(each))]
+    priced = [(each.estimate.worst_case, each) for each in dropped if each.estimate and each.rule in ("cost", "budget")]
     if priced and not may_pass and not any(each.rule == "price" for each in dropped):
         needed, cheapest = min(priced, key=lambda each: each[0])
         limit, limit_name = cap(ask, estimates.rules)

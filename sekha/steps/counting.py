@@ -50,22 +50,14 @@ class Counters:
     async def count_chat(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
         """What each of these counters makes of a chat: its words are counted once by each tokenizer."""
         ways = [self._ways[name] for name in names]
-
-        def count() -> dict[str, Count]:
-            tools = request.options.get("tools")
-            if len(ways) == 1 and ways[0].formula is None:
-                return {names[0]: Count(tokens.count_words(request.messages, ways[0].tokenizer, tools=tools))}
-            words = {
-                name: tokens.count_words(request.messages, name, tools=tools)
-                for name in dict.fromkeys(way.tokenizer for way in ways)
-            }
-            images = tokens.images_in(request.messages) if any(way.formula for way in ways) else []
-            return {
-                name: Count(words[way.tokenizer] + sum(_tokens(way.formula, *image) for image in images))
-                for name, way in zip(names, ways, strict=True)
-            }
-
-        return count() if _is_short(request.messages) else await asyncio.to_thread(count)
+        tools = request.options.get("tools")
+        if not _is_short(request.messages):
+            counts = await asyncio.to_thread(_count, request.messages, tools, ways)
+        elif len(ways) == 1 and ways[0].formula is None:
+            return {names[0]: Count(tokens.count_words(request.messages, ways[0].tokenizer, tools=tools))}
+        else:
+            counts = _count(request.messages, tools, ways)
+        return dict(zip(names, counts, strict=True))
 
     async def count_texts(self, texts: Sequence[str], names: Sequence[str]) -> dict[str, Count]:
         """What each of these counters makes of texts to embed."""
@@ -80,8 +72,16 @@ class Counters:
         return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
 
 
-def _tokens(formula: Formula | None, image: Any, detail: str) -> int:
-    return 0 if formula is None else formula.tokens(image, detail)
+def _count(messages: Sequence[Mapping[str, Any]], tools: Any, ways: Sequence[_Way]) -> list[Count]:
+    names = dict.fromkeys(way.tokenizer for way in ways)
+    words = {name: tokens.count_words(messages, name, tools=tools) for name in names}
+    images = tokens.images_in(messages) if any(way.formula for way in ways) else []
+    return [
+        Count(words[way.tokenizer] + sum(way.formula.tokens(image, detail) for image, detail in images))
+        if way.formula
+        else Count(words[way.tokenizer])
+        for way in ways
+    ]
 
 
 def _is_short(messages: Iterable[Mapping[str, Any]]) -> bool:

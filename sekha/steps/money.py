@@ -47,7 +47,8 @@ class Money:
         left = await self._remaining(budgets, at) if at is not None else {}
         usual: Mapping[str, int] = {}
         if isinstance(request, ChatRequest):
-            usual = await self._usual.of(lined_up)
+            known = self._usual.known(lined_up)
+            usual = await self._usual.read(lined_up) if known is None else known
             images = request.image_count
             counters = self._counters.of_images if images else self._counters.of_words
             counts = await self._counters.count_chat(request, lined_up.counter_names(counters))
@@ -117,11 +118,11 @@ class UsualReplies:
         self._refreshed = 0.0
         self._refreshing: asyncio.Task[None] | None = None
 
-    async def of(self, lined_up: LineUp) -> Mapping[str, int]:
-        """Tokens of a usual reply, for those models of the line-up that have a history."""
+    def known(self, lined_up: LineUp) -> Mapping[str, int] | None:
+        """Tokens of a usual reply, for those models that have a history; None before the line-up's were read."""
         if lined_up not in self._read:
-            await self._read_first(lined_up)
-        elif self._open.clock.now() - self._refreshed > self.REFRESH_SECONDS and self._refreshing is None:
+            return None
+        if self._open.clock.now() - self._refreshed > self.REFRESH_SECONDS and self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
         return self._tokens
 
@@ -130,7 +131,8 @@ class UsualReplies:
             self._refreshing.cancel()
             await asyncio.wait([self._refreshing])
 
-    async def _read_first(self, lined_up: LineUp) -> None:
+    async def read(self, lined_up: LineUp) -> Mapping[str, int]:
+        """Read them for the first time."""
         async with self._reading:
             new = {
                 entrant.name: (entrant.model.provider_id, entrant.model.id)
@@ -144,6 +146,7 @@ class UsualReplies:
                 self._refreshed = self._open.clock.now()
             self._models |= new
             self._read.add(lined_up)
+            return self._tokens
 
     async def _refresh(self) -> None:
         try:

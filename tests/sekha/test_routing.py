@@ -542,7 +542,7 @@ def registries(draw: st.DrawFn) -> Registry:
     return registry(*found, priority={each.provider_id: draw(st.integers(1, 2)) for each in found})
 
 
-anybody = st.builds(Ask, kind=st.just("chat"), vision=st.booleans(), max_cost=st.none() | tiny)
+anybody = st.builds(Ask, kind=st.just("chat"), vision=st.booleans(), pictures=st.none(), max_cost=st.none() | tiny)
 asks = anybody | st.builds(
     Ask,
     kind=st.sampled_from(["chat", "chat", "embedding"]),
@@ -550,6 +550,7 @@ asks = anybody | st.builds(
     task=st.none() | st.sampled_from(TASKS),
     preferred_model=st.none() | st.none() | ids,
     vision=st.booleans(),
+    pictures=st.none(),
     max_cost=st.none() | amounts | tiny,
     priced_apart=st.none() | st.just("service_tier"),
     bulk=st.booleans(),
