@@ -9,13 +9,24 @@ import base64
 import binascii
 import math
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Protocol, TypeAlias
 
 from sekha.errors import InvalidRequest
 
-__all__ = ["DETAILS", "Formula", "Image", "ImageFormat", "data_in_url", "formula_of", "image_tokens", "read_image"]
+__all__ = [
+    "DETAILS",
+    "Formula",
+    "Image",
+    "ImageFormat",
+    "data_in_url",
+    "format_of",
+    "formula_of",
+    "image_tokens",
+    "read_image",
+]
 
 ImageFormat: TypeAlias = Literal["png", "jpeg", "gif", "webp"]
 DETAILS = ("low", "high", "auto", "original")
@@ -54,7 +65,8 @@ def read_image(data: bytes, *, field: str = "image_url") -> Image:
     image, breaks off, or has no pixels.
     """
     try:
-        image = _png(data) or _gif(data) or _webp(data) or _jpeg(data)
+        format_ = format_of(data)
+        image = None if format_ is None else _READERS[format_](data)
     except (struct.error, IndexError) as error:
         raise InvalidRequest(f"`{field}` breaks off before the image says its size.", field=field) from error
     if image is None:
@@ -64,6 +76,17 @@ def read_image(data: bytes, *, field: str = "image_url") -> Image:
             f"`{field}` is {image.width} × {image.height} pixels: there is nothing to see.", field=field
         )
     return image
+
+
+def format_of(head: bytes) -> ImageFormat | None:
+    """The format that the first 12 bytes of an image tell; None for any other."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    return "webp" if head.startswith(b"RIFF") and head[8:12] == b"WEBP" else None
 
 
 class Formula(Protocol):
@@ -87,19 +110,26 @@ def formula_of(model: str) -> Formula:
 
     - OpenAI, tiles: GPT-4o, 4.1, 4.5, 5 and o1, o3. A base and a sum per tile of 512 pixels, once the
       image is fitted into 2048 × 2048 and its short side into 768. `low` is the base alone.
-    - OpenAI, patches: the mini and nano models of GPT-4.1, 5 and o4, and all from GPT-5.4 on. Patches
-      of 32 pixels, shrunk to fit the model's budget, times its multiplier.
-    - Anthropic: patches of 28 pixels, the long edge and the number limited.
+    - OpenAI, patches: the mini and nano models of GPT-4.1, 5 and o4, and all from GPT-5.2 on. Patches
+      of 32 pixels, shrunk to fit the model's budget, times its multiplier. `low` changes nothing.
+    - Anthropic: patches of 28 pixels, which are (width × height) / 750 or a little more. The long edge
+      and the number are limited, and what is larger is shrunk before it is counted.
+    - Google: up to Gemini 2.5, 258 for an image up to 384 pixels and for each tile of a larger one.
+      From Gemini 3 on 1120 for any image, and 280 with `low`.
 
-    Any other model counts by GPT-4o's tiles, which is an approximation. `auto` counts as `high`,
-    since the provider may choose it.
+    Any other model counts by GPT-4o's tiles, which is an approximation; where its price is free, as
+    Ollama's, that makes no difference. `auto` counts as `high`, since the provider may choose it.
     https://platform.openai.com/docs/guides/images-vision#calculating-costs
     https://platform.claude.com/docs/en/build-with-claude/vision
+    https://ai.google.dev/gemini-api/docs/tokens
+    https://ai.google.dev/gemini-api/docs/media-resolution
     """
     name = model.rpartition("/")[2]
     if "claude" in name:
         standard = any(family in name.replace(".", "-") for family in _CLAUDE_STANDARD)
         return _Claude(1568, 1568) if standard else _Claude(2576, 4784)
+    if name.startswith("gemini-"):
+        return _GeminiTiles() if name.startswith(("gemini-1", "gemini-2", "gemini-pro")) else _Gemini()
     for prefix, patches in _PATCHES:
         if name.startswith(prefix):
             return patches
@@ -167,14 +197,42 @@ class _Claude:
         return min(self.budget, math.ceil(image.width * scale / 28) * math.ceil(image.height * scale / 28))
 
 
+@dataclass(frozen=True, slots=True)
+class _GeminiTiles:
+    each: int = 258
+    most: int = 24
+    """Tiles of 256 pixels, which a strip of 3072 × 384 is cut into."""
+
+    def tokens(self, image: Image | None, detail: str) -> int:  # noqa: ARG002 - the same at any detail
+        if image is None:
+            return self.each * self.most
+        if max(image.width, image.height) <= 384:
+            return self.each
+        scale = min(1.0, 3072 / max(image.width, image.height))
+        width, height = (max(1, round(side * scale)) for side in (image.width, image.height))
+        side = min(768, max(256, math.floor(min(width, height) / 1.5)))
+        return self.each * math.ceil(width / side) * math.ceil(height / side)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gemini:
+    def tokens(self, image: Image | None, detail: str) -> int:  # noqa: ARG002 - the same at any size
+        return 280 if detail == "low" else 1120
+
+
 _OTHERS = _Tiles(85, 170)
 # The first prefix that fits decides.
 _PATCHES = (
     ("gpt-4.1-mini", _Patches(1.62)),
     ("gpt-4.1-nano", _Patches(2.46)),
     ("gpt-5-mini", _Patches(1.62)),
+    ("gpt-5-codex-mini", _Patches(1.62)),
+    ("gpt-5.1-codex-mini", _Patches(1.62)),
     ("gpt-5-nano", _Patches(2.46)),
     ("o4-mini", _Patches(1.72)),
+    ("codex-mini", _Patches(1.72)),
+    ("gpt-5.2", _Patches(1.2)),
+    ("gpt-5.3", _Patches(1.2)),
     ("gpt-5.4-mini", _Patches(1.62)),
     ("gpt-5.4-nano", _Patches(2.46)),
     ("gpt-5.4", _Patches(1.2, 2500, 10_000)),
@@ -188,6 +246,7 @@ _TILES = (
     ("gpt-5", _Tiles(70, 140)),
     ("o1", _Tiles(75, 150)),
     ("o3", _Tiles(75, 150)),
+    ("computer-use-preview", _Tiles(65, 129)),
 )
 _CLAUDE_STANDARD = (
     "claude-2",
@@ -206,23 +265,17 @@ _MOST_MARKERS = 50_000
 """Bytes and segments looked at for a JPEG's size, so that one made of nothing else keeps nobody busy."""
 
 
-def _png(data: bytes) -> Image | None:
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return None
+def _png(data: bytes) -> Image:
     width, height = struct.unpack_from(">II", data, 16)
     return Image("png", width, height)
 
 
-def _gif(data: bytes) -> Image | None:
-    if not data.startswith((b"GIF87a", b"GIF89a")):
-        return None
+def _gif(data: bytes) -> Image:
     width, height = struct.unpack_from("<HH", data, 6)
     return Image("gif", width, height)
 
 
 def _webp(data: bytes) -> Image | None:
-    if not (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
-        return None
     match data[12:16]:
         case b"VP8 ":
             width, height = struct.unpack_from("<HH", data, 26)
@@ -239,8 +292,6 @@ def _webp(data: bytes) -> Image | None:
 
 
 def _jpeg(data: bytes) -> Image | None:
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
     at = 2
     for _ in range(_MOST_MARKERS):
         if (marker := data[at]) == 0xFF:  # any number of them may pad a marker
@@ -253,3 +304,11 @@ def _jpeg(data: bytes) -> Image | None:
             return Image("jpeg", width, height)
         at += 1 + length
     return None
+
+
+_READERS: Mapping[ImageFormat, Callable[[bytes], Image | None]] = {
+    "png": _png,
+    "jpeg": _jpeg,
+    "gif": _gif,
+    "webp": _webp,
+}

@@ -7,10 +7,11 @@ what it makes up (usage it counted itself, a `stop` for a stream that broke off)
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import os
 import warnings
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -20,11 +21,13 @@ from weakref import WeakSet
 import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, ProviderError, ProviderRejected, StreamBroken
+from sekha.images import format_of
 from sekha.pricing import Usage
 from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
 from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
+from sekha.vision import schemes_of
 
 __all__ = ["LiteLLMProvider", "litellm_module"]
 
@@ -83,6 +86,8 @@ _OLLAMA_FIELDS = frozenset(
         "think",
     }
 )
+_ADDRESSED = frozenset({"file_data", "file_id", "file_uri", "image_url", "uri", "url"})
+"""Fields of a part that may name what LiteLLM would fetch."""
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
 
 
@@ -198,6 +203,8 @@ class LiteLLMProvider:
         self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
         messages = deepcopy([dict(message) for message in call.messages])
+        for image in _images(messages):
+            _call_by_its_format(image)
         return self._connection(call.timeout_seconds) | {
             **known,
             "model": _CHAT_PREFIX.get(kind, "") + call.model.id,
@@ -219,12 +226,14 @@ class LiteLLMProvider:
 
     def _refuse_fetching(self, call: ChatCall) -> None:
         """LiteLLM fetches an image itself for a provider that will not; we never call an address a caller names."""
-        takes = {"ollama": (), "anthropic": ("https://",)}.get(self._spec.kind)
-        if takes is None:
-            return
-        for url in _image_urls(call.messages):
-            if not url.startswith(("data:", *takes)):
-                raise self._rejected(call.model, "it takes an image as base64 in a `data:` URL, not by address")
+        taken = tuple(f"{scheme}://" for scheme in schemes_of(self._spec.kind, call.model.id))
+        for message in call.messages:
+            for kind, field, address in _addresses(message.get("content")):
+                # Anthropic takes other parts by address too, but what a part says to be its bytes LiteLLM reads.
+                passed_on = kind == "image_url" or (self._spec.kind == "anthropic" and field != "file_data")
+                if not (passed_on and address.startswith(taken)):
+                    what = "an image" if kind == "image_url" else f"a part of type {kind[:32]!r}"
+                    raise self._rejected(call.model, f"it takes {what} as base64 in a `data:` URL, not by this address")
 
     def _failure(
         self, error: Exception, model: Model, texts: Sequence[str], *, streaming: bool = False
@@ -277,6 +286,7 @@ def litellm_module() -> Any:
     # Pydantic says of its types, once per process, that it does not enforce `ReadOnly`.
     warnings.filterwarnings("ignore", "Item .* is using the `ReadOnly` qualifier", UserWarning)
     import litellm
+    from litellm.litellm_core_utils.prompt_templates import image_handling
 
     litellm.suppress_debug_info = True
     litellm.telemetry = False
@@ -284,6 +294,10 @@ def litellm_module() -> Any:
     litellm.disable_streaming_logging = True
     litellm.disable_hf_tokenizer_download = True
     litellm.drop_params = False
+    # Counting, it fetches an image to learn its size; whatever it counts is left out anyway.
+    litellm.disable_token_counter = True
+    # What it fetches elsewhere goes through here, where 0 means not at all.
+    image_handling.MAX_IMAGE_URL_DOWNLOAD_SIZE_MB = 0
     litellm.num_retries = 0
     # `max_retries=0` is taken for "none given" by the embeddings of OpenAI, which then try three times.
     litellm.DEFAULT_MAX_RETRIES = 0
@@ -307,15 +321,42 @@ def _opened(model_name: str) -> Any:
     return litellm
 
 
-def _image_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    urls: list[str] = []
+def _images(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
-        for part in content if isinstance(content, Sequence) and not isinstance(content, str) else ():
-            if isinstance(part, Mapping) and part.get("type") == "image_url":
-                reference = part.get("image_url")
-                urls.append(str(reference.get("url", "") if isinstance(reference, Mapping) else reference))
-    return urls
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, dict) and part.get("type") == "image_url":
+                yield part
+
+
+def _call_by_its_format(part: dict[str, Any]) -> None:
+    """Let the media type of a `data:` URL say what the bytes are: Anthropic refuses an image under another name."""
+    reference = part.get("image_url")
+    url = reference.get("url") if isinstance(reference, dict) else reference
+    if not isinstance(url, str) or url[:5].lower() != "data:":
+        return
+    encoded = url.partition(",")[2]
+    try:
+        format_ = format_of(base64.b64decode(encoded[:64]))
+    except ValueError:
+        return
+    if format_ is not None:
+        told = f"data:image/{format_};base64,{encoded}"
+        part["image_url"] = reference | {"url": told} if isinstance(reference, dict) else told
+
+
+def _addresses(content: object, kind: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every address in the parts of a message: the type of its part, its field, and the address."""
+    if isinstance(content, list | tuple):
+        for part in content:
+            yield from _addresses(part, kind)
+    elif isinstance(content, Mapping):
+        kind = kind or str(content.get("type"))
+        for field, value in content.items():
+            if not isinstance(value, str):
+                yield from _addresses(value, kind)
+            elif field in _ADDRESSED and value[:5].lower() != "data:" and (kind == "image_url" or "://" in value):
+                yield kind, field, value
 
 
 def _envelope(reply: Any, model: Model, kind: str) -> dict[str, Any]:

@@ -115,6 +115,26 @@ def test_a_data_url_that_is_not_base64_is_refused(url: str) -> None:
         ("anthropic/claude-sonnet-4.5", 200, 200, "auto", 64),
         ("claude-haiku-4-5", 4032, 3024, "auto", 1568),
         ("claude-opus-4-7", 1920, 1080, "auto", 2691),
+        ("claude-haiku-4-5", 1000, 1000, "auto", 1296),
+        ("claude-sonnet-4-5", 1092, 1092, "auto", 1521),
+        # By area it would be 1568 × 1045 / 750.
+        ("claude-3-7-sonnet", 3000, 2000, "auto", 1568),
+        # Tiles of 768 pixels at the most, and of two thirds of the short side.
+        ("gemini/gemini-2.5-flash", 384, 384, "auto", 258),
+        ("gemini/gemini-2.5-flash", 960, 540, "auto", 6 * 258),
+        ("gemini-2.0-flash", 1024, 1024, "high", 4 * 258),
+        ("gemini-2.0-flash", 6144, 6144, "high", 16 * 258),
+        ("google/gemini-3-pro", 4032, 3024, "auto", 1120),
+        ("gemini/gemini-3.5-flash", 64, 64, "high", 1120),
+        ("gemini/gemini-3.5-flash", 4032, 3024, "low", 280),
+        ("gpt-4.1", 1024, 1024, "high", 765),
+        ("gpt-4.1-nano", 1024, 1024, "high", 2520),  # 1024 patches × 2.46, rounded up
+        ("gpt-4o-mini", 2048, 4096, "low", 2833),
+        ("gpt-4o-mini", 2048, 4096, "high", 2833 + 6 * 5667),
+        ("o4-mini", 1024, 1024, "low", 1762),  # 1024 patches × 1.72, at any detail
+        ("o3", 1024, 1024, "high", 675),
+        ("gpt-5.2", 1024, 1024, "high", 1229),
+        ("computer-use-preview", 1024, 1024, "high", 65 + 4 * 129),
         ("a-model-of-another-house", 1024, 1024, "high", 765),
     ],
 )
@@ -122,11 +142,24 @@ def test_images_cost_what_the_providers_publish(model: str, width: int, height: 
     assert image_tokens(model, Image("png", width, height), detail=detail) == tokens
 
 
-@pytest.mark.parametrize("model", ["gpt-4o", "gpt-4o-mini", "gpt-5-mini", "gpt-5.5", "o1", "claude-opus-4-8", "other"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt-4o",
+        "gpt-4o-mini",
+        "gpt-5-mini",
+        "gpt-5.5",
+        "o1",
+        "claude-opus-4-8",
+        "gemini-2.5-pro",
+        "gemini-3-pro",
+        "other",
+    ],
+)
 @pytest.mark.parametrize("detail", ["low", "high", "auto"])
 def test_no_image_costs_more_than_one_of_unknown_size(model: str, detail: str) -> None:
     most = image_tokens(model, None, detail=detail)
 
-    for width in (1, 31, 512, 768, 1000, 2048, 5000, 8000):
-        for height in (1, 33, 512, 769, 1536, 2049, 8000):
+    for width in (1, 31, 512, 768, 1000, 2048, 3072, 5000, 8000):
+        for height in (1, 33, 384, 512, 769, 1536, 2049, 8000):
             assert 0 < image_tokens(model, Image("png", width, height), detail=detail) <= most
