@@ -51,7 +51,6 @@ class Gateway:
         self.serving = serving
         self._routes = routes
         self._prefixes = tuple((route.partition("{")[0], route) for route in routes if "{" in route)
-        self._under_way: dict[Serving, int] = {}
         self._idle = asyncio.Event()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -65,14 +64,14 @@ class Gateway:
     async def replace(self, serving: Serving) -> None:
         """Serve with another configuration from now on; the one before ends with its last request."""
         before, self.serving = self.serving, serving
-        while self._under_way.get(before):
+        while before.under_way:
             self._idle.clear()
             await self._idle.wait()
         await before.aclose()
 
     async def _exchange(self, x: Exchange) -> None:
         serving = self.serving
-        self._under_way[serving] = self._under_way.get(serving, 0) + 1
+        serving.under_way += 1
         serving.metrics.under_way += 1
         watch = _Watch(x)
         started = time.perf_counter()
@@ -101,10 +100,8 @@ class Gateway:
             watch.end()
             serving.metrics.under_way -= 1
             serving.metrics.request(page if methods else "other", x.status, time.perf_counter() - started)
-            left = self._under_way[serving] - 1
-            self._under_way[serving] = left
-            if not left:
-                del self._under_way[serving]
+            serving.under_way -= 1
+            if not serving.under_way and serving is not self.serving:
                 self._idle.set()
 
     def _page(self, path: str) -> str:

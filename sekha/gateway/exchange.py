@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from random import getrandbits
 from typing import Any, TypeAlias
-from uuid import uuid4
 
 from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.problems import Headers
@@ -55,7 +55,7 @@ class Exchange:
             elif name == b"x-request-id" and len(value) <= _ID_LENGTH and value.isalnum():
                 self.request_id = value
         if not self.request_id:
-            self.request_id = uuid4().hex.encode()
+            self.request_id = b"%032x" % getrandbits(128)
 
     async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:
         """The whole body. Raises `BodyTooLarge`, `BodyTooSlow`, and `ConnectionError` when the caller is gone."""

@@ -39,6 +39,8 @@ class Serving:
         at_once: bool = False,
     ) -> None:
         self.resources = resources
+        self.under_way = 0
+        """Requests that use it."""
         self.recorder = recorder
         self.memory = memory
         if recorder is not None:

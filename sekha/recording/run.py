@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from random import getrandbits
 from typing import Any, Literal, TypeAlias
-from uuid import UUID
 
 import orjson
 
@@ -75,9 +74,11 @@ class Event:
 
 def new_run_id() -> str:
     """A UUID that begins with the time (version 7), so that indexes grow at their end only."""
-    milliseconds = time.time_ns() // 1_000_000
     noise = getrandbits(74)
-    return str(UUID(int=milliseconds << 80 | 7 << 76 | (noise >> 62) << 64 | 2 << 62 | noise & (1 << 62) - 1))
+    number = (time.time_ns() // 1_000_000) << 80 | 7 << 76 | (noise >> 62) << 64 | 2 << 62 | noise & (1 << 62) - 1
+    # What `str(UUID(int=number))` gives, at a third of its time.
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def encode(what: Run | Event) -> bytes:
