@@ -194,5 +194,5 @@ def _vector(written: object) -> Vector:
     import numpy as np
 
     if isinstance(written, str):
-        return np.frombuffer(base64.b64decode(written), dtype="<f4")
+        return np.frombuffer(base64.b64decode(written, validate=True), dtype="<f4")
     return np.array(written, dtype=np.float32)

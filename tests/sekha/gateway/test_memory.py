@@ -1,0 +1,528 @@
+"""What passes the gateway is remembered: once each, however the store, the embedder and the gateway fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sekha.calling import Clock, Retries
+from sekha.errors import ConfigError, ProviderUnavailable
+from sekha.gateway.app import Gateway
+from sekha.gateway.metrics import Metrics
+from sekha.gateway.opening import open_serving
+from sekha.gateway.remembering import Pace, Remembering
+from sekha.gateway.serving import Serving
+from sekha.loading import load
+from sekha.memo import cut, decode
+from sekha.outbox import Outbox
+from sekha.providers.base import Embeddings, Provider
+from sekha.providers.builtin import BuiltinProvider
+from sekha.registry import Model, ProviderSpec
+from sekha.resources import WALL, Resources
+from sekha.testing import StandIn
+from sekha.vectors.base import Record
+from tests.fixtures.gateway import wait_until
+
+SPACE = "Conversations_16"
+LIMIT = 32_000
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def config(chats: StandIn, embedder: StandIn, *, extra: str = "") -> str:
+    """One provider that chats and another that embeds, so that each may fail alone."""
+    return f"""
+providers:
+  - id: talker
+    provider_type: openai
+    base_url: {chats.openai_url}
+    models: [{{model_id: chat, task: chat_small, price: free}}]
+  - id: embedder
+    provider_type: openai
+    base_url: {embedder.openai_url}
+    timeout_secs: 5
+    models:
+      - {{model_id: small, task: embedding, dimension: 16, price: {{input_per_million: 1000}}}}
+      - {{model_id: same, task: embedding, dimension: 16, price: free}}
+      - {{model_id: large, task: embedding, dimension: 32, price: free}}
+      - {{model_id: larger, task: embedding, dimension: 32, price: free}}
+collections: {{conversations: {{model: small}}}}
+memory: {{collection: conversations}}
+routing: {{circuit_breaker: {{failure_threshold: 1000}}, require_vision_for_images: false}}
+{textwrap.dedent(extra)}
+"""
+
+
+@dataclass
+class Gate:
+    """A gateway that remembers, in this process, and what it remembers."""
+
+    http: httpx.AsyncClient
+    serving: Serving
+    memory: Remembering
+    folder: Path
+
+    async def chat(self, text: str, **fields: Any) -> httpx.Response:
+        asked = {"messages": [{"role": "user", "content": text}], **fields}
+        return await self.http.post("/v1/chat/completions", json=asked)
+
+    async def embed(self, *texts: str, **fields: Any) -> httpx.Response:
+        return await self.http.post("/v1/embeddings", json={"input": list(texts), "model": "small", **fields})
+
+    async def kept(self, count: int) -> None:
+        await wait_until(lambda: self.memory.stats.kept >= count and not self.memory.stats.waiting_bytes)
+
+    async def records(self, space: str = SPACE) -> list[Record]:
+        store = await self.serving.resources.store()
+        if space not in [each.name for each in await store.list_collections()]:
+            return []
+        return [record async for page in store.scan(space, vectors=True) for record in page]
+
+    async def texts(self, space: str = SPACE) -> Counter[str]:
+        return Counter(record.text for record in await self.records(space))
+
+
+Remembers: TypeAlias = Callable[..., AbstractAsyncContextManager[Gate]]
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Remembers:
+    """Opens a gateway that remembers; again in the same test, on the same folder."""
+
+    @asynccontextmanager
+    async def opened(
+        text: str,
+        *,
+        wall: Callable[[], float] = time.time,
+        max_bytes: int = 1 << 20,
+        open_provider: Callable[[ProviderSpec], Provider] | None = None,
+    ) -> AsyncIterator[Gate]:
+        file = tmp_path / "sekha.yaml"
+        file.write_text(text)
+        # Jitter that never waits: what is tried again is tried at the next look.
+        clock = Clock(now=WALL.now, sleep=WALL.sleep, random=lambda: 0.0)
+        resources = Resources(
+            load(file, environ={}), clock=clock, retries=Retries(rounds=1), open_provider=open_provider
+        )
+        folder = tmp_path / "memory"
+        pace = Pace(look_seconds=0.01)
+        memory = Remembering(folder, "conversations", pace=pace, clock=clock, wall=wall, max_bytes=max_bytes)
+        serving = Serving(resources, Metrics(), memory=memory)
+        memory.start(serving)
+        transport = httpx.ASGITransport(Gateway(serving))
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+                yield Gate(http, serving, memory, folder)
+        finally:
+            await serving.aclose()
+
+    return opened
+
+
+@pytest.fixture
+async def chats() -> AsyncIterator[StandIn]:
+    async with StandIn() as standin:
+        yield standin
+
+
+@pytest.fixture
+async def embedder() -> AsyncIterator[StandIn]:
+    async with StandIn(dimension=16) as standin:
+        yield standin
+
+
+def exchange(text: str) -> str:
+    return f"User: {text}\n\nAssistant: You said: {text}"
+
+
+async def test_an_exchange_is_found_by_what_it_was_about(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    async with gate(config(chats, embedder)) as served:
+        answered = await served.chat("How do whales sleep?", metadata={"team": "sea"})
+        await served.chat("Bread needs salt.")
+        await served.kept(2)
+        found = await served.http.post("/api/v1/search", json={"query": "How do whales sleep?", "limit": 1})
+
+    [hit] = found.json()["results"]
+    assert hit["content"] == exchange("How do whales sleep?")
+    properties = hit["properties"]
+    assert properties.pop("created") <= time.strftime("%Y-%m-%dT%H:%M:%S~", time.gmtime())
+    assert properties == {
+        "kind": "chat",
+        "model": "chat",
+        "provider": "talker",
+        "key": None,
+        "run_id": answered.json()["sekha"]["run_id"],
+        "tags": "team:sea",
+        "cut": False,
+        "embedding_fingerprint": "small:16",
+    }
+
+
+async def test_a_streamed_exchange_is_remembered(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    usage = {"stream_options": {"include_usage": True}}
+    async with gate(config(chats, embedder)) as served:
+        await served.chat("Tell me slowly.", stream=True)
+        await served.chat("Tell me all.", stream=True, **usage)
+        await served.kept(2)
+
+        assert await served.texts() == Counter([exchange("Tell me slowly."), exchange("Tell me all.")])
+
+
+async def test_a_call_of_a_tool_is_remembered_alike_whole_and_streamed(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    async with gate(config(chats, embedder)) as served:
+        await served.chat("Will it rain?", tools=[tool])
+        await served.chat("Will it rain?", tools=[tool], stream=True)
+        await served.kept(2)
+        texts = await served.texts()
+
+    [(text, count)] = texts.items()
+    assert text.startswith("User: Will it rain?\n\nAssistant: weather({")
+    assert text.endswith("})")
+    assert count == 2
+
+
+async def test_an_answer_that_broke_off_is_not_remembered(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    async with gate(config(chats, embedder)) as served:
+        chats.cut(after=2)
+        await served.chat("It will break.", stream=True)
+        await served.chat("It will not.")
+        await served.kept(1)
+
+        assert await served.texts() == Counter([exchange("It will not.")])
+
+
+async def test_a_question_is_what_the_user_said_last(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    parts = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": "https://x.test/a.png"}},
+    ]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "First."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Look here."},
+        {"role": "user", "content": parts},
+    ]
+    async with gate(config(chats, embedder)) as served:
+        answered = await served.http.post("/v1/chat/completions", json={"messages": messages})
+        assert answered.status_code == 200
+        await served.kept(1)
+        [record] = await served.records()
+
+    assert record.text.startswith("User: Look here.\n\nWhat is this?\n[image]\n\nAssistant: ")
+
+
+async def test_store_false_leaves_no_trace(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    async with gate(config(chats, embedder)) as served:
+        await served.chat("A secret.", store=False)
+        await served.chat("A secret.", store=False, stream=True)
+        await served.embed("A secret.", store=False)
+        await served.chat("No secret.")
+        await served.kept(1)
+
+        assert await served.texts() == Counter([exchange("No secret.")])
+        assert served.memory.stats.accepted == 1
+    assert not [path for path in served.folder.rglob("*.*") if b"A secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+async def test_vectors_are_kept_as_their_caller_got_them(
+    gate: Remembers, chats: StandIn, embedder: StandIn, encoding: str
+) -> None:
+    async with gate(config(chats, embedder)) as served:
+        await served.embed("One thing.", "Another thing.", encoding_format=encoding)
+        await served.kept(1)
+        asked = len(embedder.requests)
+        first = await served.http.post("/api/v1/search", json={"query": "Another thing.", "limit": 1})
+        records = await served.records()
+
+    assert asked == 1
+    assert {record.text: record.properties["kind"] for record in records} == {
+        "One thing.": "embedding",
+        "Another thing.": "embedding",
+    }
+    assert first.json()["results"][0]["content"] == "Another thing."
+    assert first.json()["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+
+
+async def test_two_models_vectors_never_share_an_index(
+    gate: Remembers, chats: StandIn, embedder: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with gate(config(chats, embedder)) as served:
+        await served.embed("By the collection's own model.")
+        await served.embed("By another of that dimension.", model="same")
+        embedder.wrong_dimension(32, times=None)
+        await served.embed("By one of another dimension.", model="large")
+        await served.kept(2)
+        await served.embed("By a second of that dimension.", model="larger")
+        await served.embed("By a third of that dimension.", model="larger")
+        await wait_until(lambda: served.memory.stats.left_out == 3)
+
+        assert await served.texts() == Counter(["By the collection's own model."])
+        assert await served.texts("Conversations_32") == Counter(["By one of another dimension."])
+    assert [record.args[0] for record in caplog.records if "not remembered" in record.msg and record.args] == [
+        "embedder/same",
+        "embedder/larger",
+    ]
+
+
+async def test_shortened_vectors_are_left_out(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    async with gate(config(chats, embedder)) as served:
+        shortened = await served.embed("Shortened.", dimensions=8)
+        await served.embed("Whole.", dimensions=16)
+        await served.kept(1)
+        await wait_until(lambda: served.memory.stats.left_out == (shortened.status_code == 200))
+
+        assert await served.texts() == Counter(["Whole."])
+
+
+async def test_while_the_embedder_is_down_exchanges_wait_and_vectors_do_not(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    async with gate(config(chats, embedder)) as served:
+        await served.embed("Before it went down.")
+        embedder.fail(503, times=None)
+        for at in range(5):
+            await served.chat(f"Number {at}.")
+        await wait_until(lambda: served.memory.stats.kept == 1)
+        await wait_until(lambda: len(embedder.requests) > 4)
+        while_down = await served.texts()
+        embedder.heal()
+        await served.kept(6)
+
+        wanted = Counter({exchange(f"Number {at}."): 1 for at in range(5)})
+        assert while_down == Counter(["Before it went down."])
+        assert await served.texts() == wanted + while_down
+        assert served.memory.stats.given_up == 0
+
+
+async def test_while_the_store_is_down_nobody_pays_and_nothing_is_lost(
+    gate: Remembers, chats: StandIn, embedder: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_the_way = tmp_path / ".sekha" / "vectors.db"
+    in_the_way.mkdir(parents=True)
+    async with gate(config(chats, embedder)) as served:
+        for at in range(5):
+            await served.chat(f"Number {at}.")
+        await served.embed("A vector.")
+        paid_for = len(embedder.requests)
+        await wait_until(lambda: caplog.text.count("remembered waits: Store") == 2)
+        while_down = (served.memory.stats.kept, len(embedder.requests))
+        in_the_way.rmdir()
+        await served.kept(6)
+
+        assert while_down == (0, paid_for)
+        assert await served.texts() == Counter([*(exchange(f"Number {at}.") for at in range(5)), "A vector."])
+
+
+async def test_what_waits_is_kept_by_the_next_process(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    embedder.fail(503, times=None)
+    async with gate(config(chats, embedder)) as served:
+        await served.chat("Later.")
+        before = await served.texts()
+    embedder.heal()
+    async with gate(config(chats, embedder)) as served:
+        await served.kept(1)
+
+        assert before == Counter()
+        assert await served.texts() == Counter([exchange("Later.")])
+
+
+async def test_a_spent_budget_parks_exchanges_until_it_is_given_up(
+    gate: Remembers, chats: StandIn, embedder: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = time.time()
+    budget = "budgets: [{name: small, limit: 0, match: {model: small}}]"
+    async with gate(config(chats, embedder, extra=budget), wall=lambda: now) as served:
+        await served.chat("Nobody pays.")
+        await wait_until(lambda: served.memory.stats.parked == 1 and served.memory.stats.parked_bytes)
+        parked = [record.getMessage() for record in caplog.records if "parked" in record.message]
+        now += 86_401
+        await wait_until(lambda: served.memory.stats.given_up == 1 and not served.memory.stats.parked_bytes)
+        given_up = Outbox(served.folder / "given-up", max_bytes=0)
+        [item] = [item for path in given_up.ready() for item in given_up.read(path).items]
+
+    assert len(parked) == 1
+    assert "Budget 'small' has $0 of $0 left" in parked[0]
+    assert "Nobody pays" not in caplog.text
+    assert decode(item).texts == ("Nobody pays.", "You said: Nobody pays.")
+    assert decode(item).error == "budget_exceeded"
+    assert embedder.requests == []
+
+
+async def test_a_parked_exchange_is_kept_once_there_is_money(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    poor = config(chats, embedder, extra="budgets: [{name: small, limit: 0, match: {model: small}}]")
+    async with gate(poor) as served:
+        await served.chat("Somebody will pay.")
+        await wait_until(lambda: served.memory.stats.parked == 1)
+    async with gate(poor.replace("limit: 0", "limit: 5")) as served:
+        await wait_until(lambda: served.memory.stats.kept == 1 and not served.memory.stats.parked_bytes)
+
+        assert await served.texts() == Counter([exchange("Somebody will pay.")])
+
+
+async def test_a_text_too_long_for_its_model_is_cut(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    long = "This is a sentence. " * 2_000
+    embedder.exceed_context(times=2)
+    async with gate(config(chats, embedder)) as served:
+        await served.chat(long)
+        await served.kept(1)
+        [record] = await served.records()
+
+    assert record.properties["cut"] is True
+    assert LIMIT // 5 < len(record.text) <= LIMIT // 4
+    assert record.text.endswith("sentence.")
+
+
+class Fragile(BuiltinProvider):
+    """A provider that a certain word brings down."""
+
+    async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
+        if any("poison" in text for text in texts):
+            raise ProviderUnavailable(provider_id="local", model_id=model.id)
+        return await super().embed(model, texts, timeout_seconds=timeout_seconds)
+
+
+LOCAL = """
+providers:
+  - id: local
+    provider_type: builtin
+    models: [{model_id: echo, task: chat_small}, {model_id: hashed-16, task: embedding, dimension: 16}]
+memory: {collection: conversations}
+routing: {circuit_breaker: {failure_threshold: 1000}}
+"""
+
+
+async def test_an_exchange_at_which_the_embedder_always_fails_keeps_no_other_waiting(gate: Remembers) -> None:
+    async with gate(LOCAL, open_provider=Fragile) as served:
+        for text in ("One.", "A poison.", "Two.", "Three."):
+            await served.chat(text)
+        await wait_until(lambda: served.memory.stats.kept == 3)
+        await served.chat("Four.")
+        await wait_until(lambda: served.memory.stats.kept == 4)
+        asked = sorted(text.splitlines()[0] for text in await served.texts())
+
+        assert asked == ["User: Four.", "User: One.", "User: Three.", "User: Two."]
+        assert served.memory.stats.waiting_bytes > 0
+        assert served.memory.stats.given_up == 0
+
+
+async def test_a_full_outbox_costs_the_memory_and_not_the_answer(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    embedder.fail(503, times=None)
+    async with gate(config(chats, embedder), max_bytes=1_000) as served:
+        answers = [await served.chat("x" * 300) for _ in range(5)]
+
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert served.memory.stats.accepted == 1
+        assert served.memory.stats.lost == 4
+
+
+async def test_memory_without_a_model_to_embed_with_is_a_fault_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "sekha.yaml"
+    model = "{model_id: echo, task: chat_small}"
+    file.write_text(f"providers: [{{id: a, provider_type: builtin, models: [{model}]}}]\nmemory: {{}}\n")
+
+    with pytest.raises(ConfigError, match="no model to embed 'conversations' with"):
+        await open_serving(load(file, environ={}), Metrics())
+
+
+@given(st.text(), st.integers(0, 200))
+def test_a_cut_text_is_a_beginning_that_fits(text: str, limit: int) -> None:
+    shown, was_cut = cut(text, limit)
+
+    assert text.startswith(shown)
+    assert len(shown.encode()) <= limit
+    assert was_cut == (len(text.encode()) > limit)
+
+
+# --- real processes, killed ----------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving(folder: Path, *arguments: str) -> AsyncIterator[tuple[httpx.AsyncClient, Callable[[], None]]]:
+    """`sekha serve` in a process group of its own, and how to kill all of it."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sekha", "--config", str(folder / "sekha.yaml"), "serve", "--port", "0", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    said = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+    url = said.split()[2].removesuffix("/v1")
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    try:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=30) as http:
+            yield http, kill
+    finally:
+        if process.returncode is None:
+            kill()
+            await process.wait()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("embedder_is_down", [False, True])
+async def test_what_was_answered_is_remembered_once_though_the_gateway_is_killed(
+    tmp_path: Path, chats: StandIn, embedder: StandIn, workers: str, embedder_is_down: bool
+) -> None:
+    (tmp_path / "sekha.yaml").write_text(config(chats, embedder))
+
+    async def chat(http: httpx.AsyncClient, at: int) -> None:
+        asked = {"messages": [{"role": "user", "content": f"Number {at}."}], "stream": at % 3 == 0}
+        answered = await http.post("/v1/chat/completions", json=asked)
+        assert answered.status_code == 200
+
+    async def embed(http: httpx.AsyncClient, at: int) -> None:
+        answered = await http.post("/v1/embeddings", json={"model": "small", "input": f"Vector {at}."})
+        assert answered.status_code == 200
+
+    async with serving(tmp_path, "--workers", workers) as (http, kill):
+        await asyncio.gather(*(embed(http, at) for at in range(20)))
+        if embedder_is_down:
+            embedder.fail(503, times=None)
+        await asyncio.gather(*(chat(http, at) for at in range(40)))
+        kill()
+    embedder.heal()
+    wanted = {f"Vector {at}." for at in range(20)} | {exchange(f"Number {at}.") for at in range(40)}
+    async with serving(tmp_path, "--workers", workers) as (http, _):
+
+        async def found() -> list[str]:
+            asked = {"query": "Number 7.", "limit": 100}
+            response = await http.post("/api/v1/search", json=asked)
+            return [hit["content"] for hit in response.json()["results"]] if response.status_code == 200 else []
+
+        async def all_found() -> bool:
+            return wanted <= set(await found())
+
+        await wait_until(all_found, seconds=20)
+
+        assert Counter(await found()) == Counter(wanted)

@@ -1,0 +1,275 @@
+"""Of what is to be remembered, whatever can be kept is kept, and nobody pays for a vector twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+from sekha.embedding import Embedded, EmbedRequest
+from sekha.errors import (
+    BudgetExceeded,
+    ContentRefused,
+    NoCandidate,
+    ProviderUnavailable,
+    SekhaError,
+    StoreUnavailable,
+)
+from sekha.ledger import Scope
+from sekha.loading import load
+from sekha.memo import Memo, decode, encode
+from sekha.memory import Memory
+from sekha.outbox import Item
+from sekha.price_map import PriceMap
+from sekha.pricing import Usage
+from sekha.providers.builtin import hashed_embeddings
+from sekha.registry import Registry
+from sekha.vectors.embedded import EmbeddedStore
+
+CONFIG = """
+providers:
+  - {id: local, provider_type: builtin, models: [{model_id: hashed-16, task: embedding, dimension: 16}]}
+"""
+
+
+class Embedder:
+    """Embeds, but for what it is told to fail at."""
+
+    def __init__(self) -> None:
+        self.asked: list[EmbedRequest] = []
+        self.error: Callable[[EmbedRequest], SekhaError | None] = lambda _: None
+
+    async def __call__(self, request: EmbedRequest) -> Embedded:
+        self.asked.append(request)
+        if (error := self.error(request)) is not None:
+            raise error
+        return Embedded(
+            vectors=hashed_embeddings(request.texts, 16),
+            provider_id="local",
+            model_id="hashed-16",
+            usage=Usage(),
+            estimated_cost=Decimal(0),
+            cost=Decimal(0),
+            attempts=(),
+            charged_to=Scope(),
+        )
+
+
+def refuses(word: str, error: SekhaError) -> Callable[[EmbedRequest], SekhaError | None]:
+    return lambda request: error if any(word in text for text in request.texts) else None
+
+
+@pytest.fixture
+def embedder() -> Embedder:
+    return Embedder()
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
+    async with EmbeddedStore.open(tmp_path / "vectors.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def memory(tmp_path: Path, embedder: Embedder, store: EmbeddedStore) -> Memory:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(CONFIG)
+    registry = Registry.from_config(load(file, environ={}).config, PriceMap.bundled())
+
+    async def opened() -> EmbeddedStore:
+        return store
+
+    return Memory(registry, "conversations", store=opened, embed=embedder)
+
+
+def chat(question: str, *, key: str | None = None, said: bytes = b"") -> Memo:
+    texts = (question,) if said else (question, "Yes.")
+    return Memo(
+        id=f"run-{question!a}", kind="chat", at=1e9, provider_id="a", model_id="b", key=key, texts=texts, said=said
+    )
+
+
+def vectors(*texts: str, said: object) -> Memo:
+    return Memo(
+        id=f"run of {texts}",
+        kind="embedding",
+        at=1e9,
+        provider_id="local",
+        model_id="hashed-16",
+        texts=texts,
+        said=orjson.dumps(said),
+    )
+
+
+async def questions(store: EmbeddedStore) -> Counter[str]:
+    return Counter([record.text.splitlines()[0] async for page in store.scan("Conversations_16") for record in page])
+
+
+def names(memos: Sequence[Memo]) -> list[str]:
+    return [memo.texts[0] for memo in memos]
+
+
+async def test_what_is_delivered_again_is_neither_doubled_nor_paid_for(
+    memory: Memory, embedder: Embedder, store: EmbeddedStore
+) -> None:
+    await memory.keep([chat("One.")])
+    again = await memory.keep([chat("One."), chat("Two.")])
+
+    assert again.kept == 2
+    assert await questions(store) == Counter(["User: One.", "User: Two."])
+    assert [request.texts for request in embedder.asked] == [
+        ("User: One.\n\nAssistant: Yes.",),
+        ("User: Two.\n\nAssistant: Yes.",),
+    ]
+
+
+async def test_each_payer_is_embedded_for_apart(memory: Memory, embedder: Embedder) -> None:
+    result = await memory.keep([chat("One.", key="ann"), chat("Two.", key="bob"), chat("Three.", key="ann")])
+
+    assert result.kept == 3
+    assert {request.key: len(request.texts) for request in embedder.asked} == {"ann": 2, "bob": 1}
+
+
+async def test_a_payer_without_money_keeps_nobody_else_waiting(memory: Memory, embedder: Embedder) -> None:
+    spent = BudgetExceeded("ann", limit=Decimal(1), remaining=Decimal(0), needed=Decimal(1), period="day", resets=None)
+    embedder.error = lambda request: spent if request.key == "ann" else None
+
+    result = await memory.keep([chat("One.", key="ann"), chat("Two.", key="bob")])
+
+    assert result.kept == 1
+    assert names(result.parked) == ["One."]
+    assert result.why_parked is spent
+
+
+async def test_one_that_is_refused_among_many_is_found(
+    memory: Memory, embedder: Embedder, store: EmbeddedStore
+) -> None:
+    embedder.error = refuses("bad", ContentRefused(provider_id="local"))
+
+    result = await memory.keep([chat(f"Number {at}.") for at in range(40)] + [chat("A bad one.")])
+
+    assert result.kept == 40
+    assert [(failed.memo.texts[0], failed.error) for failed in result.failed] == [("A bad one.", "content_refused")]
+    assert result.waiting == []
+    assert sum((await questions(store)).values()) == 40
+
+
+async def test_while_nobody_embeds_only_one_call_is_wasted(memory: Memory, embedder: Embedder) -> None:
+    embedder.error = refuses("", ProviderUnavailable(provider_id="local"))
+
+    result = await memory.keep([chat(f"Number {at}.") for at in range(200)])
+
+    assert len(embedder.asked) == 1
+    assert len(result.waiting) == 200
+    assert result.why is not None
+    assert result.why.code == "provider_unavailable"
+
+
+async def test_one_by_one_the_one_that_always_fails_waits_alone(memory: Memory, embedder: Embedder) -> None:
+    embedder.error = refuses("poison", ProviderUnavailable(provider_id="local"))
+
+    result = await memory.keep([chat("One."), chat("A poison."), chat("Two.")], one_by_one=True)
+
+    assert result.kept == 2
+    assert names(result.waiting) == ["A poison."]
+
+
+async def test_what_no_model_has_room_for_is_cut_until_one_has(
+    memory: Memory, embedder: Embedder, store: EmbeddedStore
+) -> None:
+    too_long = NoCandidate("embedding", [("local/hashed-16", "its context window")])
+    embedder.error = lambda request: too_long if len(request.texts[0]) > 400 else None
+
+    result = await memory.keep([chat("A word. " * 200)])
+    pages = store.scan("Conversations_16")
+    [record] = [record async for page in pages for record in page]
+
+    assert result.kept == 1
+    assert 200 <= len(record.text) <= 400
+    assert record.properties["cut"] is True
+
+
+async def test_what_nobody_may_embed_waits_for_another_configuration(memory: Memory, embedder: Embedder) -> None:
+    embedder.error = refuses("", NoCandidate("embedding", [("local/hashed-16", "its price is unknown")]))
+
+    result = await memory.keep([chat("A word. " * 200), chat("Short.")])
+
+    assert len(result.waiting) == 2
+    assert result.failed == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [],
+        {"data": None},
+        {"data": [{"embedding": [0.1] * 16}]},
+        {"data": [{"embedding": [0.1] * 16}, {"embedding": [0.1] * 15}]},
+        {"data": [{"embedding": "!"}, {"embedding": "!"}]},
+        {"data": [{"embedding": [0.1] * 16}, 7]},
+    ],
+)
+async def test_what_is_no_list_of_vectors_is_given_up(memory: Memory, said: object) -> None:
+    result = await memory.keep([vectors("One.", "Two.", said=said)])
+
+    assert [failed.error for failed in result.failed] == ["provider_bad_reply"]
+
+
+async def test_a_vector_that_no_index_takes_is_given_up_and_its_neighbours_are_kept(
+    memory: Memory, store: EmbeddedStore
+) -> None:
+    good, zero = {"data": [{"embedding": [0.5] * 16}]}, {"data": [{"embedding": [0.0] * 16}]}
+
+    result = await memory.keep([vectors("Good.", said=good), vectors("Zero.", said=zero)])
+
+    assert result.kept == 1
+    assert [(failed.memo.texts, failed.error) for failed in result.failed] == [(("Zero.",), "vector_refused")]
+    assert await questions(store) == Counter(["Good."])
+
+
+async def test_vectors_are_told_apart_by_their_index(memory: Memory, store: EmbeddedStore) -> None:
+    one, two = np.eye(16)[:2].tolist()
+    said = {"data": [{"index": 1, "embedding": two}, {"index": 0, "embedding": one}]}
+
+    await memory.keep([vectors("One.", "Two.", said=said)])
+    [first] = await store.search("Conversations_16", np.eye(16, dtype=np.float32)[0], 1)
+
+    assert first.text == "One."
+
+
+async def test_an_event_that_is_none_of_openais_gives_up_its_answer(memory: Memory) -> None:
+    event = b'data: {"choices": [{"delta": {"tool_calls": [{"function": null}]}}]}\n\n'
+
+    result = await memory.keep([chat("Odd.", said=event), chat("Plain.")])
+
+    assert result.kept == 1
+    assert [failed.error for failed in result.failed] == ["provider_bad_reply"]
+
+
+async def test_while_the_store_is_down_nobody_is_asked(tmp_path: Path, embedder: Embedder) -> None:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(CONFIG)
+    registry = Registry.from_config(load(file, environ={}).config, PriceMap.bundled())
+
+    async def down() -> EmbeddedStore:
+        raise StoreUnavailable("vectors.db", "it is locked")
+
+    result = await Memory(registry, "conversations", store=down, embed=embedder).keep([chat("One.")])
+
+    assert names(result.waiting) == ["One."]
+    assert embedder.asked == []
+
+
+def test_half_a_surrogate_costs_nothing_but_itself() -> None:
+    assert decode(encode(chat("Half \ud800 of one."))).texts[0] == "Half ? of one."
+
+
+@pytest.mark.parametrize("head", [b"[]", b"{}", b"no", b'{"tags": [], "texts": []}'])
+def test_what_is_no_memo_is_refused(head: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        decode(Item(head))
