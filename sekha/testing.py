@@ -280,6 +280,9 @@ class StandIn:
             except (asyncio.CancelledError, ConnectionResetError):
                 self.abandoned.set()
                 raise
+            except (LookupError, TypeError, ValueError, AttributeError):
+                # Nothing is begun before everything is read, so a request of another shape can be refused.
+                return _refusal(protocol, Fault(kind="status", status=400), sent if isinstance(sent, dict) else {})
 
         return serve
 
