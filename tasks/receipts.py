@@ -47,15 +47,15 @@ async def with_receipt(outcome: Awaitable[T]) -> T:
 
 
 @asynccontextmanager
-async def shown_progress() -> AsyncIterator[Progress]:
-    """Show how far an ingest is, if it takes more than a moment."""
+async def shown_progress(what: str = "chunks are stored") -> AsyncIterator[Progress]:
+    """Show how far something long is, if it takes more than a moment: `7 of 12 chunks are stored`."""
     latest: list[tuple[int, int]] = []
     shown: list[UUID] = []
 
     async def show() -> None:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
-            await _show_progress(latest, shown)
+            await _show_progress(latest, shown, what)
 
     showing = asyncio.create_task(show())
     try:
@@ -65,15 +65,15 @@ async def shown_progress() -> AsyncIterator[Progress]:
         with contextlib.suppress(asyncio.CancelledError):
             await showing
         if shown:
-            await _show_progress(latest, shown)
+            await _show_progress(latest, shown, what)
 
 
-async def _show_progress(latest: list[tuple[int, int]], shown: list[UUID]) -> None:
+async def _show_progress(latest: list[tuple[int, int]], shown: list[UUID], what: str) -> None:
     if not latest:
         return
     done, total = latest[-1]
     latest.clear()
-    percent, said = 100 * done / max(total, 1), f"{done:,} of {total:,} chunks are stored."
+    percent, said = 100 * done / max(total, 1), f"{done:,} of {total:,} {what}."
     with _not_essential():
         if shown:
             await aupdate_progress_artifact(shown[0], percent, said)

@@ -68,7 +68,8 @@ def deploy(invocation: Invocation) -> None:  # noqa: ARG001 - every command is g
     with answering() as api_url, waiting("registering the deployments"):
         settings = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
         asyncio.run(register({**settings, "PREFECT_API_URL": api_url}))
-    say(f"The flows chat, ingest and search are deployed to the work pool {POOL!r} at {without_secrets(api_url)}.")
+    at = without_secrets(api_url)
+    say(f"The flows chat, ingest, search and retention are deployed to the work pool {POOL!r} at {at}.")
     note(f"Run them with a worker: prefect worker start --pool {POOL}")
 
 

@@ -14,6 +14,7 @@ from sekha.errors import dollars
 from sekha.recording.run import Run
 
 __all__ = [
+    "RECORDED",
     "TABLES",
     "Row",
     "StepRun",
@@ -72,6 +73,9 @@ TABLES: dict[str, tuple[str, ...]] = {
     "artifact": ("id", "created", "updated", "type", "data", "flow_run_id", "description"),
 }
 """The columns that are written, by table, in an order in which each row finds what it refers to."""
+
+RECORDED = "sekha:gateway"
+"""The tag of every run that a gateway recorded, by which retention finds them."""
 
 State: TypeAlias = tuple[str, str]
 """Prefect's type of a state, and its name."""
@@ -184,7 +188,7 @@ def state_of(run: Run) -> State:
 
 
 def tags_of(run: Run) -> list[str]:
-    return sorted({*run.tags, *([] if run.outcome == "answered" else [run.outcome])})
+    return sorted({RECORDED, *run.tags, *([] if run.outcome == "answered" else [run.outcome])})
 
 
 def parameters_of(run: Run) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import pytest
 
 from sekha.calling import Attempt
 from sekha.config import RecordingSection
+from sekha.recording.prefect_rows import RECORDED
 from sekha.recording.recorder import Recorder
 from sekha.recording.run import Run
 from sekha.stack import LocalPrefect
@@ -69,7 +70,7 @@ async def check_exact(server: Server, run: Run) -> None:
     assert seconds_of(shown["end_time"]) == pytest.approx(run.ended_at, abs=2e-6)
     assert shown["total_run_time"] == pytest.approx(0.270001, abs=2e-6)
     assert shown["parameters"] == run.parameters
-    assert set(shown["tags"]) == set(run.tags)
+    assert set(shown["tags"]) == {RECORDED, *run.tags}
 
     assert [each["name"] for each in task_runs] == [step.name for step in run.steps]
     for each, step in zip(task_runs, run.steps, strict=True):
@@ -195,7 +196,7 @@ async def test_a_database_that_is_not_the_servers_is_left_alone(
     task_runs = await prefect.steps(shown[0]["id"], ended=5)
     assert stats.sink == "Prefect's API"
     assert tables.run_ids() == []
-    assert (len(shown), shown[0]["state_type"], set(shown[0]["tags"])) == (1, "COMPLETED", set(run.tags))
+    assert (len(shown), shown[0]["state_type"], set(shown[0]["tags"])) == (1, "COMPLETED", {RECORDED, *run.tags})
     assert shown[0]["parameters"]["run_id"] == run.id
     assert [each["name"] for each in task_runs] == [step.name for step in run.steps]
     assert len(edges_of(task_runs)) == 6
