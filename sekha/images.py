@@ -209,7 +209,7 @@ class _GeminiTiles:
         if max(image.width, image.height) <= 384:
             return self.each
         scale = min(1.0, 3072 / max(image.width, image.height))
-        width, height = (max(1, round(side * scale)) for side in (image.width, image.height))
+        width, height = (max(1, round(edge * scale)) for edge in (image.width, image.height))
         side = min(768, max(256, math.floor(min(width, height) / 1.5)))
         return self.each * math.ceil(width / side) * math.ceil(height / side)
 

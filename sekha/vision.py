@@ -25,7 +25,17 @@ HEAVY = 100_000
 _MB = 1024 * 1024
 _BOTH: tuple[Scheme, ...] = ("http", "https")
 # LiteLLM leaves the addresses alone for these; for many others it fetches them itself.
-_PASSED_ON = ("openai/", "openrouter/", "azure/", "groq/", "hosted_vllm/", "xai/")
+_PASSED_ON = (
+    "azure/",
+    "deepinfra/",
+    "groq/",
+    "hosted_vllm/",
+    "mistral/",
+    "openai/",
+    "openrouter/",
+    "together_ai/",
+    "xai/",
+)
 
 
 class Breach(NamedTuple):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +30,7 @@ from sekha.errors import (
 )
 from sekha.pricing import Usage
 from sekha.providers.base import ChatCall, Chunk, Provider
+from sekha.providers.litellm import litellm_module
 from sekha.providers.opening import open_provider
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.testing import Received, StandIn
@@ -37,7 +40,15 @@ PROMPT = "Tell me about the confidential merger"
 PATIENCE = 20.0
 IMPATIENCE = 0.4
 
-PIXEL = base64.b64encode(bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489")).decode()
+IMAGES = {
+    format_: base64.b64encode(head).decode()
+    for format_, head in {
+        "png": b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 3, 2),
+        "jpeg": b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 2, 3, 1),
+        "gif": b"GIF89a" + struct.pack("<HH", 3, 2),
+        "webp": b"RIFF\0\0\0\0WEBPVP8 " + bytes(10) + struct.pack("<HH", 3, 2),
+    }.items()
+}
 TOOL = {
     "type": "function",
     "function": {
@@ -73,6 +84,57 @@ class Subject:
     @property
     def calls(self) -> list[Received]:
         return [request for request in self.standin.requests if request.path != "/api/show"]
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+def image(format_: str, **fields: str) -> dict[str, Any]:
+    """An image as OpenAI's protocol has it."""
+    return {"type": "image_url", "image_url": {"url": f"data:image/{format_};base64,{IMAGES[format_]}", **fields}}
+
+
+def block(format_: str) -> dict[str, Any]:
+    """The same as Anthropic's has it."""
+    source = {"type": "base64", "media_type": f"image/{format_}", "data": IMAGES[format_]}
+    return {"type": "image", "source": source}
+
+
+class Listener:
+    """Remembers whatever anybody says to it, and hangs up."""
+
+    def __init__(self) -> None:
+        self.heard: list[bytes] = []
+
+    async def __aenter__(self) -> Listener:
+        self._server = await asyncio.start_server(self._listen, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said = await reader.read(65_536)
+        at = len(self.heard)
+        self.heard.append(said)
+        head, _, _ = said.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        missing = len(head) + 4 + int(length[1]) - len(said) if length else 0
+        if missing > 0:
+            self.heard[at] += await reader.readexactly(missing)
+        writer.close()
+
+
+@pytest.fixture
+async def canary(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Listener]:
+    """Where nobody may ever call."""
+    # LiteLLM would not fetch from this machine, which would prove nothing of the others.
+    monkeypatch.setattr(litellm_module(), "user_url_validation", False)
+    async with Listener() as listener:
+        yield listener
 
 
 MODELS: dict[str, tuple[str, str | None]] = {
@@ -254,22 +316,183 @@ async def test_a_tools_result_goes_back_to_the_model(subject: Subject) -> None:
 
 
 @every(*REMOTE)
-async def test_an_image_takes_each_protocols_own_form(subject: Subject) -> None:
-    url = f"data:image/png;base64,{PIXEL}"
-    content = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
+@pytest.mark.parametrize("how", ["complete", "stream"])
+async def test_images_take_each_protocols_own_form_in_every_turn(subject: Subject, how: str) -> None:
+    first = [text("Which is larger?"), image("png", detail="low"), image("jpeg", detail="high")]
+    second = [image("gif"), text("And of these?"), image("webp", detail="auto")]
+    messages = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": "The second."},
+        {"role": "user", "content": second},
+    ]
+    call = ChatCall(model=subject.chat, messages=messages, timeout_seconds=PATIENCE)
 
+    if how == "complete":
+        await subject.provider.complete(call)
+    else:
+        await pieces_of(subject.provider.stream(call))
+
+    sent = subject.calls[0].json["messages"]
+    match subject.kind:
+        case "anthropic":
+            assert sent == [
+                {"role": "user", "content": [text("Which is larger?"), block("png"), block("jpeg")]},
+                {"role": "assistant", "content": [text("The second.")]},
+                {"role": "user", "content": [block("gif"), text("And of these?"), block("webp")]},
+            ]
+        case "ollama":
+            assert sent == [
+                {"role": "user", "content": "Which is larger?", "images": [IMAGES["png"], IMAGES["jpeg"]]},
+                {"role": "assistant", "content": "The second.", "images": []},
+                {"role": "user", "content": "And of these?", "images": [IMAGES["gif"], IMAGES["webp"]]},
+            ]
+        case _:
+            assert sent == messages
+
+
+@every("openai", "openrouter", "litellm", "anthropic")
+@pytest.mark.parametrize("written", ["as an object", "as a text"])
+async def test_an_image_behind_a_url_is_left_for_the_provider_to_fetch(
+    subject: Subject, canary: Listener, written: str
+) -> None:
+    url = f"https://127.0.0.1:{canary.port}/cat.png"
+    given = {"url": url, "detail": "high"} if written == "as an object" else url
+    content = [text("What is this?"), {"type": "image_url", "image_url": given}, image("png")]
+    # Where none is reported, LiteLLM counts for itself, and would fetch the image to learn its size.
+    subject.standin.omit_usage()
+
+    await pieces_of(subject.provider.stream(subject.call(content=content)))
     await subject.provider.complete(subject.call(content=content))
+
+    for received in subject.calls:
+        (message,) = received.json["messages"]
+        match subject.kind:
+            case "anthropic":
+                source = {"type": "url", "url": url}
+                assert message["content"] == [text("What is this?"), {"type": "image", "source": source}, block("png")]
+            case "litellm":
+                shown = given if isinstance(given, dict) else {"url": given}
+                assert message["content"] == [content[0], {"type": "image_url", "image_url": shown}, content[2]]
+            case _:
+                assert message["content"] == content
+    assert canary.heard == []
+
+
+@every("anthropic", "ollama", "litellm")
+async def test_bytes_under_another_name_go_out_under_their_own(subject: Subject) -> None:
+    url = f"data:image/png;base64,{IMAGES['webp']}"
+
+    await subject.provider.complete(subject.call(content=[{"type": "image_url", "image_url": {"url": url}}]))
 
     (message,) = subject.calls[0].json["messages"]
     match subject.kind:
         case "anthropic":
-            assert {"type": "base64", "media_type": "image/png", "data": PIXEL} in [
-                part.get("source") for part in message["content"]
-            ]
+            assert message["content"] == [block("webp")]
         case "ollama":
-            assert message["images"] == [PIXEL]
+            assert message["images"] == [IMAGES["webp"]]
         case _:
-            assert message["content"] == content
+            assert message["content"] == [image("webp")]
+
+
+def parts_with(address: str) -> dict[str, Any]:
+    """Everything that LiteLLM would fetch for one provider or another."""
+    source = {"type": "url", "url": address}
+    return {
+        "image": {"type": "image_url", "image_url": {"url": address, "detail": "high"}},
+        "image as text": {"type": "image_url", "image_url": address},
+        "image with a format": {"type": "image_url", "image_url": {"url": address, "format": "image/png"}},
+        "image by its source": {"type": "image", "source": source},
+        "document": {"type": "document", "source": source},
+        "file by its id": {"type": "file", "file": {"file_id": address}},
+        "file by its data": {"type": "file", "file": {"file_data": address}},
+        "in a tool's result": {"type": "tool_result", "content": [{"type": "image", "source": source}]},
+    }
+
+
+@every("ollama", "anthropic")
+@pytest.mark.parametrize("part", parts_with(""))
+async def test_what_is_at_an_address_is_never_fetched(subject: Subject, canary: Listener, part: str) -> None:
+    address = f"http://127.0.0.1:{canary.port}/cat.png"
+
+    with pytest.raises(ProviderRejected, match="base64"):
+        await subject.provider.complete(subject.call(content=[text("What?"), parts_with(address)[part]]))
+
+    assert subject.calls == []
+    assert canary.heard == []
+
+
+@pytest.mark.parametrize(
+    "model", ["gemini/gemini-2.5-pro", "bedrock/anthropic.claude-3", "vertex_ai/gemini-3", "gpt-4o"]
+)
+@pytest.mark.parametrize("scheme", ["http", "https", "gs"])
+async def test_litellm_is_given_no_address_that_it_might_fetch(canary: Listener, model: str, scheme: str) -> None:
+    provider = open_provider(ProviderSpec(id="one", kind="litellm", api_key=SecretStr(SECRET)))
+    messages = [{"role": "user", "content": [parts_with(f"{scheme}://127.0.0.1:{canary.port}/cat.png")["image"]]}]
+    call = ChatCall(model=Model(id=model, provider_id="one", tasks=("vision",)), messages=messages)
+
+    with pytest.raises(ProviderRejected, match="base64"):
+        await provider.complete(call)
+
+    await provider.aclose()
+    assert canary.heard == []
+
+
+@pytest.mark.parametrize("part", [name for name in parts_with("") if not name.startswith("image")])
+async def test_litellm_is_given_no_other_part_by_its_address(canary: Listener, part: str) -> None:
+    provider = open_provider(ProviderSpec(id="one", kind="litellm", api_key=SecretStr(SECRET)))
+    address = f"https://127.0.0.1:{canary.port}/report.pdf"
+    call = ChatCall(
+        model=Model(id="openai/gpt-4o", provider_id="one", tasks=("vision",)),
+        messages=[{"role": "user", "content": [parts_with(address)[part]]}],
+    )
+
+    with pytest.raises(ProviderRejected, match="base64"):
+        await provider.complete(call)
+
+    await provider.aclose()
+    assert canary.heard == []
+
+
+@pytest.mark.parametrize(
+    "prefix", ["azure", "deepinfra", "groq", "hosted_vllm", "mistral", "openai", "openrouter", "together_ai", "xai"]
+)
+async def test_litellm_hands_urls_on_to_those_that_take_them(canary: Listener, prefix: str) -> None:
+    url = f"http://127.0.0.1:{canary.port}/cat.png"
+    async with Listener() as upstream:
+        base_url = f"http://127.0.0.1:{upstream.port}/v1"
+        provider = open_provider(ProviderSpec(id="one", kind="litellm", base_url=base_url, api_key=SecretStr(SECRET)))
+        call = ChatCall(
+            model=Model(id=f"{prefix}/eyes", provider_id="one", tasks=("vision",)),
+            messages=[{"role": "user", "content": [text("What?"), parts_with(url)["image"]]}],
+            timeout_seconds=PATIENCE,
+        )
+
+        with pytest.raises(ProviderError):
+            await provider.complete(call)
+        await provider.aclose()
+
+    assert url.encode() in upstream.heard[0]
+    assert canary.heard == []
+
+
+async def test_the_canary_sings_when_litellm_fetches(canary: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would say nothing."""
+    litellm = litellm_module()
+    fetching = litellm.litellm_core_utils.prompt_templates.image_handling
+    monkeypatch.setattr(fetching, "MAX_IMAGE_URL_DOWNLOAD_SIZE_MB", 1)
+    part = parts_with(f"http://127.0.0.1:{canary.port}/cat.png")["image"]
+    provider = open_provider(ProviderSpec(id="one", kind="litellm"))
+
+    with pytest.raises(litellm.ImageFetchError):
+        await litellm.acompletion(
+            model="anthropic/claude-sonnet-4-5",
+            messages=[{"role": "user", "content": [part]}],
+            api_base=f"http://127.0.0.1:{canary.port}",
+            api_key=SECRET,
+        )
+    await provider.aclose()
+
+    assert b"GET /cat.png" in canary.heard[0]
 
 
 @every("openai", "anthropic", "openrouter", "litellm")
