@@ -272,5 +272,23 @@ async def test_many_who_leave_hold_nothing(gateway: Opens) -> None:
     assert calls == 20
 
 
+async def test_who_does_not_read_is_not_written_to_and_pays_for_what_went_out(gateway: Opens) -> None:
+    asked = orjson.dumps({"messages": [{"role": "user", "content": "word " * 60_000}], "model": "chat", "stream": True})
+    async with StandIn() as standin, gateway(standin, dear=1) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1024)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(asked))
+        writer.write(asked)
+        await reader.readuntil(b"data: ")
+        await asyncio.sleep(0.2)
+        meanwhile = await served.spent()
+        writer.transport.abort()
+        await wait_until(lambda: _is_zero(served))
+        spent = await served.spent()
+
+    # Twelve megabytes of events: more than the sockets between us take.
+    assert meanwhile == 0
+    assert 0.06 < spent < 0.18
+
+
 async def _is_zero(served: Served) -> bool:
     return await served.held() == 0
