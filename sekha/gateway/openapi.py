@@ -238,7 +238,9 @@ _LENGTHS: dict[str, Json] = {
 _CHAT = {
     "model": _MODEL,
     "messages": _list(_ref("Message"), minItems=1),
-    "task": _TASK,
+    "task": _says(
+        {"enum": [*(task for task in TASKS if task != "embedding"), None]}, "Choose among the models for this task."
+    ),
     "preferred_model": _says(_or_null(_TEXT), "Asked first; others of its task stand behind it."),
     "require_vision": _says(_or_null(_FLAG), "Ask only models that see."),
     "max_cost": _MAX_COST,

@@ -14,6 +14,7 @@ from sekha.chat import ChatRequest, Reply
 from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, UnknownModel
 from sekha.gateway.fields import dollars, flag, kind_of, object_in, text, whole
+from sekha.keys import EVERYBODY, Pass
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
 
@@ -57,14 +58,14 @@ class ChatAsked:
         return isinstance(options, Mapping) and options.get("include_usage") is True
 
 
-def chat_asked(body: bytes, *, key: str | None) -> ChatAsked:
+def chat_asked(body: bytes, *, by: Pass = EVERYBODY) -> ChatAsked:
     """Read `POST /v1/chat/completions`. Raises `InvalidRequest` with the field that is wrong."""
     given = object_in(body)
-    request = chat_request(given, key=key)
+    request = chat_request(given, by=by)
     return ChatAsked(request, flag(given, "stream", default=False), flag(given, "store", default=True))
 
 
-def chat_request(given: Mapping[str, Any], *, key: str | None) -> ChatRequest:
+def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatRequest:
     """The request that a chat's JSON object makes."""
     messages = given.get("messages")
     if type(messages) is not list:
@@ -98,17 +99,18 @@ def chat_request(given: Mapping[str, Any], *, key: str | None) -> ChatRequest:
         max_cost=dollars(given, "max_cost"),
         options=options,
         tags=tags_of(metadata),
-        key=key,
+        key=by.key,
+        allowed=by.allowed,
     )
 
 
-def embed_asked(body: bytes, *, key: str | None) -> tuple[EmbedRequest, bool]:
+def embed_asked(body: bytes, *, by: Pass = EVERYBODY) -> tuple[EmbedRequest, bool]:
     """Read `POST /v1/embeddings`: the request, and whether it may be remembered."""
     given = object_in(body)
-    return embed_request(given, key=key), flag(given, "store", default=True)
+    return embed_request(given, by=by), flag(given, "store", default=True)
 
 
-def embed_request(given: Mapping[str, Any], *, key: str | None) -> EmbedRequest:
+def embed_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> EmbedRequest:
     """The request that the JSON object for an embedding makes."""
     model = text(given, "model")
     options = {name: value for name, value in given.items() if name not in _EMBEDDING_OURS}
@@ -121,7 +123,8 @@ def embed_request(given: Mapping[str, Any], *, key: str | None) -> EmbedRequest:
         model=model,
         max_cost=dollars(given, "max_cost"),
         tags=tags_of(given.get("metadata")),
-        key=key,
+        key=by.key,
+        allowed=by.allowed,
         options=options,
     )
 
@@ -233,6 +236,8 @@ def _texts(given: object, model: str | None) -> tuple[str, ...]:
 
 def _task(given: Mapping[str, Any]) -> Task | None:
     task = text(given, "task")
+    if task == "embedding":
+        raise InvalidRequest("No model chats with the task 'embedding': send texts to /v1/embeddings.", field="task")
     if task is None or task in TASKS:
         return task
     raise UnknownModel(task, TASKS, kind="task")

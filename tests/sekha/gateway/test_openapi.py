@@ -195,8 +195,10 @@ def tried(served: Served, path: str, method: str, mode: GenerationMode, examples
 
 
 def documented_refusal(path: str, status: int, said: Any) -> bool:
-    """That nobody would be asked is what a route may have to say, and no failure."""
-    return path == "/api/v1/route" and status == 503 and "candidates" in said
+    """That no model fits what was asked is what a gateway may have to say, and no failure."""
+    return status == 503 and (
+        said["error"]["code"] == "no_candidate" or (path == "/api/v1/route" and "candidates" in said)
+    )
 
 
 WITH_A_BODY = [(path, method) for path, method in OPERATIONS if method == "post"]
