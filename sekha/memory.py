@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Protocol, Self, TypeAlias, TypeVar
-from uuid import uuid5
+from uuid import UUID, uuid5
 
-from sekha.documents import NAMESPACE
 from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import (
     BadReply,
@@ -34,6 +33,8 @@ __all__ = ["Embed", "Failed", "Kept", "Memory"]
 
 log = logging.getLogger("sekha.memory")
 
+_NAMESPACE = UUID("5e4ba000-0000-5000-8000-000000000002")
+"""Root of the UUIDs of what is remembered. Changing it would have what is delivered again stored twice."""
 TEXTS_AT_ONCE = 64
 RECORDS_AT_ONCE = 256
 SHORTEST_TEXT = 200
@@ -202,8 +203,8 @@ class Memory:
     # --- vectors, which their caller has paid for ---
 
     async def _keep_vectors(self, memos: Sequence[Memo], result: Kept) -> None:
-        by_space: dict[str, list[_Vectors]] = {}
-        spaces: dict[str, Space] = {}
+        # Not by the name of its index, which says nothing of the model.
+        found: dict[str, tuple[Space, list[_Vectors]]] = {}
         for memo in memos:
             try:
                 vectors = await asyncio.to_thread(vectors_in, memo)
@@ -214,10 +215,9 @@ class Memory:
             if space is None:
                 result.left_out += 1
                 continue
-            spaces[space.name] = space
-            by_space.setdefault(space.name, []).append(self._records(memo, space, vectors))
-        for name, parts in by_space.items():
-            await self._keep_in(spaces[name], parts, result)
+            found.setdefault(space.fingerprint, (space, []))[1].append(self._records(memo, space, vectors))
+        for space, parts in found.values():
+            await self._keep_in(space, parts, result)
 
     async def _keep_in(self, space: Space, parts: Sequence[_Vectors], result: Kept) -> None:
         async def upsert(some: Sequence[_Vectors], result: Kept) -> None:
@@ -317,7 +317,7 @@ class Memory:
 
     def _uuid(self, name: str) -> str:
         """The same for the same run, so that what is delivered again replaces."""
-        return str(uuid5(NAMESPACE, "\0".join((self._space.collection, "memory", name))))
+        return str(uuid5(_NAMESPACE, "\0".join((self._space.collection, "memory", name))))
 
 
 def _by_payer(pages: Sequence[_Page], size: int) -> Iterator[list[_Page]]:

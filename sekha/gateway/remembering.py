@@ -236,7 +236,12 @@ class Remembering:
         for path in sorted(paths, key=lambda path: (line.blamed.get(path, 0), path)):
             memos = await asyncio.to_thread(self._read, line.outbox, path)
             alone = line.blamed.get(path, 0) > 1 or line.tries % ALONE_EVERY == ALONE_EVERY - 1
-            result = await memory.keep(memos, one_by_one=alone)
+            try:
+                result = await memory.keep(memos, one_by_one=alone)
+            except Exception as error:  # whatever it is, it must not end the delivery of everything else
+                # The traceback may quote what was asked.
+                log.debug("segment %s", path.name, exc_info=True)
+                result = Kept(waiting=memos, why=SekhaError(f"{type(error).__name__}, which nobody foresaw"))
             await self._settle(line, path, memos, result)
             parked = parked or bool(result.parked)
             if result.kept:

@@ -34,6 +34,9 @@ from sekha.vectors.embedded import EmbeddedStore
 CONFIG = """
 providers:
   - {id: local, provider_type: builtin, models: [{model_id: hashed-16, task: embedding, dimension: 16}]}
+  - id: far
+    provider_type: ollama
+    models: [{model_id: one, task: embedding, dimension: 32}, {model_id: two, task: embedding, dimension: 32}]
 """
 
 
@@ -94,20 +97,20 @@ def chat(question: str, *, key: str | None = None, said: bytes = b"") -> Memo:
     )
 
 
-def vectors(*texts: str, said: object) -> Memo:
+def vectors(*texts: str, said: object, provider_id: str = "local", model_id: str = "hashed-16") -> Memo:
     return Memo(
         id=f"run of {texts}",
         kind="embedding",
         at=1e9,
-        provider_id="local",
-        model_id="hashed-16",
+        provider_id=provider_id,
+        model_id=model_id,
         texts=texts,
         said=orjson.dumps(said),
     )
 
 
-async def questions(store: EmbeddedStore) -> Counter[str]:
-    return Counter([record.text.splitlines()[0] async for page in store.scan("Conversations_16") for record in page])
+async def questions(store: EmbeddedStore, space: str = "Conversations_16") -> Counter[str]:
+    return Counter([record.text.splitlines()[0] async for page in store.scan(space) for record in page])
 
 
 def names(memos: Sequence[Memo]) -> list[str]:
@@ -230,6 +233,18 @@ async def test_a_vector_that_no_index_takes_is_given_up_and_its_neighbours_are_k
     assert result.kept == 1
     assert [(failed.memo.texts, failed.error) for failed in result.failed] == [(("Zero.",), "vector_refused")]
     assert await questions(store) == Counter(["Good."])
+
+
+async def test_of_two_models_of_one_length_only_the_first_has_an_index(memory: Memory, store: EmbeddedStore) -> None:
+    said = {"data": [{"embedding": [0.5] * 32}]}
+    memos = [vectors(f"By {name}.", said=said, provider_id="far", model_id=name) for name in ("one", "two", "one")]
+
+    together = await memory.keep(memos)
+    later = await memory.keep(memos[1:2])
+
+    assert (together.kept, together.left_out) == (2, 1)
+    assert (later.kept, later.left_out) == (0, 1)
+    assert await questions(store, "Conversations_32") == Counter({"By one.": 1})
 
 
 async def test_vectors_are_told_apart_by_their_index(memory: Memory, store: EmbeddedStore) -> None:

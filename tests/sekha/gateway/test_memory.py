@@ -400,6 +400,8 @@ class Fragile(BuiltinProvider):
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
         if any("poison" in text for text in texts):
             raise ProviderUnavailable(provider_id="local", model_id=model.id)
+        if any("surprise" in text for text in texts):
+            raise RuntimeError("nobody foresaw it")
         return await super().embed(model, texts, timeout_seconds=timeout_seconds)
 
 
@@ -425,6 +427,19 @@ async def test_an_exchange_at_which_the_embedder_always_fails_keeps_no_other_wai
         assert asked == ["User: Four.", "User: One.", "User: Three.", "User: Two."]
         assert served.memory.stats.waiting_bytes > 0
         assert served.memory.stats.given_up == 0
+
+
+async def test_a_fault_that_nobody_foresaw_does_not_end_the_delivery(
+    gate: Remembers, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with gate(LOCAL, open_provider=Fragile) as served:
+        await served.chat("A surprise.")
+        await wait_until(lambda: "RuntimeError, which nobody foresaw" in caplog.text)
+        await served.chat("Another.")
+        await wait_until(lambda: served.memory.stats.kept == 1)
+
+        assert served.memory.stats.waiting_bytes > 0
+        assert "A surprise" not in caplog.text
 
 
 async def test_a_full_outbox_costs_the_memory_and_not_the_answer(
