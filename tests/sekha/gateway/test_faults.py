@@ -235,6 +235,25 @@ async def test_many_at_once_never_pass_a_nearly_spent_budget(gateway: Opens, han
     assert all(answer.json()["error"]["code"] == "budget_exceeded" for answer in answers if answer.status_code == 402)
 
 
+async def test_a_leased_budget_is_not_passed_either(gateway: Opens) -> None:
+    worst = await _worst_case(gateway)
+    limit = worst * Decimal("3.5")
+    small = f"{{name: small, limit: {limit}}}"
+    async with StandIn() as standin:
+        standin.slow(0.1, times=None)
+        async with gateway(standin, as_served=True, budgets=[small]) as served:
+            answers = await asyncio.gather(*(served.chat(model="chat") for _ in range(50)))
+        # Whoever opens it next finds what the one before spent, and nothing held.
+        async with gateway(standin, budgets=[small]) as served:
+            spent, held = await served.spent(), await served.held("small")
+
+    admitted = [answer for answer in answers if answer.status_code == 200]
+    assert {answer.status_code for answer in answers} == {200, 402}
+    assert float(spent) == pytest.approx(sum(answer.json()["sekha"]["cost"] for answer in admitted))
+    assert spent <= limit
+    assert held == 0
+
+
 async def _worst_case(gateway: Opens) -> Decimal:
     """Of a chat in one sentence at the first provider."""
     async with StandIn() as standin, gateway(standin) as served:
