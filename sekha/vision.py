@@ -6,7 +6,7 @@ Nothing here fetches a URL: an image behind one is handed on as it is, or not at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -110,13 +110,14 @@ def pictures_in(messages: Sequence[Mapping[str, Any]]) -> Pictures | None:
 
     Raises `InvalidRequest` with the field of the first that no model could take.
     """
-    found = tuple(_picture(field, reference) for field, reference in _references(messages))
-    return Pictures(found) if found else None
+    found = _references(messages)
+    return Pictures(tuple(_picture(field, reference) for field, reference in found)) if found else None
 
 
 def are_heavy(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether reading their images would hold up everybody else."""
-    return sum(len(_url_of(reference)) for _, reference in _references(messages)) > HEAVY
+    found = _references(messages)
+    return bool(found) and sum(len(_url_of(reference)) for _, reference in found) > HEAVY
 
 
 def schemes_of(kind: ProviderKind, model_id: str) -> tuple[Scheme, ...]:
@@ -142,14 +143,18 @@ def nearest(breaches: Iterable[Breach]) -> InvalidRequest | None:
     return None if breach is None else InvalidRequest(f"`{breach.field}` {breach.message}", field=breach.field)
 
 
-def _references(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, object]]:
+def _references(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
     for at, message in enumerate(messages):
         content = message.get("content")
+        # Nearly every message is plain text, and every request comes through here.
         if type(content) is str or not isinstance(content, list | tuple):
             continue
         for place, part in enumerate(content):
-            if isinstance(part, Mapping) and part.get("type") == "image_url":
-                yield f"messages[{at}].content[{place}].image_url", part.get("image_url")
+            # Asked of the abstract class, the same takes ten times as long.
+            if (type(part) is dict or isinstance(part, Mapping)) and part.get("type") == "image_url":
+                found.append((f"messages[{at}].content[{place}].image_url", part.get("image_url")))
+    return found
 
 
 def _picture(field: str, reference: object) -> Picture:
