@@ -13,7 +13,20 @@ from sekha.pricing import Estimate, estimate_chat, estimate_embedding
 from sekha.registry import TASKS, Model, Task
 from sekha.vision import Pictures
 
-__all__ = ["Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
+__all__ = ["Allowed", "Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
+
+
+class Allowed(NamedTuple):
+    """What the caller's key may use. Empty `models` and `tasks` allow all."""
+
+    models: frozenset[str] = frozenset()
+    """Names as callers write them: a model's id, or `provider/model`."""
+    tasks: frozenset[str] = frozenset()
+
+    def covers(self, model: Model) -> bool:
+        """Whether the model is among them, and does one of the tasks."""
+        named = not self.models or model.id in self.models or model.name in self.models
+        return named and (not self.tasks or not self.tasks.isdisjoint(model.tasks))
 
 
 # What is made anew for each request is a named tuple: a frozen dataclass takes four times as long to make.
@@ -35,6 +48,8 @@ class Ask(NamedTuple):
     bulk: bool = False
     """Many requests' worth of work: `max_cost_per_request` does not cap it, `max_cost` does."""
     key: str | None = None
+    allowed: Allowed | None = None
+    """What its key may use; None for everything."""
     tags: frozenset[str] = frozenset()
 
     def scope(self, model: Model) -> Scope:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any, Protocol, cast
 
+from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
@@ -57,6 +58,8 @@ class ChatRequest:
     tags: frozenset[str] = frozenset()
     key: str | None = None
     """The name of the caller's key, whose budgets it counts against."""
+    allowed: Allowed | None = None
+    """What that key may use; None for everything."""
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -148,6 +151,7 @@ class ChatRequest:
             max_cost=self.max_cost,
             priced_apart=self.priced_apart,
             key=self.key,
+            allowed=self.allowed,
             tags=self.tags,
         )
 

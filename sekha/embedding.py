@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Generic, Protocol, TypeVar
 
+from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
@@ -31,6 +32,8 @@ class EmbedRequest:
     tags: frozenset[str] = frozenset()
     key: str | None = None
     """The name of the caller's key, whose budgets it counts against."""
+    allowed: Allowed | None = None
+    """What that key may use; None for everything."""
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """OpenAI's other fields as they came: `dimensions`, `encoding_format`, `user`."""
 
@@ -47,6 +50,7 @@ class EmbedRequest:
             max_cost=self.max_cost,
             bulk=self.bulk,
             key=self.key,
+            allowed=self.allowed,
             tags=self.tags,
         )
 

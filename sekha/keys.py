@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sekha.errors import Unauthenticated
-from sekha.registry import Task
+from sekha.asks import Allowed
+from sekha.errors import KeyLimited, KeyNotAllowed, Unauthenticated
+from sekha.rates import RateLimit, Taken
+from sekha.registry import TASKS, Registry, Task
 
-__all__ = ["Key", "Keyring", "hash_of", "new_key"]
+__all__ = ["EVERYBODY", "Key", "Keyring", "Pass", "hash_of", "new_key"]
 
 _PREFIX = "sk-sekha-"
 _HASH = "sha256:"
@@ -28,6 +33,42 @@ class Key:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
+    @property
+    def allowed(self) -> Allowed | None:
+        """What routing may choose from for it; None for everything."""
+        if not self.models and not self.tasks:
+            return None
+        return Allowed(frozenset(self.models), frozenset(self.tasks))
+
+
+class Pass(NamedTuple):
+    """One request that was let in: for whom, and what it took of the key's limits."""
+
+    key: str | None = None
+    allowed: Allowed | None = None
+    limit: RateLimit | None = None
+    taken: Taken | None = None
+
+    def used(self, tokens: int) -> None:
+        """Count the tokens that it really had."""
+        if self.limit is not None and self.taken is not None:
+            self.limit.correct(self.taken, tokens)
+
+    def check(self, registry: Registry, model: str | None, task: str | None) -> None:
+        """Raise `KeyNotAllowed` for a model or task that was asked for by name and is not this key's to use."""
+        if self.allowed is None or self.key is None:
+            return
+        models, tasks = self.allowed
+        asked = task or (model if model in TASKS else None)
+        if asked is not None:
+            if tasks and asked not in tasks:
+                raise KeyNotAllowed(self.key, asked, sorted(tasks))
+        elif model not in (None, "auto") and not any(map(self.allowed.covers, registry.named(model))):
+            raise KeyNotAllowed(self.key, model, sorted(models or tasks))
+
+
+EVERYBODY = Pass()
+
 
 def new_key() -> str:
     """A new key: 256 bits of chance, shown once and kept by nobody but its owner."""
@@ -42,21 +83,60 @@ def hash_of(key: str) -> str:
 class Keyring:
     """The keys of one configuration. Without any, everybody is let in."""
 
-    def __init__(self, keys: Iterable[Key]) -> None:
-        self._by_digest = {bytes.fromhex(key.hash.removeprefix(_HASH)): key for key in keys}
+    def __init__(self, keys: Iterable[Key], *, clock: Callable[[], float] = time.monotonic, processes: int = 1) -> None:
+        """`processes` serve together, and each lets through its part of a key's limits."""
+        self._by_digest: dict[bytes, tuple[Key, Allowed | None, RateLimit | None]] = {}
+        for key in keys:
+            limit = None
+            if key.requests_per_minute is not None or key.tokens_per_minute is not None:
+                limit = RateLimit(
+                    clock=clock,
+                    requests_per_minute=_part(key.requests_per_minute, processes),
+                    tokens_per_minute=_part(key.tokens_per_minute, processes),
+                )
+            self._by_digest[bytes.fromhex(key.hash.removeprefix(_HASH))] = (key, key.allowed, limit)
 
     def __bool__(self) -> bool:
         return bool(self._by_digest)
 
     def owner(self, authorization: bytes | None) -> Key | None:
         """Whose key the header carries; None when there are no keys at all. Raises `Unauthenticated`."""
+        found = self._look_up(authorization)
+        return None if found is None else found[0]
+
+    def admit(self, authorization: bytes | None, *, tokens: int) -> Pass:
+        """Let a request of about so many tokens in. Raises `Unauthenticated` and `KeyLimited`."""
+        found = self._look_up(authorization)
+        if found is None:
+            return EVERYBODY
+        key, allowed, limit = found
+        if limit is None:
+            return Pass(key.name, allowed)
+        wait = limit.wait(tokens)
+        if wait == math.inf:
+            # More than a minute's tokens at once: it would wait for ever, and is told so.
+            raise KeyLimited(key.name, f"{key.tokens_per_minute:,} tokens a minute", retry_after_seconds=60.0)
+        if wait:
+            raise KeyLimited(key.name, _limits_of(key), retry_after_seconds=wait)
+        return Pass(key.name, allowed, limit, limit.take(tokens))
+
+    def _look_up(self, authorization: bytes | None) -> tuple[Key, Allowed | None, RateLimit | None] | None:
         if not self._by_digest:
             return None
         if authorization is None or authorization[:7].lower() != b"bearer ":
             raise Unauthenticated(given=False)
         # Looked up by its hash, so that the time it takes says nothing about the keys that there are.
         digest = hashlib.sha256(authorization[7:].strip()).digest()
-        key = self._by_digest.get(digest)
-        if key is None or not hmac.compare_digest(bytes.fromhex(key.hash.removeprefix(_HASH)), digest):
+        found = self._by_digest.get(digest)
+        if found is None or not hmac.compare_digest(bytes.fromhex(found[0].hash.removeprefix(_HASH)), digest):
             raise Unauthenticated(given=True)
-        return key
+        return found
+
+
+def _part(limit: int | None, processes: int) -> int | None:
+    return None if limit is None else max(limit // processes, 1)
+
+
+def _limits_of(key: Key) -> str:
+    limits = [(key.requests_per_minute, "requests"), (key.tokens_per_minute, "tokens")]
+    return " or ".join(f"{limit:,} {what}" for limit, what in limits if limit is not None) + " a minute"

@@ -11,7 +11,7 @@ from sekha.errors import ProviderError, SekhaError
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, problem
-from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import ChatAsked, chat_asked, chat_reply, money, sekha_note
 
 __all__ = ["complete"]
@@ -22,10 +22,12 @@ _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 
 async def complete(serving: Serving, x: Exchange) -> None:
     """Answer a chat, whole or as it comes."""
-    key = serving.keys.owner(x.authorization)
+    serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
-    asked = chat_asked(body, key=key.name if key else None)
-    under_way = UnderWay(serving, "chat", asked.request)
+    by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
+    asked = chat_asked(body, by=by)
+    by.check(serving.resources.registry, asked.request.model, asked.request.task)
+    under_way = x.under_way = UnderWay(serving, "chat", asked.request, by)
     pipe = _Pipe(x, serving, asked, under_way) if asked.stream else None
     try:
         if pipe is not None:

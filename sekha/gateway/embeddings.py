@@ -5,7 +5,7 @@ from __future__ import annotations
 from sekha.embedding import embed as embed_in_order
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
-from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import embed_asked, money, sekha_note, with_note
 
 __all__ = ["embed"]
@@ -13,10 +13,12 @@ __all__ = ["embed"]
 
 async def embed(serving: Serving, x: Exchange) -> None:
     """Embed one text or many."""
-    key = serving.keys.owner(x.authorization)
+    serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
-    request, keep = embed_asked(body, key=key.name if key else None)
-    under_way = UnderWay(serving, "embed", request)
+    by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
+    request, keep = embed_asked(body, by=by)
+    by.check(serving.resources.registry, request.model, "embedding" if request.model is None else None)
+    under_way = x.under_way = UnderWay(serving, "embed", request, by)
     try:
         embedded = await embed_in_order(request, serving.embed)
     except BaseException as error:

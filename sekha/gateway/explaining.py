@@ -18,6 +18,7 @@ from sekha.gateway.pages import say
 from sekha.gateway.problems import answer_to, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
 from sekha.gateway.wire import chat_request, embed_request
+from sekha.keys import EVERYBODY, Pass
 from sekha.registry import TASKS, Registry
 from sekha.routing import Explanation, Verdict
 
@@ -34,7 +35,7 @@ async def route(serving: Serving, x: Exchange) -> None:
     key = serving.keys.owner(x.authorization)
     given = object_in(await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS))
     context_size = whole(given, "context_size", 1, _MOST_TOKENS)
-    request = _asked(given, key.name if key else None)
+    request = _asked(given, EVERYBODY if key is None else Pass(key.name, key.allowed))
     money = serving.runtime.money
     estimates = await money.estimate_cost(request)
     explained = money.explain_choice(_as_large_as(context_size, estimates))
@@ -57,7 +58,7 @@ async def route(serving: Serving, x: Exchange) -> None:
     )
 
 
-def _asked(given: Mapping[str, Any], key: str | None) -> ChatRequest | EmbedRequest:
+def _asked(given: Mapping[str, Any], by: Pass) -> ChatRequest | EmbedRequest:
     """The chat or the embedding that is asked about. Either's own body is taken as it is."""
     task = text(given, "task")
     if task is not None and task not in TASKS:
@@ -65,8 +66,8 @@ def _asked(given: Mapping[str, Any], key: str | None) -> ChatRequest | EmbedRequ
     said = {name: value for name, value in given.items() if value is not None and name != "context_size"}
     if task == "embedding":
         preferred = text(given, "preferred_model")
-        return embed_request({**_TEXT, "model": preferred, **said}, key=key)
-    return chat_request({**_CHAT, **said}, key=key)
+        return embed_request({**_TEXT, "model": preferred, **said}, by=by)
+    return chat_request({**_CHAT, **said}, by=by)
 
 
 def _as_large_as(tokens: int | None, estimates: Estimates) -> Estimates:

@@ -12,8 +12,10 @@ from typing import Protocol, TypeAlias
 from sekha.calling import Attempt
 from sekha.chat import ChatRequest
 from sekha.embedding import EmbedRequest
-from sekha.errors import ProviderError, SekhaError
+from sekha.errors import BudgetExceeded, ProviderError, SekhaError
+from sekha.gateway.news import tell_of_budget
 from sekha.gateway.serving import Serving
+from sekha.keys import EVERYBODY, Pass
 from sekha.pricing import Usage
 from sekha.recording.run import Outcome, Run, new_run_id
 from sekha.search import SearchRequest
@@ -44,15 +46,24 @@ class Answered(Protocol):
 class UnderWay:
     """One request from when its body was read until its answer is out."""
 
-    __slots__ = ("_began", "_flow", "_notes", "_request", "_serving", "run_id")
+    __slots__ = ("_began", "_by", "_flow", "_notes", "_request", "_serving", "answer", "error", "outcome", "run_id")
 
-    def __init__(self, serving: Serving, flow: str, request: Asked) -> None:
+    def __init__(self, serving: Serving, flow: str, request: Asked, by: Pass = EVERYBODY) -> None:
+        self._by = by
         self.run_id = new_run_id()
+        self.answer: Answered | None = None
+        self.outcome: Outcome | None = None
+        self.error: str | None = None
+        """The code of what went wrong, or the name of what nobody foresaw."""
         self._serving = serving
         self._flow = flow
         self._request = request
         self._notes = take_notes()
         self._began = time.perf_counter()
+
+    @property
+    def key(self) -> str | None:
+        return self._request.key
 
     @property
     def seconds(self) -> float:
@@ -63,8 +74,10 @@ class UnderWay:
         serving = self._serving
         _count(serving, by.attempts)
         usage = by.usage
+        self._by.used(usage.input_tokens + usage.output_tokens)
         serving.metrics.spent(by.provider_id, by.model_id, usage.input_tokens, usage.output_tokens, by.cost)
         outcome: Outcome = "answered" if len(by.attempts) == 1 else "fallback"
+        self.answer, self.outcome = by, outcome
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             run = self._run(seconds, outcome, f"{by.provider_id}/{by.model_id}", by.attempts)
@@ -92,9 +105,12 @@ class UnderWay:
             outcome = "cancelled"
         elif isinstance(error, SekhaError) and not error.retryable:
             outcome = "refused"
+            if serving.recorder is not None and isinstance(error, BudgetExceeded):
+                tell_of_budget(serving.recorder, error)
         seconds = self.seconds
+        code = error.code if isinstance(error, SekhaError) else type(error).__name__
+        self.outcome, self.error = outcome, code
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
-            code = error.code if isinstance(error, SekhaError) else type(error).__name__
             said = error.message if isinstance(error, SekhaError) else ""
             serving.recorder.record(replace(self._run(seconds, outcome, code, attempts), error=code, message=said))
 

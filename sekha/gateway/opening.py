@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sekha.breaker import BreakerRules
-from sekha.circuits import Circuits, Tripped
+from sekha.circuits import Circuits
 from sekha.circuits_shared import SharedCircuits
 from sekha.config import CircuitBreaker
 from sekha.errors import ConfigError, Problem, UnknownModel
 from sekha.gateway.metrics import Metrics
+from sekha.gateway.news import tell_of_circuit
 from sekha.gateway.serving import Serving
 from sekha.ledgers import lease_from, open_database
 from sekha.ledgers.sql import SqlLedger
@@ -21,7 +22,6 @@ from sekha.resources import Resources, ledger_url
 
 if TYPE_CHECKING:
     from sekha.gateway.remembering import Remembering
-    from sekha.recording.recorder import Recorder
 
 __all__ = ["open_serving", "state_folder"]
 
@@ -40,9 +40,9 @@ async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) ->
     url = ledger_url(loaded)
     database = open_database(url)
     circuits = Circuits(_rules(loaded.config.routing.circuit_breaker), shared=SharedCircuits(database))
-    circuits.subscribe(partial(_tell, recorder))
     ledger = lease_from(SqlLedger(database), url, state / "journal")
     resources = Resources(loaded, ledger=ledger, circuits=circuits)
+    circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits))
     memory = _memory(loaded, resources.registry, state / "memory")
     await circuits.start()
     await recorder.start()
@@ -74,13 +74,3 @@ def _rules(section: CircuitBreaker) -> BreakerRules:
         timeout_seconds=section.timeout_secs,
         success_threshold=section.success_threshold,
     )
-
-
-def _tell(recorder: Recorder, change: Tripped) -> None:
-    """Let Prefect's automations hear of it, once for all processes."""
-    if change.here:
-        recorder.event(
-            f"sekha.circuit.{change.after}",
-            f"sekha.circuit.{change.name}",
-            {"before": change.before, "after": change.after, "reason": change.reason},
-        )

@@ -10,7 +10,7 @@ from sekha.gateway.exchange import Exchange
 from sekha.gateway.fields import dollars, kind_of, number, object_in, only, text, whole
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.pages import say
-from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import MOST_DIMENSIONS, sekha_note, tags_of
 from sekha.registry import COLLECTION_NAME
 from sekha.search import SearchRequest
@@ -30,10 +30,12 @@ _MOST_PARTS = 256
 
 async def search(serving: Serving, x: Exchange) -> None:
     """Search a collection, under the model that it is kept under."""
-    key = serving.keys.owner(x.authorization)
-    given = object_in(await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS))
-    request = _asked(given, serving, key.name if key else None)
-    under_way = UnderWay(serving, "search", request)
+    serving.keys.owner(x.authorization)  # before a body is read for nobody
+    body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
+    by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
+    by.check(serving.resources.registry, None, "embedding")
+    request = _asked(object_in(body), serving, by.key)
+    under_way = x.under_way = UnderWay(serving, "search", request, by)
     try:
         found = await search_in_order(request, serving.search)
     except BaseException as error:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from sekha.gateway.remembering import Remembering
     from sekha.recording.recorder import Recorder
 
-__all__ = ["BODY_MB", "BODY_SECONDS", "Serving"]
+__all__ = ["BODY_MB", "BODY_SECONDS", "BYTES_PER_TOKEN", "Serving"]
 
 BODY_MB = 64.0
 """The largest body that is read: a dozen images in base64."""
 BODY_SECONDS = 30.0
+BYTES_PER_TOKEN = 4
+"""What a request is taken for against its key's tokens a minute until its usage is known."""
 
 
 class Serving:
@@ -37,6 +39,7 @@ class Serving:
         recorder: Recorder | None = None,
         memory: Remembering | None = None,
         at_once: bool = False,
+        processes: int = 1,
     ) -> None:
         self.resources = resources
         self.under_way = 0
@@ -49,7 +52,7 @@ class Serving:
         self.health = Health(resources)
         self.runtime = Runtime(resources)
         self.metrics = metrics
-        self.keys = Keyring(
+        keys = (
             Key(
                 name=section.name,
                 hash=section.hash,
@@ -60,6 +63,7 @@ class Serving:
             )
             for section in resources.loaded.config.keys
         )
+        self.keys = Keyring(keys, clock=resources.clock.now, processes=processes)
         money, calls = self.runtime.money, self.runtime.calls
         self.chat: ChatSteps = noted(
             ChatSteps(

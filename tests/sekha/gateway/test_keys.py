@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from sekha.errors import Unauthenticated
+from sekha.errors import KeyLimited, Unauthenticated
 from sekha.gateway.app import ROUTES
 from sekha.keys import Key, Keyring, hash_of, new_key
 from sekha.testing import StandIn
@@ -121,3 +121,78 @@ async def test_neither_key_nor_prompt_is_logged_whatever_happens(
 
 def _keys(key: str) -> str:
     return f"keys:\n  - {{name: research, hash: '{hash_of(key)}'}}"
+
+
+async def test_a_key_is_told_what_it_may_not_use(gateway: Opens) -> None:
+    key = new_key()
+    allowed = f"keys:\n  - {{name: research, hash: '{hash_of(key)}', models: [chat]}}"
+    async with StandIn() as standin, gateway(standin, extra=allowed) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+
+        answered = await served.chat(model="chat")
+        refused = await served.http.post("/v1/embeddings", json={"input": "x", "model": "vectors"})
+        automatic = await served.chat(model="auto")
+        routed = (await served.http.post("/api/v1/route", json={"model": "auto", "messages": []})).json()
+
+    assert answered.status_code == automatic.status_code == 200
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "key_not_allowed"
+    assert "'vectors'" in refused.json()["error"]["message"]
+    assert automatic.json()["sekha"]["model_id"] == "chat"
+    assert [each["model_id"] for each in routed.get("candidates", []) if each.get("kept")] in ([], ["chat"])
+
+
+async def test_a_key_may_be_kept_to_tasks(gateway: Opens) -> None:
+    key = new_key()
+    allowed = f"keys:\n  - {{name: research, hash: '{hash_of(key)}', tasks: [embedding]}}"
+    async with StandIn(dimension=8) as standin, gateway(standin, extra=allowed) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+
+        embedded = await served.http.post("/v1/embeddings", json={"input": "x", "model": "vectors"})
+        chatted = await served.chat(model="chat")
+        by_task = await served.chat(model="chat_small")
+
+    assert embedded.status_code == 200
+    assert chatted.status_code == by_task.status_code == 403
+    assert len(standin.requests) == 1
+
+
+async def test_a_key_has_so_many_requests_a_minute(gateway: Opens) -> None:
+    key = new_key()
+    limited = f"keys:\n  - {{name: research, hash: '{hash_of(key)}', requests_per_minute: 3}}"
+    async with StandIn() as standin, gateway(standin, extra=limited) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+
+        answers = [await served.chat(model="chat") for _ in range(5)]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+    assert 0 < int(answers[-1].headers["retry-after"]) <= 61
+    assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
+    assert len(standin.requests) == 3
+
+
+def test_tokens_count_as_they_were_used() -> None:
+    now = 100.0
+    key = new_key()
+    ring = Keyring([Key(name="one", hash=hash_of(key), tokens_per_minute=100)], clock=lambda: now)
+    header = b"Bearer " + key.encode()
+
+    ring.admit(header, tokens=10).used(95)
+
+    with pytest.raises(KeyLimited) as caught:
+        ring.admit(header, tokens=10)
+    assert 0 < caught.value.retry_after_seconds <= 61
+    now = 161.5
+    ring.admit(header, tokens=10)
+
+
+def test_several_processes_share_a_keys_limit() -> None:
+    key = new_key()
+    ring = Keyring([Key(name="one", hash=hash_of(key), requests_per_minute=6)], clock=lambda: 100.0, processes=3)
+    header = b"Bearer " + key.encode()
+
+    for _ in range(2):
+        ring.admit(header, tokens=1)
+
+    with pytest.raises(KeyLimited):
+        ring.admit(header, tokens=1)

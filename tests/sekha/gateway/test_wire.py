@@ -210,7 +210,7 @@ def test_whatever_is_sent_becomes_a_request_or_a_refusal(sent: dict[str, Any]) -
     body = json.dumps({"messages": [{"role": "user", "content": "x"}]} | sent).encode()
     for asked in (chat_asked, embed_asked):
         with contextlib.suppress(InvalidRequest, UnknownModel):
-            asked(body, key=None)
+            asked(body)
 
 
 PARTS = st.fixed_dictionaries(
@@ -231,7 +231,7 @@ MESSAGES = st.fixed_dictionaries(
 def test_what_is_taken_for_a_chat_can_be_counted_and_routed(messages: list[Any], tools: Any) -> None:
     body = json.dumps({"messages": messages, "tools": tools}).encode()
     with contextlib.suppress(InvalidRequest):
-        request = chat_asked(body, key=None).request
+        request = chat_asked(body).request
 
         assert request.ask().kind == "chat"
         assert asyncio.run(count_chat(request, "gpt-4o")) > 0
@@ -239,7 +239,7 @@ def test_what_is_taken_for_a_chat_can_be_counted_and_routed(messages: list[Any],
 
 def test_numbers_that_json_cannot_hold_are_refused() -> None:
     with pytest.raises(InvalidRequest):
-        chat_asked(b'{"messages": [{"role": "user", "content": "x"}], "max_cost": 1e999}', key=None)
+        chat_asked(b'{"messages": [{"role": "user", "content": "x"}], "max_cost": 1e999}')
 
 
 def test_a_note_is_spliced_into_what_the_provider_wrote() -> None:
