@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from sekha.resources import WALL, Resources
 from sekha.testing import StandIn
 from sekha.vectors.base import Record
 from tests.fixtures.gateway import wait_until
+from tests.fixtures.weaviate import WeaviateServer
 
 SPACE = "Conversations_16"
 LIMIT = 32_000
@@ -111,13 +112,14 @@ def gate(tmp_path: Path) -> Remembers:
         wall: Callable[[], float] = time.time,
         max_bytes: int = 1 << 20,
         open_provider: Callable[[ProviderSpec], Provider] | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Gate]:
         file = tmp_path / "sekha.yaml"
         file.write_text(text)
         # Jitter that never waits: what is tried again is tried at the next look.
         clock = Clock(now=WALL.now, sleep=WALL.sleep, random=lambda: 0.0)
         resources = Resources(
-            load(file, environ={}), clock=clock, retries=Retries(rounds=1), open_provider=open_provider
+            load(file, environ=environ or {}), clock=clock, retries=Retries(rounds=1), open_provider=open_provider
         )
         folder = tmp_path / "memory"
         pace = Pace(look_seconds=0.01)
@@ -331,6 +333,33 @@ async def test_while_the_store_is_down_nobody_pays_and_nothing_is_lost(
 
         assert while_down == (0, paid_for)
         assert await served.texts() == Counter([*(exchange(f"Number {at}.") for at in range(5)), "A vector."])
+
+
+async def test_while_weaviate_is_down_nothing_is_lost(
+    gate: Remembers, chats: StandIn, embedder: StandIn, weaviate_program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    server = WeaviateServer.private(weaviate_program, tmp_path_factory.mktemp("weaviate"))
+    store = f"store: {{kind: weaviate, url: {server.at.url}, grpc_port: {server.at.grpc_port}, api_key: '${{KEY}}'}}"
+    environ = {"KEY": server.at.api_key or ""}
+    await asyncio.to_thread(server.start)
+    try:
+        async with gate(config(chats, embedder, extra=store), environ=environ) as served:
+            await served.chat("While it is up.")
+            await served.kept(1)
+            server.kill()
+            await served.chat("While it is down.")
+            await served.embed("A vector.")
+            paid_for = len(embedder.requests)
+            await wait_until(lambda: served.memory.stats.waiting_bytes)
+            await asyncio.to_thread(server.start)
+            await wait_until(lambda: served.memory.stats.kept == 3, seconds=30)
+
+            assert paid_for == 2
+            assert await served.texts() == Counter(
+                [exchange("While it is up."), exchange("While it is down."), "A vector."]
+            )
+    finally:
+        server.kill()
 
 
 async def test_what_waits_is_kept_by_the_next_process(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
