@@ -3,89 +3,93 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import os
 import socket
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from sekha.cli.invocation import Invocation, config_option
+from sekha.cli.invocation import Invocation, config_option, json_option
 from sekha.cli.opening import configuration, name_of
-from sekha.cli.terminal import note, say
+from sekha.cli.terminal import say
 from sekha.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from sekha.config import Config
+    from sekha.gateway.sources import Source
     from sekha.loading import Loaded
 
 __all__ = ["serve"]
 
+log = logging.getLogger("sekha.gateway")
+
 
 @click.command()
 @config_option
+@json_option
 @click.option("--host", help="Where to listen. Left out: `server_host` of the configuration.")
 @click.option("--port", type=click.IntRange(0, 65_535), help="Left out: `server_port`; 0 for a free one.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that serve.")
+@click.option(
+    "--poll",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often to look whether blocks that the configuration is made of were edited.",
+)
 @click.pass_obj
-def serve(invocation: Invocation, host: str | None, port: int | None, workers: int) -> None:
+def serve(invocation: Invocation, host: str | None, port: int | None, workers: int, poll: float) -> None:
     """Serve OpenAI's API for every provider.
 
-    Programs use it as they use OpenAI: base URL http://HOST:PORT/v1. Ctrl-C or SIGTERM lets streams end
-    first; SIGHUP reads the configuration anew without dropping a request.
+    Programs use it as they use OpenAI: base URL http://HOST:PORT/v1. Where it listens is said in one line
+    on stdout; everything else is logged on stderr, a JSON object a line. Ctrl-C or SIGTERM lets what is
+    under way end first, a second one cuts it. SIGHUP reads the configuration anew without dropping a request.
 
     \b
     Examples:
       sekha serve
       sekha -c production.yaml serve --workers 4
+      sekha -c block:production serve --poll 5
     """
-    from sekha.gateway.workers import WORKER, run_workers
+    from sekha.gateway.server import fast_loop
 
-    loaded = configuration(invocation)
-    _log_from(loaded.config.log_level)
-    if worker := os.environ.pop(WORKER, None):
-        number, count, descriptor = map(int, worker.split(","))
-        return _serve(invocation, loaded, socket.socket(fileno=descriptor), worker=number, workers=count)
-    listening = _listen(loaded, _host(loaded.config, host), loaded.config.server_port if port is None else port)
-    _tell(loaded, listening)
-    if workers > 1:
-        arguments = ["serve"] if (name := name_of(invocation)) is None else ["--config", name, "serve"]
-        sys.exit(run_workers(listening, workers, arguments))
-    return _serve(invocation, loaded, listening, worker=0, workers=1)
+    # Many workers are watched, and nobody is served, by this process.
+    with asyncio.Runner(loop_factory=fast_loop if workers == 1 else None) as runner:
+        runner.run(_serve(invocation, host, port, workers, poll))
 
 
-def _serve(invocation: Invocation, loaded: Loaded, listening: socket.socket, *, worker: int, workers: int) -> None:
-    from sekha.gateway.app import Gateway
+async def _serve(invocation: Invocation, host: str | None, port: int | None, workers: int, poll: float) -> None:
+    from sekha.cli.watching import Watched, lives_in_prefect
+    from sekha.gateway.sources import WhenAsked
+
+    name = name_of(invocation)
+    run = partial(_run, host=host, port=port, workers=workers, as_json=invocation.as_json)
+    if name is None or not lives_in_prefect(name):
+        read = partial(configuration, invocation)
+        return await run(read(), WhenAsked(read))
+    async with Watched(name, poll) as watched:
+        return await run(await watched.next(), watched)
+
+
+async def _run(
+    loaded: Loaded, source: Source, *, host: str | None, port: int | None, workers: int, as_json: bool
+) -> None:
+    from sekha.gateway.logs import configure
     from sekha.gateway.metrics import Metrics
-    from sekha.gateway.opening import open_serving
-    from sekha.gateway.server import serve as run
-    from sekha.gateway.serving import Serving
+    from sekha.gateway.server import serve as serve_here
+    from sekha.gateway.workers import run_workers
 
-    async def serving() -> None:
-        metrics = Metrics()
-        gateway = Gateway(await open_serving(loaded, metrics, workers=workers))
-
-        async def reload() -> Serving:
-            fresh = await asyncio.to_thread(configuration, invocation)
-            return await open_serving(fresh, metrics, workers=workers)
-
-        await run(gateway, listening, reload=reload, ready=lambda: _ready(worker))
-
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serving())
-
-
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # not on this platform
-        return None
-    return uvloop.Loop
-
-
-def _ready(worker: int) -> None:
-    logging.getLogger("sekha.gateway").info("worker %d serves", worker)
+    config = loaded.config
+    access = configure(config.log_level, sys.stderr.buffer)
+    listening = _listen(loaded, _host(config, host), config.server_port if port is None else port)
+    ready = partial(_tell, loaded, listening.getsockname(), as_json=as_json)
+    if workers > 1:
+        return await run_workers(loaded, source, listening, workers, ready=ready)
+    return await serve_here(loaded, source, listening, metrics=Metrics(), access=access, ready=ready)
 
 
 def _host(config: Config, asked: str | None) -> str:
@@ -95,9 +99,10 @@ def _host(config: Config, asked: str | None) -> str:
     host = asked or config.server_host
     if is_loopback(host) or config.keys or config.allow_unauthenticated:
         return host
-    note(
-        f"Listening on 127.0.0.1 and not on {host}: without keys everybody there could spend your money. "
-        "Make a key with `sekha keys create` and list it under `keys:`, or set `allow_unauthenticated: true`."
+    log.warning(
+        "listening on 127.0.0.1 and not on %s: without keys everybody there could spend your money. Make a key "
+        "with `sekha keys create` and list it under `keys:`, or set `allow_unauthenticated: true`",
+        host,
     )
     return "127.0.0.1"
 
@@ -108,25 +113,20 @@ def _listen(loaded: Loaded, host: str, port: int) -> socket.socket:
     try:
         return bind(host, port)
     except OSError as error:
-        raise ConfigError(
-            loaded.source,
-            [
-                Problem(
-                    "server_port",
-                    f"{host}:{port} cannot be listened on: {error.strerror}. "
-                    "Name another with --port or `server_port:`.",
-                )
-            ],
-        ) from error
+        problem = f"{host}:{port} cannot be listened on: {error.strerror}. Name another with --port or `server_port:`."
+        raise ConfigError(loaded.source, [Problem("server_port", problem)]) from error
 
 
-def _tell(loaded: Loaded, listening: socket.socket) -> None:
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    say(f"Sekha serves http://{shown}:{port}/v1", "bold green")
+def _tell(loaded: Loaded, address: tuple[str, int], *, as_json: bool) -> None:
+    host, port = address[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if as_json:
+        # In one line, unlike what other commands print: whoever reads it does not wait for the end.
+        said = {"url": url, "host": host, "port": port, "configuration": loaded.source}
+        sys.stdout.write(json.dumps(said, ensure_ascii=False) + "\n")
+    else:
+        say(f"Sekha serves {url}/v1, explained at {url}/docs", "bold green")
     sys.stdout.flush()
-    note(f"configuration {loaded.source} · docs http://{shown}:{port}/docs · Ctrl-C ends it")
-
-
-def _log_from(level: str) -> None:
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    log.info("serving %s at %s", loaded.source, url)
+    for warning in loaded.warnings:
+        log.warning("%s", warning)

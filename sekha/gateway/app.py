@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from sekha.errors import NoSuchPage, SekhaError
 from sekha.gateway import chats, embeddings, explaining, pages, searches
 from sekha.gateway.exchange import Exchange, Message, Receive, Send
+from sekha.gateway.logs import AccessLog
 from sekha.gateway.problems import answer_to
 from sekha.gateway.serving import Serving
 
@@ -40,6 +41,7 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/openapi.json": {"GET": pages.openapi},
     "/docs": {"GET": pages.docs},
 }
+_PATH_LENGTH = 200
 WATCH_AFTER_SECONDS = 0.05
 """Who leaves earlier is not noticed: a watch is a task, and most answers are quick."""
 
@@ -47,8 +49,15 @@ WATCH_AFTER_SECONDS = 0.05
 class Gateway:
     """Serves what `serving` holds at the moment; a reload puts another in its place."""
 
-    def __init__(self, serving: Serving, *, routes: Mapping[str, Mapping[str, Handler]] = ROUTES) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        *,
+        routes: Mapping[str, Mapping[str, Handler]] = ROUTES,
+        access: AccessLog | None = None,
+    ) -> None:
         self.serving = serving
+        self._access = access
         self._routes = routes
         self._prefixes = tuple((route.partition("{")[0], route) for route in routes if "{" in route)
         self._idle = asyncio.Event()
@@ -77,10 +86,12 @@ class Gateway:
         started = time.perf_counter()
         page = self._page(x.path)
         methods = self._routes.get(page)
+        refused: str | None = None
         try:
             try:
                 await self._handler(x, methods)(serving, x)
             except SekhaError as error:
+                refused = error.code
                 await x.answer(*answer_to(error))
         except asyncio.CancelledError:
             if not watch.left:
@@ -99,7 +110,10 @@ class Gateway:
         finally:
             watch.end()
             serving.metrics.under_way -= 1
-            serving.metrics.request(page if methods else "other", x.status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            serving.metrics.request(page if methods else "other", x.status, seconds)
+            if self._access is not None:
+                _note(self._access, x, seconds, refused)
             serving.under_way -= 1
             if not serving.under_way and serving is not self.serving:
                 self._idle.set()
@@ -152,6 +166,31 @@ class _Watch:
         self._handle.cancel()
         if self._watching is not None:
             self._watching.cancel()
+
+
+def _note(access: AccessLog, x: Exchange, seconds: float, refused: str | None) -> None:
+    request_id, path = x.request_id.decode(), x.path[:_PATH_LENGTH]
+    under_way = x.under_way
+    if under_way is None:
+        access.note(request_id=request_id, method=x.method, path=path, status=x.status, seconds=seconds, error=refused)
+        return
+    by = under_way.answer
+    access.note(
+        request_id=request_id,
+        method=x.method,
+        path=path,
+        status=x.status,
+        seconds=seconds,
+        run_id=under_way.run_id,
+        key=under_way.key,
+        provider=by.provider_id if by else None,
+        model=by.model_id if by else None,
+        cost=by.cost if by else None,
+        input_tokens=by.usage.input_tokens if by else None,
+        output_tokens=by.usage.output_tokens if by else None,
+        outcome=under_way.outcome,
+        error=under_way.error,
+    )
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

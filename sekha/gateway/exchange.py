@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from random import getrandbits
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.problems import Headers
+
+if TYPE_CHECKING:
+    from sekha.gateway.finished import UnderWay
 
 __all__ = ["Exchange", "Message", "Receive", "Send"]
 
@@ -32,6 +35,7 @@ class Exchange:
         "query",
         "request_id",
         "status",
+        "under_way",
         "was_read",
     )
 
@@ -45,6 +49,8 @@ class Exchange:
         self.request_id = b""
         self.status = 0
         """Of the reply; 0 until it has begun."""
+        self.under_way: UnderWay | None = None
+        """What is noted of it, once it is known what is asked."""
         self.was_read = False
         """Whether the body is here."""
         self.ended = False

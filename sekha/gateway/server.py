@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from sekha.errors import SekhaError
 from sekha.gateway.app import Gateway
-from sekha.gateway.serving import Serving
+from sekha.gateway.logs import AccessLog
+from sekha.gateway.metrics import Metrics
+from sekha.gateway.opening import open_serving
+from sekha.gateway.sources import Source
+from sekha.loading import Loaded
 
-__all__ = ["HEAD_SECONDS", "bind", "is_loopback", "serve"]
+__all__ = ["DRAIN_SECONDS", "HEAD_SECONDS", "Server", "bind", "fast_loop", "is_loopback", "on_signals", "serve"]
 
 log = logging.getLogger("sekha.gateway")
 
 HEAD_SECONDS = 20.0
 """Within these a caller has sent a request's headers, or is let go."""
-KEEP_ALIVE_SECONDS = 75.0
+KEEP_ALIVE_SECONDS = 75
 """Longer than the minute that load balancers keep idle connections, so that they close them and not we."""
-DRAIN_SECONDS = 120
-"""What streams have to end in once the process was told to."""
+DRAIN_SECONDS = 120.0
+"""What is under way has these to end in once the process was told to."""
+CUT_SECONDS = 5.0
+"""What was cut has these to settle in."""
 BACKLOG = 2048
+STARTING_ONLY = ("server_host", "server_port", "log_level")
+"""What a configuration says once, and not again to a process that runs."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -41,7 +52,6 @@ def bind(host: str, port: int) -> socket.socket:
         listening.close()
         raise
     listening.setblocking(False)
-    listening.set_inheritable(True)
     return listening
 
 
@@ -49,74 +59,175 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def fast_loop() -> asyncio.AbstractEventLoop:
+    """An event loop that carries several times what Python's own does, where there is one."""
+    try:
+        import uvloop
+    except ImportError:  # not on this platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 async def serve(
-    gateway: Gateway,
+    loaded: Loaded,
+    source: Source,
     listening: socket.socket,
     *,
-    reload: Callable[[], Awaitable[Serving]],
+    metrics: Metrics,
+    access: AccessLog,
     ready: Callable[[], None],
+    refused: Callable[[SekhaError], None] | None = None,
+    workers: int = 1,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what is under way. SIGHUP reads the configuration anew."""
-    server = _Server(
-        ready,
-        uvicorn.Config(
-            gateway,
-            http=_Protocol,
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        ),
-    )
-    loop = asyncio.get_running_loop()
-    reloading: set[asyncio.Task[None]] = set()
+    """Serve until SIGTERM or Ctrl-C, and finish what is under way. SIGHUP has the configuration read anew.
 
-    def stop() -> None:
-        # The second time it is meant: what is under way is cut.
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    def read_anew() -> None:
-        task = asyncio.ensure_future(_reload(gateway, reload))
-        reloading.add(task)
-        task.add_done_callback(reloading.discard)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, read_anew)
+    Also ends when `source` does. `refused` is told of a configuration that could not be taken over. Raises
+    the `SekhaError` that keeps the first one from being opened.
+    """
+    gateway = Gateway(await open_serving(loaded, metrics, workers=workers), access=access)
+    server = Server(gateway, listening)
+    metrics.start()
+    following = _Following(loaded, gateway, partial(open_serving, metrics=metrics, workers=workers))
+    task = asyncio.create_task(following.run(source, server.stop, refused))
     try:
-        await server.serve(sockets=[listening])
+        with on_signals(server.stop, source.look):
+            _settle_memory()
+            ready()
+            await server.run()
     finally:
-        for task in reloading:
-            task.cancel()
+        await following.end(task)
         await gateway.serving.aclose()
+        metrics.close()
 
 
-async def _reload(gateway: Gateway, reload: Callable[[], Awaitable[Serving]]) -> None:
-    from sekha.errors import SekhaError
-
+@contextlib.contextmanager
+def on_signals(stop: Callable[[], None], look: Callable[[], None]) -> Iterator[None]:
+    """Within the block SIGTERM and Ctrl-C stop, and SIGHUP looks for another configuration."""
+    loop = asyncio.get_running_loop()
+    told = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: look}
+    for number, action in told.items():
+        loop.add_signal_handler(number, action)
     try:
-        serving = await reload()
-    except SekhaError as error:
-        log.error("the configuration is not taken over, and the one before goes on: %s", error)  # noqa: TRY400
-        return
-    await gateway.replace(serving)
-    log.info("the configuration was read anew")
+        yield
+    finally:
+        for number in told:
+            loop.remove_signal_handler(number)
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, ready: Callable[[], None], config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._ready = ready
+class Server:
+    """Serves a gateway at a listening socket until it is told to stop."""
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
+    def __init__(
+        self,
+        gateway: Gateway,
+        listening: socket.socket,
+        *,
+        head_seconds: float = HEAD_SECONDS,
+        drain_seconds: float = DRAIN_SECONDS,
+    ) -> None:
+        self._listening = listening
+        self._drain_seconds = drain_seconds
+        protocol = cast("type[asyncio.Protocol]", partial(_Protocol, head_seconds=head_seconds))
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                gateway,
+                http=protocol,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            )
+        )
+        self._patience: asyncio.TimerHandle | None = None
 
+    def stop(self) -> None:
+        """Take nobody new, and finish what is under way. The second time it is meant: that is cut."""
+        if self._uvicorn.should_exit:
+            self._cut("told to stop again")
+            return
+        self._uvicorn.should_exit = True
+        self._patience = asyncio.get_running_loop().call_later(
+            self._drain_seconds, self._cut, f"it took longer than {self._drain_seconds:g} s"
+        )
+
+    async def run(self) -> None:
+        """Serve, and return once nothing is under way any more. Closes the socket."""
+        try:
+            await self._uvicorn.serve(sockets=[self._listening])
+            # What was cut is paid for all the same.
+            if left := self._uvicorn.server_state.tasks:
+                await asyncio.wait(list(left), timeout=CUT_SECONDS)
+        finally:
+            if self._patience is not None:
+                self._patience.cancel()
+
+    def _cut(self, why: str) -> None:
+        connections = list(self._uvicorn.server_state.connections)
+        if connections:
+            log.warning("%d connections are cut: %s", len(connections), why)
+        self._uvicorn.force_exit = True
+        # As if their callers had left: their requests end as those do, settled and on record.
+        for connection in connections:
+            connection.transport.abort()
+
+
+def _settle_memory() -> None:
+    """Let the collector pass over what was imported and opened: it lives as long as the process."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTED_AFTER)
+
+
+# Of what a request makes next to nothing is left to the collector, and a look at it costs whoever is served then.
+COLLECTED_AFTER = (20_000, 20, 20)
+
+
+class _Following:
+    """Takes over one configuration after the other, and lets each end with its last request."""
+
+    def __init__(self, loaded: Loaded, gateway: Gateway, open_: Callable[[Loaded], Any]) -> None:
+        self._loaded = loaded
+        self._gateway = gateway
+        self._open = open_
+        self._opening = asyncio.Lock()
+        self._replaced: set[asyncio.Task[None]] = set()
+
+    async def run(self, source: Source, stop: Callable[[], None], refused: Callable[[SekhaError], None] | None) -> None:
+        while True:
+            try:
+                loaded = await source.next()
+                async with self._opening:
+                    await self._take_over(loaded)
+            except SekhaError as error:
+                log.error("the configuration is not taken over, and the one before goes on: %s", error)  # noqa: TRY400
+                if refused is not None:
+                    refused(error)
+            except EOFError:
+                return stop()
+
+    async def end(self, task: asyncio.Task[None]) -> None:
+        """Follow no more. What is being opened just now is opened first, so that it can be closed."""
+        async with self._opening:
+            task.cancel()
+        await asyncio.wait([task, *self._replaced])
+
+    async def _take_over(self, loaded: Loaded) -> None:
+        serving = await self._open(loaded)
+        replaced = asyncio.ensure_future(self._gateway.replace(serving))
+        self._replaced.add(replaced)
+        replaced.add_done_callback(self._replaced.discard)
+        log.info("the configuration was read anew: %s", loaded.source)
+        before, self._loaded = self._loaded.config, loaded
+        if late := [name for name in STARTING_ONLY if getattr(loaded.config, name) != getattr(before, name)]:
+            log.warning("%s: changed, and in effect with the next start", ", ".join(late))
+        for warning in loaded.warnings:
+            log.warning("%s", warning)
+
+
+class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to us."""
@@ -126,7 +237,10 @@ class _Server(uvicorn.Server):
 class _Protocol(HttpToolsProtocol):
     """Lets nobody hold a connection by sending a request's headers for ever."""
 
-    _patience: asyncio.TimerHandle | None = None
+    def __init__(self, *arguments: Any, head_seconds: float, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._head_seconds = head_seconds
+        self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -150,7 +264,7 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
-        self._patience = self.loop.call_later(HEAD_SECONDS, self._let_go)
+        self._patience = self.loop.call_later(self._head_seconds, self._let_go)
 
     def _let_go(self) -> None:
         self._patience = None

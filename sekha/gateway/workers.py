@@ -1,81 +1,145 @@
-"""Several processes behind one port: started, watched, told to reload, and ended together."""
+"""Several processes behind one port: started, watched, told of another configuration, and ended together."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from types import FrameType
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 
-__all__ = ["WORKER", "run_workers"]
+from sekha.errors import SekhaError
+from sekha.gateway.server import on_signals
+from sekha.gateway.sources import Source
+from sekha.loading import Loaded
+from sekha.pipes import framed, receive
+
+__all__ = ["run_workers"]
 
 log = logging.getLogger("sekha.gateway")
 
-WORKER = "SEKHA_GATEWAY_WORKER"
-"""Set in a worker's environment: `its number, how many there are, the socket's descriptor`."""
-_TOO_SOON_SECONDS = 2.0
-_LONGEST_WAIT_SECONDS = 30.0
+TOO_SOON_SECONDS = 2.0
+SHORTEST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
 
 
-def run_workers(listening: socket.socket, count: int, arguments: Sequence[str]) -> int:
-    """Run `sekha ARGUMENTS` as so many workers until told to stop; one that dies is replaced.
+async def run_workers(
+    loaded: Loaded, source: Source, listening: socket.socket, count: int, *, ready: Callable[[], None]
+) -> None:
+    """Run so many workers until SIGTERM or Ctrl-C; one that dies is replaced. Closes the socket.
 
-    SIGHUP is handed on to each. Returns 0, or 1 when a worker did not end by itself.
+    They are given the configuration, and each that `source` has after it. Raises the `SekhaError` that keeps
+    them from beginning.
     """
-    group = _Group(listening, count, arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, group.told)
-    return group.run()
+    with tempfile.TemporaryDirectory(prefix="sekha-workers-") as folder:
+        workers = _Workers(loaded, listening, count, folder, ready)
+        with on_signals(workers.stop, source.look):
+            await workers.run(source)
 
 
-class _Group:
-    def __init__(self, listening: socket.socket, count: int, arguments: Sequence[str]) -> None:
+class _Workers:
+    def __init__(
+        self, loaded: Loaded, listening: socket.socket, count: int, folder: str, ready: Callable[[], None]
+    ) -> None:
+        self._loaded = self._before = loaded
         self._listening = listening
-        self._arguments = arguments
-        self._workers: dict[int, subprocess.Popen[bytes] | None] = dict.fromkeys(range(count))
-        self._started = dict.fromkeys(range(count), 0.0)
-        self._due = dict.fromkeys(range(count), 0.0)
-        self._waits = dict.fromkeys(range(count), 0.5)
-        self._ending = False
+        self._count = count
+        self._folder = folder
+        self._ready = ready
+        self._running: dict[int, Process] = {}
+        self._serve = False
+        self._failure: SekhaError | None = None
+        self._ending = asyncio.Event()
 
-    def told(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's
-        if number != signal.SIGHUP:
-            self._ending = True
-        for worker in self._workers.values():
-            if worker is not None and worker.poll() is None:
-                worker.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+    def stop(self) -> None:
+        """End them all. The second time they cut what is under way, since each is told twice as well."""
+        self._ending.set()
+        # While anybody has it open, callers are taken whom nobody would answer.
+        self._listening.close()
+        for worker in self._running.values():
+            _tell(worker, signal.SIGTERM)
 
-    def run(self) -> int:
-        while not self._ending:
-            for at, worker in self._workers.items():
-                if worker is None or worker.poll() is not None:
-                    self._replace(at, worker)
-            time.sleep(0.1)
-        ended = [worker.wait() for worker in self._workers.values() if worker is not None]
-        return int(any(ended))
+    async def run(self, source: Source) -> None:
+        following = asyncio.create_task(self._follow(source))
+        try:
+            await asyncio.gather(*(self._keep(number) for number in range(self._count)))
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
+        if self._failure is not None:
+            raise self._failure
 
-    def _replace(self, at: int, worker: subprocess.Popen[bytes] | None) -> None:
-        now = time.monotonic()
-        if worker is not None and self._workers[at] is not None:
-            if now - self._started[at] < _TOO_SOON_SECONDS:
-                self._due[at] = now + self._waits[at]
-                self._waits[at] = min(2 * self._waits[at], _LONGEST_WAIT_SECONDS)
-            else:
-                self._waits[at] = 0.5
-            log.error("worker %d ended with %s and is replaced", at, worker.returncode)
-            self._workers[at] = None
-        if now >= self._due[at] and not self._ending:
-            self._workers[at] = self._start(at)
-            self._started[at] = now
+    async def _follow(self, source: Source) -> None:
+        while True:
+            try:
+                loaded = await source.next()
+            except SekhaError as error:
+                log.error("the configuration is not taken over, and the one before goes on: %s", error)  # noqa: TRY400
+                continue
+            self._before, self._loaded = self._loaded, loaded
+            for worker in self._running.values():
+                _hand(worker, loaded)
 
-    def _start(self, at: int) -> subprocess.Popen[bytes]:
+    async def _keep(self, number: int) -> None:
+        """Have a worker of this number until the end."""
+        wait = SHORTEST_WAIT_SECONDS
+        while not self._ending.is_set():
+            started = time.monotonic()
+            worker = self._running[number] = await self._start(number)
+            if self._ending.is_set():
+                _tell(worker, signal.SIGTERM)
+            await self._listen(worker)
+            code = await worker.wait()
+            del self._running[number]
+            if self._ending.is_set():
+                return
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS) if time.monotonic() - started < TOO_SOON_SECONDS else 0.0
+            log.error("worker %d ended with %d and is replaced", number, code)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), wait)
+
+    async def _start(self, number: int) -> Process:
         descriptor = self._listening.fileno()
-        environment: Mapping[str, str] = {**os.environ, WORKER: f"{at},{len(self._workers)},{descriptor}"}
-        return subprocess.Popen(  # noqa: S603 - the command line is ours
-            [sys.executable, "-P", "-m", "sekha", *self._arguments], env=environment, pass_fds=[descriptor]
+        arguments = (str(number), str(self._count), str(descriptor), self._folder)
+        worker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "sekha.gateway.worker", *arguments),
+            stdin=PIPE,
+            stdout=PIPE,
+            pass_fds=[descriptor],
+            # Ctrl-C is for this process, which then lets them finish.
+            start_new_session=True,
         )
+        _hand(worker, self._loaded)
+        return worker
+
+    async def _listen(self, worker: Process) -> None:
+        """Hear what a worker says, until it ends."""
+        assert worker.stdout is not None  # noqa: S101 - a pipe was asked for
+        with contextlib.suppress(EOFError):
+            while True:
+                said = await receive(worker.stdout)
+                if not isinstance(said, SekhaError):
+                    if not self._serve:
+                        self._serve = True
+                        self._ready()
+                elif self._serve:
+                    # It goes on with the one before, and so does whoever comes in its place.
+                    self._loaded = self._before
+                else:
+                    self._failure = said
+                    self.stop()
+
+
+def _tell(worker: Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        worker.send_signal(number)
+
+
+def _hand(worker: Process, loaded: Loaded) -> None:
+    if worker.stdin is not None and not worker.stdin.is_closing():
+        worker.stdin.write(framed(loaded))

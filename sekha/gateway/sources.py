@@ -1,0 +1,61 @@
+"""Where a gateway's configuration comes from while it serves: read anew when asked, or told by another process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+from sekha.loading import Loaded
+from sekha.pipes import loaded_from, receive
+
+__all__ = ["Source", "WhenAsked", "WhenTold"]
+
+
+class Source(Protocol):
+    """Configurations, one after the other."""
+
+    def look(self) -> None:
+        """Read it anew."""
+
+    async def next(self) -> Loaded:
+        """Wait for a configuration that is to be taken over.
+
+        Raises the `SekhaError` that keeps one from being read, and `EOFError` when there is nobody left to tell of any.
+        """
+
+
+class WhenAsked:
+    """Reads the configuration when it is asked to, and not before."""
+
+    def __init__(self, read: Callable[[], Loaded]) -> None:
+        self._read = read
+        self._asked = asyncio.Event()
+
+    def look(self) -> None:
+        self._asked.set()
+
+    async def next(self) -> Loaded:
+        await self._asked.wait()
+        self._asked.clear()
+        return await asyncio.to_thread(self._read)
+
+
+class WhenTold:
+    """Configurations that the process at the other end of standard input has read."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+
+    @classmethod
+    async def open(cls) -> WhenTold:
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        return cls(reader)
+
+    def look(self) -> None:
+        """The other process is told as well, and looks for all."""
+
+    async def next(self) -> Loaded:
+        return loaded_from(await receive(self._reader))
