@@ -78,6 +78,10 @@ def flows() -> str:
     for name, told in FLOWS.items():
         parts += [f"## {name}", told, f"```mermaid\n{chart[name]}\n```"]
     parts += [
+        "## retention",
+        "`flows.retention:retention` deletes the runs that gateways recorded once they are older than "
+        "`recording.retention_days`, with their task runs and artifacts, in batches through Prefect's API. Its "
+        "deployment runs once a day. Runs of these flows themselves stay, unless it is given `engine_runs`.",
         "## In Prefect",
         "A flow run is named by what tells it apart: the model that was asked for, `docs → documents`, `in documents`. "
         "Its artifacts hold what it cost, who was asked and how each attempt ended, and how far a long ingest is. "

@@ -27,7 +27,7 @@ from sekha.address import without_secrets
 from sekha.errors import PrefectUnavailable, RecordError
 from sekha.loading import find
 
-__all__ = ["POOL", "LocalPrefect", "Progress", "deploy", "require_server"]
+__all__ = ["POOL", "LocalPrefect", "Progress", "deploy", "deployment_file", "require_server"]
 
 POOL = "sekha"
 HOST = "127.0.0.1"
@@ -247,9 +247,15 @@ async def deploy(environment: Mapping[str, str], *, pool: str = POOL) -> None:
         create = ["--no-prompt", "work-pool", "create", pool, "--type", "process"]
         if problem := await _refusal(create, environment, unless="already exists"):
             raise RecordError(f"Prefect did not create the work pool {pool!r}. {problem}")
-    register = ["--no-prompt", "deploy", "--all", "--prefect-file", str(_deployment_file())]
+    register = ["--no-prompt", "deploy", "--all", "--prefect-file", str(deployment_file("prefect.yaml"))]
     if problem := await _refusal(register, environment):
         raise RecordError(f"Prefect did not take the deployments. {problem}")
+
+
+def deployment_file(name: str) -> Path:
+    """A file of `deployments/` in a checkout; a wheel carries it inside the package."""
+    inside = PACKAGE / "deployments" / name
+    return inside if inside.exists() else PACKAGE.parent / "deployments" / name
 
 
 async def _refusal(command: Sequence[str], environment: Mapping[str, str], *, unless: str | None = None) -> str | None:
@@ -260,12 +266,6 @@ async def _refusal(command: Sequence[str], environment: Mapping[str, str], *, un
             code = await asyncio.to_thread(child.wait)
         said = _tail(log)
         return None if code == 0 or (unless and unless in said) else said
-
-
-def _deployment_file() -> Path:
-    """`deployments/prefect.yaml` in a checkout; a wheel carries it inside the package."""
-    inside = PACKAGE / "deployments" / "prefect.yaml"
-    return inside if inside.exists() else PACKAGE.parent / "deployments" / "prefect.yaml"
 
 
 @contextlib.asynccontextmanager

@@ -158,7 +158,7 @@ def test_the_wheel_holds_the_four_packages_and_the_deployments_and_no_test(wheel
     for package in PACKAGES:
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert sources <= set(names)
-    assert "sekha/deployments/prefect.yaml" in names
+    assert {"sekha/deployments/automations.yaml", "sekha/deployments/prefect.yaml"} <= set(names)
     assert "sekha/py.typed" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {*PACKAGES, f"sekha-{PROJECT['project']['version']}.dist-info"}

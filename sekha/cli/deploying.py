@@ -49,8 +49,10 @@ def up(invocation: Invocation, port: int) -> None:
 
 
 @click.command()
+@click.option("--automations", is_flag=True, help="Register automations too, switched off: opened circuits and such.")
+@click.option("--notify", metavar="BLOCK", help="Switch them on: they notify this block, as in slack-webhook/ops.")
 @click.pass_obj
-def deploy(invocation: Invocation) -> None:  # noqa: ARG001 - every command is given one
+def deploy(invocation: Invocation, automations: bool, notify: str | None) -> None:  # noqa: ARG001 - every command is given one
     """Register the flows on your Prefect server.
 
     It is the one that PREFECT_API_URL names. Running it again updates what is there. A worker of the
@@ -58,16 +60,26 @@ def deploy(invocation: Invocation) -> None:  # noqa: ARG001 - every command is g
 
     \b
     Examples:
-      sekha deploy
       PREFECT_API_URL=https://prefect.example.com/api sekha deploy
+      sekha deploy --notify slack-webhook/ops
     """
     from sekha.cli.server import answering
-    from sekha.stack import POOL
+    from sekha.stack import POOL, deployment_file
     from sekha.stack import deploy as register
 
-    with answering() as api_url, waiting("registering the deployments"):
-        settings = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
-        asyncio.run(register({**settings, "PREFECT_API_URL": api_url}))
+    with answering() as api_url:
+        with waiting("registering the deployments"):
+            settings = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
+            asyncio.run(register({**settings, "PREFECT_API_URL": api_url}))
+        if automations or notify:
+            from blocks.automations import register_automations
+
+            declared = deployment_file("automations.yaml").read_text(encoding="utf-8")
+            registered = asyncio.run(register_automations(declared, notify=notify))
+            table = columns("automation", "", "")
+            for each in registered:
+                table.add_row(each.name, each.outcome, "on" if each.enabled else "off: switch it on in Prefect's UI")
+            show_table(table)
     at = without_secrets(api_url)
     say(f"The flows chat, ingest, search and retention are deployed to the work pool {POOL!r} at {at}.")
     note(f"Run them with a worker: prefect worker start --pool {POOL}")

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -120,6 +121,8 @@ class Recorder:
         self._failing = False
         self._closed = False
         self._recorded = self._kept = self._sampled_out = self._dropped = 0
+        self._told_at: dict[tuple[str, str], float] = {}
+        self._told_dropped = 0
 
     def wants(self, *, outcome: Outcome, seconds: float) -> bool:
         """Whether to record a request. To be asked once for each."""
@@ -135,11 +138,17 @@ class Recorder:
             self._recorded += 1
             self._kept += kept
 
-    def event(self, name: str, resource: str, payload: Mapping[str, Any]) -> None:
-        """Take what happened to the gateway. Prefect's automations hear of it within a second or two."""
-        if self._report.sink != NOWHERE:
-            event = Event(id=str(uuid4()), occurred_at=time.time(), name=name, resource=resource, payload=payload)
-            self._take(event, self._max_bytes)
+    def event(self, name: str, resource: str, payload: Mapping[str, Any], *, every_seconds: float = 0.0) -> None:
+        """Take what happened to the gateway. Prefect's automations hear of it within a second or two.
+
+        What happens to a resource again within `every_seconds` is not news.
+        """
+        now = time.monotonic()
+        if self._report.sink == NOWHERE or now - self._told_at.get((name, resource), -inf) < every_seconds:
+            return
+        event = Event(id=str(uuid4()), occurred_at=time.time(), name=name, resource=resource, payload=payload)
+        if self._take(event, self._max_bytes) and every_seconds:
+            self._told_at[name, resource] = now
 
     @property
     def stats(self) -> Stats:
@@ -232,9 +241,16 @@ class Recorder:
             bears = report.runs_per_second
             self._policy.limit(None if bears is None else bears * API_SHARE / self._processes)
             many = segments > MANY_SEGMENTS
+            self._tell_of_dropped()
             self._writer.hand_over(older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else HAND_OVER_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), LOOK_SECONDS)
+
+    def _tell_of_dropped(self) -> None:
+        # While the spool is full there is no room for this either: it is told once there is.
+        if self._dropped > self._told_dropped and self._used < self._max_bytes:
+            lost, self._told_dropped = self._dropped - self._told_dropped, self._dropped
+            self.event("sekha.recorder.dropped", "sekha.recorder", {"dropped": lost, "in_all": self._dropped})
 
     def _look(self) -> tuple[Report, int, int]:
         waiting = waiting_in(self._folder)

@@ -19,6 +19,7 @@ from sekha.config import RecordingSection
 from sekha.recording.publisher import read_report
 from sekha.recording.recorder import Recorder
 from sekha.recording.run import Run
+from sekha.recording.spool import SpoolReader
 
 # These need Prefect's tables, which the session's server has made.
 pytestmark = pytest.mark.prefect
@@ -134,6 +135,16 @@ async def test_gateways_on_one_folder_share_a_publisher_and_hand_it_on(
 
     assert read_report(tmp_path / "spool").process_id != of_first
     assert len(tables.run_ids()) == 2
+
+
+async def test_what_was_lost_is_told_once_there_is_room(tmp_path: Path, make_run: Makes, until: Until) -> None:
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=NOBODY) as recorder:
+        recorder.record(make_run(parameters={"model": object()}))
+        await until(recorder, lambda stats: stats.dropped and stats.queued_bytes)
+    reader = SpoolReader(tmp_path / "spool")
+    (event,) = [event for path in reader.ready() for event in reader.read(path).events]
+
+    assert (event.name, event.payload) == ("sekha.recorder.dropped", {"dropped": 1, "in_all": 1})
 
 
 async def test_a_full_spool_drops_what_is_ordinary_first_and_counts_it(
