@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from sekha.gateway.health import sekha_version
 from sekha.gateway.pages import GROUPS
 from sekha.gateway.searches import OPERATORS
-from sekha.gateway.wire import MOST_DIMENSIONS
+from sekha.gateway.wire import MOST_DIMENSIONS, MOST_REPLIES
 from sekha.registry import TASKS
 
 __all__ = ["CODES", "document"]
@@ -231,7 +231,9 @@ _SHAPED: dict[str, Json] = {
     "modalities": _says(_or_null(_list(_ANY)), "Handed on to the provider."),
 }
 _LENGTHS: dict[str, Json] = {
-    "n": _says(_AT_LEAST_ONE, "How many replies; each is paid for."),
+    "n": _says(
+        _or_null({"type": "integer", "minimum": 1, "maximum": MOST_REPLIES}), "How many replies; each is paid for."
+    ),
     "max_tokens": _says(_AT_LEAST_ONE, "Tokens of the longest reply."),
     "max_completion_tokens": _says(_AT_LEAST_ONE, "The newer name of `max_tokens`."),
 }

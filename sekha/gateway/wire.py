@@ -20,6 +20,7 @@ from sekha.tokens import decoded
 
 __all__ = [
     "MOST_DIMENSIONS",
+    "MOST_REPLIES",
     "ChatAsked",
     "chat_asked",
     "chat_reply",
@@ -38,6 +39,8 @@ _OURS = frozenset(
 _EMBEDDING_OURS = frozenset({"model", "input", "max_cost", "store", "metadata", "task"})
 _MOST_INPUTS = 2048
 """OpenAI's own limit on the texts of one request."""
+MOST_REPLIES = 128
+"""OpenAI's own limit on `n`. Every reply takes memory, here and at a provider that sets no limit."""
 MOST_DIMENSIONS = 65_536
 """Of a vector, as in sekha.yaml."""
 
@@ -84,8 +87,7 @@ def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatReque
         options["store"] = True
         if metadata is not None:
             options["metadata"] = metadata
-    if (replies := options.get("n")) is not None and type(replies) is not int:
-        raise InvalidRequest(f"`n` must be a whole number, not {kind_of(replies)}.", field="n")
+    whole(options, "n", 1, MOST_REPLIES)
     if (tools := options.get("tools")) is not None:
         _objects(tools, "tools")
     if (modalities := options.get("modalities")) is not None and type(modalities) is not list:
