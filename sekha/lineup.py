@@ -27,8 +27,8 @@ SHORTLIST = 5
 """Candidates that a plan has at the most."""
 FORMS = 1_000
 """Forms of asks remembered with a registry; callers name models freely, so there may be very many."""
-REMEMBERED = 50_000
-"""Models in all of them together: about ten megabytes."""
+REMEMBERED = 20_000
+"""Entrants in all of them together: less than twenty megabytes."""
 SHORTEST_SECONDS = 0.001
 """A latency below counts as this one, so that nobody takes all of the traffic for a rounding error."""
 _NO_CHAT: frozenset[Task] = frozenset({"embedding", "image_generation"})
@@ -99,8 +99,6 @@ def incapable(ask: Ask, model: Model) -> str | None:
         return f"it does not chat: its task is {', '.join(model.tasks)}"
     if ask.vision and not model.vision:
         return "it does not take images"
-    if ask.allowed is not None and not ask.allowed.covers(model):
-        return f"key {ask.key!r} may not use it"
     breach = ask.pictures.breach(model.vision_limits) if ask.pictures is not None else None
     return None if breach is None else breach.why
 
@@ -254,7 +252,6 @@ def line_up(ask: Ask, registry: Registry) -> LineUp:
         ask.preferred_model,
         ask.vision,
         ask.priced_apart is not None,
-        ask.allowed,
         # Whose limits the images break is all that they have to do with it.
         None if ask.pictures is None else tuple(ask.pictures.breach(each) is None for each in registry.vision_limits),
     )
@@ -262,7 +259,7 @@ def line_up(ask: Ask, registry: Registry) -> LineUp:
     found = known.get(form)
     if found is None:
         found = LineUp(ask, registry)
-        while known and (len(known) >= FORMS or sum(len(each.models) for each in known.values()) > REMEMBERED):
+        while known and (len(known) >= FORMS or sum(len(each.entrants) for each in known.values()) > REMEMBERED):
             known.pop(next(iter(known)))
         known[form] = found
     return found

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, UnknownModel
 from sekha.ledger import Budget
-from sekha.lineup import FORMS
+from sekha.lineup import FORMS, REMEMBERED
 from sekha.pricing import FREE, Price
 from sekha.registry import TASKS, Model, ProviderSpec, Registry, Task
 from sekha.routing import (
@@ -489,12 +489,13 @@ def test_estimates_and_plans_survive_pickling() -> None:
 
 
 def test_callers_who_name_every_model_in_every_way_fill_no_memory() -> None:
-    known = registry(*(model(f"p{number}/m{number}") for number in range(2 * FORMS)))
+    known = registry(*(model(f"p{number}/m{number}") for number in range(400)))
 
     for each in known.models:
-        route(Ask(kind="chat", preferred_model=each.name), known)
+        plan(estimates(Ask(kind="chat", preferred_model=each.name), known.models), known)
 
-    assert len(known.worked_out) <= FORMS
+    assert sum(len(each.entrants) for each in known.worked_out.values()) <= REMEMBERED + len(known.models)
+    assert 40 < len(known.worked_out) <= FORMS
 
 
 # --- whatever is asked of whatever registry ------------------------------------------------

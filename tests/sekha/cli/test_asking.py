@@ -95,8 +95,46 @@ async def test_a_route_shows_who_is_asked_and_who_is_not_and_calls_nobody(sekha,
     assert "first/gpt-4o-mini" in shown.out
     assert "it does not take images" in shown.out
     assert [candidate["model"] for candidate in plan["candidates"]] == ["first/gpt-4o-mini"]
-    assert plan["dropped"] == [{"model": "second/gpt-4o-mini", "rule": "capability", "why": "it does not take images"}]
+    (dropped,) = plan["dropped"]
+    assert (dropped["model"], dropped["rule"]) == ("second/gpt-4o-mini", "capability")
+    assert dropped["why"] == "it does not take images"
+    assert dropped["capabilities"]["vision"] is False
     assert 0 < plan["candidates"][0]["estimate"]["expected"] <= plan["worst_case"]
+
+
+async def test_a_route_that_nobody_can_take_shows_every_price_and_is_refused(sekha):
+    async with StandIn() as first, StandIn() as second:
+        sekha.write("sekha.yaml", two_providers(first, second))
+
+        shown = await sekha("route", "hi", "--max-cost", "0.0000001")
+        ended = await sekha("route", "hi", "--max-cost", "0.0000001", "--json")
+
+    assert shown.code == ended.code == 4
+    assert shown.out.count("cost") >= 2
+    assert "first/gpt-4o-mini" in shown.out
+    assert "The cheapest model" in shown.err
+    assert ended.json["candidates"] == []
+    assert [(each["model"], each["rule"]) for each in ended.json["dropped"]] == [
+        ("first/gpt-4o-mini", "cost"),
+        ("second/gpt-4o-mini", "cost"),
+    ]
+    assert all(each["estimate"]["worst_case"] > 0 for each in ended.json["dropped"])
+    assert ended.error["code"] == "cost_refused"
+
+
+async def test_a_route_tells_what_budgets_have_left_and_who_shares_the_traffic(sekha):
+    async with StandIn() as first, StandIn() as second:
+        same = two_providers(first, second).replace("priority: 2", "priority: 1")
+        sekha.write("sekha.yaml", f"{same}budgets:\n  - {{name: team, limit: 5.00, period: day}}\n")
+
+        shown = await sekha("route", "hi")
+        plan = (await sekha("route", "hi", "--json")).json
+
+    assert "one of 2 equals" in shown.out
+    assert "Left in budgets: team $5.00" in shown.out
+    assert [each["equals"] for each in plan["candidates"]] == [2, 2]
+    assert plan["candidates"][0]["budgets"] == {"team": 5.0}
+    assert plan["candidates"][0]["circuit"] == "closed"
 
 
 async def test_a_reply_that_may_cost_too_much_is_refused_with_the_cheapest(sekha):
