@@ -99,6 +99,8 @@ def incapable(ask: Ask, model: Model) -> str | None:
         return f"it does not chat: its task is {', '.join(model.tasks)}"
     if ask.vision and not model.vision:
         return "it does not take images"
+    if ask.allowed is not None and not ask.allowed.covers(model):
+        return f"key {ask.key!r} may not use it"
     breach = ask.pictures.breach(model.vision_limits) if ask.pictures is not None else None
     return None if breach is None else breach.why
 
@@ -252,6 +254,7 @@ def line_up(ask: Ask, registry: Registry) -> LineUp:
         ask.preferred_model,
         ask.vision,
         ask.priced_apart is not None,
+        ask.allowed,
         # Whose limits the images break is all that they have to do with it.
         None if ask.pictures is None else tuple(ask.pictures.breach(each) is None for each in registry.vision_limits),
     )
