@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -509,7 +510,18 @@ async def serving(folder: Path, *arguments: str) -> AsyncIterator[tuple[httpx.As
     """`sekha serve` in a process group of its own, and how to kill all of it."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sekha", "--config", str(folder / "sekha.yaml"), "serve", "--port", "0", *arguments),
+        *(
+            sys.executable,
+            "-m",
+            "sekha",
+            "--config",
+            str(folder / "sekha.yaml"),
+            "serve",
+            "--json",
+            "--port",
+            "0",
+            *arguments,
+        ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
         cwd=folder,
@@ -517,8 +529,7 @@ async def serving(folder: Path, *arguments: str) -> AsyncIterator[tuple[httpx.As
         start_new_session=True,
     )
     assert process.stdout is not None
-    said = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
-    url = said.split()[2].removesuffix("/v1")
+    url = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))["url"]
 
     def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
