@@ -18,7 +18,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -170,6 +170,10 @@ class Circuits:
         return self._wait_seconds(name, self._now())
 
     # --- what others may know ---
+
+    def soonest(self, names: Iterable[str]) -> float | None:
+        """Seconds until the first of these that are not closed lets a probe through; None if all are closed."""
+        return min((max(self.wait_seconds(name), 1.0) for name in names if name in self._shut), default=None)
 
     @property
     def open_now(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sekha.asks import Allowed
 from sekha.errors import KeyLimited, KeyNotAllowed, Unauthenticated
-from sekha.rates import RateLimit, Taken
+from sekha.rates import RateLimit, Taken, part
 from sekha.registry import TASKS, Registry, Task
 
 __all__ = ["EVERYBODY", "Key", "Keyring", "Pass", "hash_of", "new_key"]
@@ -91,8 +91,8 @@ class Keyring:
             if key.requests_per_minute is not None or key.tokens_per_minute is not None:
                 limit = RateLimit(
                     clock=clock,
-                    requests_per_minute=_part(key.requests_per_minute, processes),
-                    tokens_per_minute=_part(key.tokens_per_minute, processes),
+                    requests_per_minute=part(key.requests_per_minute, processes),
+                    tokens_per_minute=part(key.tokens_per_minute, processes),
                 )
             self._by_digest[bytes.fromhex(key.hash.removeprefix(_HASH))] = (key, key.allowed, limit)
 
@@ -131,10 +131,6 @@ class Keyring:
         if found is None or not hmac.compare_digest(bytes.fromhex(found[0].hash.removeprefix(_HASH)), digest):
             raise Unauthenticated(given=True)
         return found
-
-
-def _part(limit: int | None, processes: int) -> int | None:
-    return None if limit is None else max(limit // processes, 1)
 
 
 def _limits_of(key: Key) -> str:

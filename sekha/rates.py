@@ -10,7 +10,7 @@ from itertools import accumulate, chain
 
 from sekha.registry import Registry
 
-__all__ = ["ProviderRates", "RateLimit", "Taken"]
+__all__ = ["ProviderRates", "RateLimit", "Taken", "part"]
 
 SLICES = 60
 """A minute is counted in so many slices of a second, so that it takes as long to look at however much passed."""
@@ -125,15 +125,21 @@ def _first(ring: list[int], oldest: int, enough: float) -> int:
     return bisect_left(list(accumulate(chain(ring[oldest:], ring[:oldest]))), enough)
 
 
+def part(limit: int | None, processes: int) -> int | None:
+    """One process's part of a limit that several keep together."""
+    return None if limit is None else max(limit // processes, 1)
+
+
 class ProviderRates:
     """The `limits:` of every provider that has some."""
 
-    def __init__(self, registry: Registry, *, clock: Callable[[], float]) -> None:
+    def __init__(self, registry: Registry, *, clock: Callable[[], float], processes: int = 1) -> None:
+        """`processes` serve together, and each lets through its part of every limit."""
         self._limits = {
             name: RateLimit(
                 clock=clock,
-                requests_per_minute=spec.limits.requests_per_minute,
-                tokens_per_minute=spec.limits.tokens_per_minute,
+                requests_per_minute=part(spec.limits.requests_per_minute, processes),
+                tokens_per_minute=part(spec.limits.tokens_per_minute, processes),
             )
             for name, spec in registry.providers.items()
             if spec.limits.requests_per_minute is not None or spec.limits.tokens_per_minute is not None

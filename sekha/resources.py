@@ -46,11 +46,13 @@ class Resources:
         open_provider: Callable[[ProviderSpec], Provider] | None = None,
         ledger: Ledger | None = None,
         circuits: Circuits | None = None,
+        processes: int = 1,
     ) -> None:
         """`open_provider` opens providers of your own making; left out, those that the file can name.
 
         `ledger` is used in place of the file's, and closed with the rest. Without `circuits` every call
-        is tried: one that a person waits for alone has no others to spare.
+        is tried: one that a person waits for alone has no others to spare. `processes` share what
+        the providers allow.
         """
         self.loaded = loaded
         self.registry = Registry.from_config(loaded.config, PriceMap.bundled())
@@ -64,7 +66,7 @@ class Resources:
         self._store: VectorStore | None = None
         self._ledger: Ledger | None = ledger
         self.circuits = circuits
-        self.rates = ProviderRates(self.registry, clock=clock.now)
+        self.rates = ProviderRates(self.registry, clock=clock.now, processes=processes)
         self.latencies = Latencies(clock=clock.now)
         self._opening = asyncio.Lock()
 

@@ -70,6 +70,7 @@ class _Pipe:
 
     async def begin(self, opened: Opened) -> None:
         model = opened.candidate.model
+        self._under_way.said = opened.events.said
         self._serving.metrics.first(model.provider_id, model.id, self._under_way.seconds)
         await self._x.begin(
             [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from sekha.calling import Attempt
 from sekha.chat import ChatRequest
@@ -46,7 +46,19 @@ class Answered(Protocol):
 class UnderWay:
     """One request from when its body was read until its answer is out."""
 
-    __slots__ = ("_began", "_by", "_flow", "_notes", "_request", "_serving", "answer", "error", "outcome", "run_id")
+    __slots__ = (
+        "_began",
+        "_by",
+        "_flow",
+        "_notes",
+        "_request",
+        "_serving",
+        "answer",
+        "error",
+        "outcome",
+        "run_id",
+        "said",
+    )
 
     def __init__(self, serving: Serving, flow: str, request: Asked, by: Pass = EVERYBODY) -> None:
         self._by = by
@@ -55,6 +67,8 @@ class UnderWay:
         self.outcome: Outcome | None = None
         self.error: str | None = None
         """The code of what went wrong, or the name of what nobody foresaw."""
+        self.said: Callable[[], str] | None = None
+        """The text of an answer that went out in pieces."""
         self._serving = serving
         self._flow = flow
         self._request = request
@@ -114,6 +128,18 @@ class UnderWay:
             said = error.message if isinstance(error, SekhaError) else ""
             serving.recorder.record(replace(self._run(seconds, outcome, code, attempts), error=code, message=said))
 
+    def _content(self) -> Mapping[str, Any]:
+        """Prompt and reply, for a configuration that says `content: true`."""
+        request = self._request
+        match request:
+            case ChatRequest():
+                text = self.said() if self.said is not None else getattr(self.answer, "text", None)
+                return {"prompt": [_without_data(message) for message in request.messages], "answer": text}
+            case EmbedRequest():
+                return {"input": request.texts}
+            case SearchRequest():
+                return {"query": request.query}
+
     def _run(self, seconds: float, outcome: Outcome, came_to: str, attempts: tuple[Attempt, ...]) -> Run:
         request = self._request
         now = time.time()
@@ -142,9 +168,21 @@ class UnderWay:
             steps=trace_of(self._notes).steps,
             clock_offset=now - time.perf_counter(),
             parameters=parameters,
+            content=self._content() if self._serving.records_content else None,
             tags=(*sorted(request.tags), *(() if outcome == "answered" else (outcome,))),
             attempts=attempts,
         )
+
+
+def _without_data(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose images are named and not shown: their bytes are no reading."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    return {
+        **message,
+        "content": [part if part.get("type") == "text" else {"type": part.get("type")} for part in content],
+    }
 
 
 def _count(serving: Serving, attempts: Sequence[Attempt]) -> None:

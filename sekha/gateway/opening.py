@@ -41,12 +41,12 @@ async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) ->
     database = open_database(url)
     circuits = Circuits(_rules(loaded.config.routing.circuit_breaker), shared=SharedCircuits(database))
     ledger = lease_from(SqlLedger(database), url, state / "journal")
-    resources = Resources(loaded, ledger=ledger, circuits=circuits)
+    resources = Resources(loaded, ledger=ledger, circuits=circuits, processes=workers)
     circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits))
     memory = _memory(loaded, resources.registry, state / "memory")
     await circuits.start()
     await recorder.start()
-    serving = Serving(resources, metrics, recorder=recorder, memory=memory, at_once=True)
+    serving = Serving(resources, metrics, recorder=recorder, memory=memory, at_once=True, processes=workers)
     if memory is not None:
         memory.start(serving)
     return serving

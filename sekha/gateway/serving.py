@@ -45,6 +45,7 @@ class Serving:
         self.under_way = 0
         """Requests that use it."""
         self.recorder = recorder
+        self.records_content = resources.loaded.config.recording.content
         self.memory = memory
         if recorder is not None:
             metrics.follow(recorder)

@@ -405,6 +405,10 @@ class _Lost:
                 if dollars:
                     await to_the_end(self._charge(candidate, usage, dollars))
             raise
+        except asyncio.CancelledError:
+            # The caller left, and nobody will know what the provider makes of it: leaving is no way past a budget.
+            await to_the_end(self._charge_left(candidate, at_worst))
+            raise
 
     async def charge(self, reply: Reply) -> None:
         """Record a reply against what was held again, before that is freed. Settling it once more changes nothing."""
@@ -426,7 +430,15 @@ class _Lost:
         amounts = {budget.name: lost.cost for budget in self._hold.budgets if budget.covers(lost.scope)}
         ledger = await self._open.ledger()
         budgets, ttl = self._hold.budgets, self._hold.ttl_seconds
-        self._again.append(await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=ttl))
+        at = self._open.now()
+        self._again.append(await ledger.reserve(budgets, amounts, at=at, ttl_seconds=ttl, scope=lost.scope))
+
+    async def _charge_left(
+        self, candidate: Candidate, at_worst: Callable[[Candidate], Awaitable[tuple[Usage, Decimal]]]
+    ) -> None:
+        usage, dollars = await at_worst(candidate)
+        if dollars:
+            await self._charge(candidate, usage, dollars)
 
     async def _charge(self, candidate: Candidate, usage: Usage, dollars: Decimal) -> None:
         spend = Spend(

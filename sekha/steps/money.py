@@ -12,7 +12,7 @@ from weakref import WeakSet
 from sekha.asks import Ask, Estimates, Size
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import LedgerError
+from sekha.errors import LedgerError, NoCandidate
 from sekha.ledger import Budget, Hold, Spend, remaining
 from sekha.lineup import LineUp, line_up
 from sekha.resources import Resources
@@ -65,7 +65,12 @@ class Money:
         estimates: Estimates,
     ) -> Plan:
         """Choose who is asked, in which order."""
-        return plan(estimates, self._open.registry, self._open.conditions(estimates))
+        try:
+            return plan(estimates, self._open.registry, self._open.conditions(estimates))
+        except NoCandidate as error:
+            if error.retryable and error.retry_after_seconds is None and self._open.circuits is not None:
+                error.retry_after_seconds = self._open.circuits.soonest(name for name, _ in error.reasons)
+            raise
 
     def explain_choice(self, estimates: Estimates) -> Explanation:
         """Say who would be asked and why, and which rule drops each of the others."""
@@ -77,7 +82,8 @@ class Money:
         budgets = [budget for budget in self._open.budgets if budget.name in amounts]
         lasts = max(HOLD_SECONDS, 2 * self._open.patience_seconds(chosen))
         ledger = await self._open.ledger()
-        return await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=lasts)
+        scope = chosen.ask.scope(chosen.first.model)
+        return await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=lasts, scope=scope)
 
     async def settle_cost(self, hold: Hold, outcome: Reply | Embedded | RawEmbedded | None) -> None:
         """Record what the call cost, and free what is left of the hold."""

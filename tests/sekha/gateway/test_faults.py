@@ -8,6 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 
@@ -16,6 +17,7 @@ from sekha.circuits import Circuits
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, wait_until
 
+HELLO = [{"role": "user", "content": "Hello there."}]
 PASSING: dict[str, Callable[[StandIn], None]] = {
     "500": lambda standin: standin.fail(500),
     "503": lambda standin: standin.fail(503, retry_after=30),
@@ -257,13 +259,8 @@ async def test_a_leased_budget_is_not_passed_either(gateway: Opens) -> None:
 async def _worst_case(gateway: Opens) -> Decimal:
     """Of a chat in one sentence at the first provider."""
     async with StandIn() as standin, gateway(standin) as served:
-        standin.hang()
-        asking = asyncio.create_task(served.chat(model="chat"))
-        await standin.arrived.wait()
-        worst = await served.held()
-        asking.cancel()
-        await wait_until(lambda: _nothing_held(served))
-    return worst
+        routed = await served.http.post("/api/v1/route", json={"model": "chat", "messages": HELLO})
+    return Decimal(str(routed.json()["worst_case_cost"]))
 
 
 async def _costs(served: Served) -> list[dict[str, Any]]:
@@ -273,3 +270,29 @@ async def _costs(served: Served) -> list[dict[str, Any]]:
 
 async def _nothing_held(served: Served) -> bool:
     return await served.held() == 0
+
+
+async def test_who_leaves_before_the_answer_pays_for_the_worst_case(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        standin.hang()
+
+        with pytest.raises(httpx.TimeoutException):
+            await served.http.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.4)
+        await wait_until(served.calls)
+        spent, held = await served.spent(), await served.held()
+
+    # 100 tokens of a reply at 2,000 dollars a million, and what went in.
+    assert spent > Decimal("0.2")
+    assert held == 0
+
+
+async def test_when_every_circuit_is_open_the_answer_says_when_to_come_back(gateway: Opens) -> None:
+    circuits = Circuits(BreakerRules(failure_threshold=1, timeout_seconds=30))
+    async with StandIn() as standin, gateway(standin, circuits=circuits) as served:
+        standin.fail(500)
+        await served.chat(model="chat")
+
+        answer = await served.chat(model="chat")
+
+    assert answer.status_code == 503
+    assert 1 <= int(answer.headers["retry-after"]) <= 30
