@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from sekha.documents import Document
 from sekha.keys import hash_of, new_key
+from sekha.recording.run import Outcome, Run
 from sekha.registry import TASKS
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, config_for
@@ -162,6 +163,39 @@ async def test_what_is_nearest_is_found_first(gateway: Opens) -> None:
         assert len(best["uuid"]) == 36
         assert said["sekha"]["attempts"] == 1
         assert said["sekha"]["cost"] > 0
+
+
+class Kept:
+    """A recorder that wants everything and shows it."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def wants(self, *, outcome: Outcome, seconds: float) -> bool:
+        return True
+
+    def record(self, run: Run) -> None:
+        self.runs.append(run)
+
+    async def aclose(self) -> None:
+        pass
+
+
+async def test_a_search_is_recorded_as_a_chat_is_and_without_its_question(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin, extra=COLLECTIONS) as served:
+        await served.serving.runtime.ingest(DOCUMENTS)
+        served.serving.recorder = kept = cast("Any", Kept())
+
+        answer = await served.http.post("/api/v1/search", json={"query": "where do cats sleep", "limit": 3})
+        await served.http.post("/api/v1/search", json={"query": "where", "collection": "notes"})
+
+        found, missing = kept.runs
+        assert (found.flow, found.outcome, found.id) == ("search", "answered", answer.json()["sekha"]["run_id"])
+        assert found.name == "documents → first/vectors"
+        assert found.parameters["limit"] == 3
+        assert (found.steps[0].name, found.steps[-1].name) == ("prepare_query", "search_space")
+        assert (missing.outcome, missing.error) == ("refused", "collection_missing")
+        assert "cats sleep" not in repr(found)
 
 
 async def test_a_search_is_narrowed(gateway: Opens) -> None:
