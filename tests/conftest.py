@@ -16,6 +16,7 @@ pytest_plugins = [
     "tests.fixtures.postgres",
     "tests.fixtures.pipeline",
     "tests.fixtures.prefect",
+    "tests.fixtures.process",
     "tests.fixtures.weaviate",
 ]
 

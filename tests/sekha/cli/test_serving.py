@@ -1,0 +1,142 @@
+"""What `sekha serve` says and refuses before it serves, and how it notices blocks that are edited."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from sekha.testing import StandIn
+from tests.fixtures.gateway import config_for, wait_until
+from tests.fixtures.prefect import Server
+from tests.fixtures.process import Gate, Serves
+from tests.sekha.cli.conftest import Command
+
+BUILTIN = "providers:\n  - {id: ours, provider_type: builtin, models: [{model_id: echo, task: chat_small}]}\n"
+
+
+def addresses(gate: Gate) -> set[str]:
+    """Where the gateway listens, as the kernel says."""
+    found = set()
+    for line in Path(f"/proc/{gate.process.pid}/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *_ = line.split()
+        host, port = local.split(":")
+        if state == "0A" and int(port, 16) == gate.port:
+            found.add(socket.inet_ntoa(bytes.fromhex(host)[::-1]))
+    return found
+
+
+async def test_where_it_listens_is_said_in_one_line(sekha: Command) -> None:
+    sekha.write("sekha.yaml", BUILTIN)
+    process = await sekha.start("serve", "--port", "0")
+    assert process.stdout is not None
+    said = (await process.stdout.readline()).decode()
+    process.send_signal(signal.SIGTERM)
+    more, _ = await process.communicate()
+
+    assert said.startswith("Sekha serves http://127.0.0.1:")
+    assert "/v1, explained at http://127.0.0.1:" in said
+    assert more == b""
+    assert process.returncode == 0
+
+
+async def test_without_keys_it_listens_here_alone_and_names_both_ways_out(serving: Serves) -> None:
+    async with serving(BUILTIN + "server_host: 0.0.0.0\n") as gate:
+        await wait_until(lambda: [line for line in gate.logged if line["level"] == "warning"])
+
+        assert addresses(gate) == {"127.0.0.1"}
+        assert gate.said["host"] == "127.0.0.1"
+        [warning, *_] = [line["event"] for line in gate.logged if line["level"] == "warning"]
+        assert "`keys:`" in warning
+        assert "`allow_unauthenticated: true`" in warning
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    ["allow_unauthenticated: true\n", f"keys:\n  - {{name: a, hash: 'sha256:{'0' * 64}'}}\n"],
+    ids=["nobody needs a key", "keys"],
+)
+async def test_it_listens_beyond_this_machine_when_the_file_says_who_may_come(serving: Serves, allowed: str) -> None:
+    async with serving(BUILTIN + "server_host: 0.0.0.0\n" + allowed) as gate:
+        assert addresses(gate) == {"0.0.0.0"}
+        assert not [line for line in gate.logged if line["level"] == "warning"]
+
+
+async def test_a_port_that_is_taken_is_named_with_two_ways_out(sekha: Command) -> None:
+    sekha.write("sekha.yaml", BUILTIN)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+
+        ended = await sekha("serve", "--port", port)
+        several = await sekha("serve", "--port", port, "--workers", "2", "--json")
+
+    assert ended.code == several.code == 3
+    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in ended.err
+    assert "--port or `server_port:`" in ended.err
+    assert several.error["code"] == "config_invalid"
+
+
+async def test_what_keeps_every_worker_from_beginning_is_said_once(sekha: Command) -> None:
+    sekha.write("sekha.yaml", BUILTIN + "memory: {collection: conversations}\n")
+
+    ended = await sekha("serve", "--port", "0", "--workers", "2", "--json")
+
+    assert ended.code == 3
+    assert ended.out == ""
+    [error] = [line for line in ended.err.splitlines() if line.startswith('{"error"')]
+    assert "memory" in error
+
+
+@pytest.mark.prefect
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_an_edited_block_is_taken_over_by_processes_that_import_no_prefect(
+    prefect: Server, serving: Serves, sekha: Command, workers: str
+) -> None:
+    there = {"PREFECT_API_URL": prefect.local.api_url, "PREFECT_HOME": str(prefect.home)}
+    name = f"edited-{workers}"
+    async with StandIn() as standin:
+        config = config_for(standin)
+
+        async def push(text: str) -> None:
+            sekha.write("pushed.yaml", text)
+            pushed = await sekha("-c", "pushed.yaml", "blocks", "push", "--name", name, environment=there)
+            assert pushed.code == 0, pushed.err
+
+        await push(config)
+        arguments = ("--workers", workers, "--poll", "0.5")
+        importing = ("-X", "importtime")
+        async with serving(config, *arguments, named=f"block:{name}", environment=there, python=importing) as gate:
+            assert (await gate.chat(model="chat")).status_code == 200
+
+            await push(config.replace("model_id: chat", "model_id: edited"))
+            await wait_until(lambda: _answers_as(gate, "edited"), seconds=30)
+
+            gate.tell(signal.SIGHUP)
+            taken = int(workers)
+            await wait_until(lambda: sum("read anew" in event for event in gate.events) >= 2 * taken, seconds=30)
+            imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in gate.lines if "time:" in line}
+
+    assert "sekha" in imported
+    assert "prefect" not in imported
+
+
+async def _answers_as(gate: Gate, model: str) -> bool:
+    return (await gate.chat(model=model)).status_code == 200
+
+
+@pytest.mark.prefect
+@pytest.mark.timeout(240)
+async def test_a_block_that_is_not_there_is_said_as_by_any_command(prefect: Server, sekha: Command) -> None:
+    there = {"PREFECT_API_URL": prefect.local.api_url, "PREFECT_HOME": str(prefect.home)}
+
+    ended = await sekha("-c", "block:nowhere", "serve", "--port", "0", environment=there)
+    unreachable = await sekha(
+        "-c", "block:nowhere", "serve", environment=there | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    )
+
+    assert ended.code == 3
+    assert "sekha blocks push" in ended.err
+    assert unreachable.code == 7

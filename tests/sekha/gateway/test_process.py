@@ -1,0 +1,286 @@
+"""`sekha serve` as a process: it begins, takes over, and ends without anybody noticing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sekha.gateway.app import Gateway
+from sekha.gateway.metrics import Metrics
+from sekha.gateway.server import Server, bind
+from sekha.gateway.serving import Serving
+from sekha.ledger import Budget
+from sekha.ledgers import open_ledger
+from sekha.loading import load
+from sekha.resources import Resources
+from sekha.testing import StandIn
+from tests.fixtures.gateway import config_for, wait_until
+from tests.fixtures.process import Gate, Serves, left_behind
+
+pytestmark = pytest.mark.timeout(90)
+
+ALL = Budget(name="all", limit=Decimal(1000), period="total")
+
+
+@asynccontextmanager
+async def streaming(gate: Gate) -> AsyncIterator[AsyncIterator[str]]:
+    """A stream of which the first piece is there."""
+    asked = {"messages": [{"role": "user", "content": "one two three four five six"}], "stream": True}
+    async with gate.http.stream("POST", "/v1/chat/completions", json=asked) as response:
+        pieces = response.aiter_text()
+        assert "data:" in await anext(pieces)
+        yield pieces
+
+
+@asynccontextmanager
+async def new_callers(gate: Gate) -> AsyncIterator[None]:
+    """Connections of their own, which either worker may take."""
+    before = gate.http
+    async with httpx.AsyncClient(base_url=gate.said["url"], trust_env=False, verify=False, timeout=20) as gate.http:
+        yield
+    gate.http = before
+
+
+async def money(gate: Gate) -> tuple[Decimal, Decimal]:
+    """What was spent and what is held, as another process reads it."""
+    ledger = open_ledger(f"sqlite:///{gate.folder}/.sekha/ledger.db")
+    try:
+        return await ledger.spent(ALL, at=datetime.now(UTC))
+    finally:
+        await ledger.aclose()
+
+
+# --- the end -------------------------------------------------------------------------------
+
+
+async def test_a_stream_ends_whole_after_sigterm_and_nobody_new_is_taken(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        standin.trickle(0.15)
+
+        async with streaming(gate) as pieces:
+            gate.tell(signal.SIGTERM)
+            await wait_until(lambda: _refused(gate))
+            rest = "".join([piece async for piece in pieces])
+
+        assert rest.endswith("data: [DONE]\n\n")
+        assert await gate.ended() == 0
+        spent, held = await money(gate)
+        assert spent > 0
+        assert held == 0
+
+
+async def _refused(gate: Gate) -> bool:
+    return not await gate.connects()
+
+
+async def test_a_second_signal_cuts_what_is_under_way_and_it_is_paid_for_all_the_same(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        standin.stall()
+
+        async with streaming(gate) as pieces:
+            gate.tell(signal.SIGTERM)
+            await wait_until(lambda: _refused(gate))
+            gate.tell(signal.SIGINT)
+            with pytest.raises(httpx.RemoteProtocolError):
+                async for _ in pieces:
+                    pass
+
+        assert await gate.ended() == 0
+        spent, held = await money(gate)
+        assert spent > 0
+        assert held == 0
+        assert not [line for line in gate.logged if line["level"] == "error"]
+
+
+async def test_an_idle_connection_does_not_keep_it_from_ending(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        assert (await gate.chat()).status_code == 200
+
+        gate.tell(signal.SIGINT)
+
+        assert await gate.ended(10) == 0
+
+
+# --- another configuration -----------------------------------------------------------------
+
+
+async def test_a_reload_under_load_drops_no_request_and_takes_the_new_file_over(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        standin.slow(0.02, times=None)
+        config, ended = gate.file.read_text(), asyncio.Event()
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            while not ended.is_set():
+                statuses.append((await gate.chat()).status_code)
+
+        asking = [asyncio.create_task(ask()) for _ in range(8)]
+        for name in ("chat_a", "chat_b", "chat_c"):
+            gate.file.write_text(config.replace("model_id: chat", f"model_id: {name}"))
+            gate.tell(signal.SIGHUP)
+            await wait_until(lambda name=name: _lists(gate, name), seconds=20)
+        before = len(statuses)
+        await wait_until(lambda: len(statuses) > before + 20)
+        ended.set()
+        await asyncio.gather(*asking)
+
+        assert set(statuses) == {200}
+        assert (await gate.chat(model="chat_c")).status_code == 200
+        assert not [line for line in gate.logged if line["level"] == "error"]
+
+
+async def _lists(gate: Gate, name: str) -> bool:
+    return any(name in model for model in await gate.models())
+
+
+async def test_a_stream_that_began_before_a_reload_ends_after_it(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        standin.trickle(0.15)
+
+        async with streaming(gate) as pieces:
+            gate.file.write_text(gate.file.read_text().replace("model_id: chat", "model_id: another"))
+            gate.tell(signal.SIGHUP)
+            await wait_until(lambda: _lists(gate, "another"), seconds=20)
+            rest = "".join([piece async for piece in pieces])
+
+        assert rest.endswith("data: [DONE]\n\n")
+
+
+async def test_a_broken_file_is_not_taken_over_and_everything_wrong_with_it_is_said(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        gate.file.write_text("providers: []\nbudget: 3\nunknown_price: perhaps\n")
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"])
+
+        assert (await gate.chat()).status_code == 200
+        [said] = [line["event"] for line in gate.logged if line["level"] == "error"]
+        assert "Did you mean 'budgets'?" in said
+        assert "must be one of refuse, free" in said
+
+
+async def test_what_holds_from_the_next_start_on_is_said(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        gate.file.write_text(gate.file.read_text() + "server_port: 5999\nlog_level: debug\n")
+        gate.tell(signal.SIGHUP)
+
+        await wait_until(lambda: [event for event in gate.events if "server_port, log_level: changed" in event])
+
+
+# --- several processes ---------------------------------------------------------------------
+
+
+async def test_two_workers_serve_and_one_that_is_killed_is_replaced(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
+        await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        for number in ("0", "1"):
+            killed = gate.workers[number]
+
+            os.kill(killed, signal.SIGKILL)
+            async with new_callers(gate):
+                assert [(await gate.chat()).status_code for _ in range(5)] == [200] * 5
+                await wait_until(lambda number=number, killed=killed: gate.workers[number] != killed, seconds=20)
+        async with new_callers(gate):
+            counted = (await gate.http.get("/metrics")).text
+
+        gate.tell(signal.SIGTERM)
+
+        assert await gate.ended() == 0
+        assert "sekha_workers 2" in counted
+        spent, held = await money(gate)
+        assert spent > 0
+        assert held == 0
+
+
+async def test_workers_take_another_file_over_together(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
+        await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        gate.file.write_text(gate.file.read_text().replace("model_id: chat", "model_id: another"))
+
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == 2, seconds=20)
+
+        for _ in range(6):
+            async with new_callers(gate):
+                assert (await gate.chat(model="another")).status_code == 200
+
+
+async def test_workers_end_when_whoever_started_them_is_killed(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
+        await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+
+        gate.tell(signal.SIGKILL)
+
+        await gate.ended()
+        await wait_until(lambda: not left_behind(gate.folder), seconds=20)
+        assert not await gate.connects()
+
+
+async def test_a_stream_of_a_worker_ends_whole_after_sigterm(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
+        standin.trickle(0.15)
+
+        async with streaming(gate) as pieces:
+            gate.tell(signal.SIGTERM)
+            await wait_until(lambda: _refused(gate))
+            rest = "".join([piece async for piece in pieces])
+
+        assert rest.endswith("data: [DONE]\n\n")
+        assert await gate.ended() == 0
+
+
+# --- what it lets nobody do ----------------------------------------------------------------
+
+
+async def test_headers_that_never_end_are_cut(tmp_path: Path) -> None:
+    listening = bind("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    gateway = Gateway(Serving(Resources(load(environ={"SEKHA_HOME": str(tmp_path)})), Metrics()))
+    server = Server(gateway, listening, head_seconds=0.3)
+    running = asyncio.create_task(server.run())
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health/live HTTP/1.1\r\nHost: here\r\nX-Slow: ")
+
+        async with asyncio.timeout(5):
+            left = await reader.read()
+
+        assert left == b""
+        writer.close()
+    finally:
+        server.stop()
+        await running
+        await gateway.serving.aclose()
+
+
+async def test_the_process_that_serves_imports_neither_prefect_nor_litellm(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin), python=("-X", "importtime")) as gate:
+        assert (await gate.chat()).status_code == 200
+
+        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in gate.lines if "import time:" in line}
+
+        assert "sekha" in imported
+        assert not imported & {"prefect", "litellm", "fastapi", "weaviate", "rich"}
+
+
+async def test_every_request_is_one_line_of_json_without_what_was_asked(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        answered = await gate.chat("a secret of mine", model="chat")
+        await gate.http.post("/v1/chat/completions", json={"messages": "wrong"})
+
+        await wait_until(lambda: sum(event == "request" for event in gate.events) == 2)
+        good, bad = (line for line in gate.logged if line["event"] == "request")
+        assert good["request_id"] == answered.headers["x-request-id"]
+        assert (good["status"], good["provider"], good["model"], good["outcome"]) == (200, "first", "chat", "answered")
+        assert good["cost"] > 0
+        assert (bad["status"], bad["error"]) == (400, "invalid_request")
+        assert all(line.startswith("{") for line in gate.lines)
+        assert not [line for line in gate.lines if "secret" in line]
