@@ -148,7 +148,7 @@ def _image_url(image: str) -> str:
         data = Path(image).expanduser().read_bytes()
     except OSError as error:
         raise InvalidRequest(f"Image {image!r} cannot be read: {error.strerror}.", field="image") from error
-    return f"data:image/{read_image(data).format};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/{read_image(data, field=image).format};base64,{base64.b64encode(data).decode()}"
 
 
 async def _explained(loaded: Loaded, request: ChatRequest) -> Explanation:

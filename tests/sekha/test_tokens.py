@@ -28,6 +28,12 @@ CHAT = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def litellm_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let LiteLLM count, which it may not where it would fetch images to do so."""
+    monkeypatch.setattr(litellm_module(), "disable_token_counter", False)
+
+
 @pytest.mark.parametrize("model", ["gpt-4o", "gpt-4", "gpt-3.5-turbo", "claude-sonnet-4-5", "a-model-of-another-house"])
 def test_texts_count_as_litellm_counts_them(model: str) -> None:
     # LiteLLM splits a long text every 1,024 characters, which adds at most a token at each seam.
