@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "models", "price_text"]
 
-NOT_YET = ("keys", "allow_unauthenticated", "memory", "recording", "server_host", "server_port", "log_level")
-"""Sections that only the gateway acts on."""
 PLANNED = ("migrations",)
 """Sections that nothing acts on so far."""
 
@@ -217,18 +215,8 @@ def _ledger(loaded: Loaded) -> str:
 
 def _without_effect(config: Config) -> list[str]:
     """What the file declares and nothing acts on yet: said here, since silence would promise it."""
-    waiting = [name for name in NOT_YET if name in config.model_fields_set]
-    if "circuit_breaker" in config.routing.model_fields_set:
-        waiting.append("routing.circuit_breaker")
-    if any("limits" in provider.model_fields_set for provider in config.providers):
-        waiting.append("providers[].limits")
-    if any("weight" in model.model_fields_set for provider in config.providers for model in provider.models):
-        waiting.append("providers[].models[].weight")
-    planned = [name for name in PLANNED if name in config.model_fields_set]
     return [
-        f"{', '.join(f'`{name}`' for name in names)}: checked, and without effect {when}."
-        for names, when in ((waiting, "until the gateway runs"), (planned, "in this version"))
-        if names
+        f"`{name}`: checked, and without effect in this version." for name in PLANNED if name in config.model_fields_set
     ]
 
 

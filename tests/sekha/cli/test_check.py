@@ -27,7 +27,7 @@ async def test_the_example_is_valid_and_shows_no_key(sekha):
     assert "set (${OPENAI_API_KEY})" in ended.out
     assert "Conversations_1536" in ended.out
     assert "$10.00 out (configured)" in ended.out
-    assert "without effect until the gateway runs" in ended.out
+    assert "`migrations`: checked, and without effect in this version" in ended.out
 
 
 async def test_a_program_gets_the_same_picture(sekha):
@@ -37,7 +37,7 @@ async def test_a_program_gets_the_same_picture(sekha):
     assert (openai["key_set"], openai["key_from"]) == (True, "${OPENAI_API_KEY}")
     assert picture["collections"][0]["space"] == "Documents_768"
     assert picture["budgets"][0]["limit"] == 100
-    assert any("`keys`" in warning for warning in picture["warnings"])
+    assert any("`migrations`" in warning for warning in picture["warnings"])
 
 
 async def test_everything_wrong_is_said_at_once(sekha):
