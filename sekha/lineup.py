@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from itertools import accumulate
@@ -110,7 +110,7 @@ def drawn(models: Sequence[Model], conditions: Conditions) -> int:
 
     One whose latency is unknown counts as the mean of the known, so that a new one gets its share.
     """
-    shares: Iterable[float] = [model.weight for model in models]
+    shares: list[float] = [model.weight for model in models]
     if conditions.latency_seconds:
         latencies = [conditions.latency_seconds.get(model.name) for model in models]
         known = [max(seconds, SHORTEST_SECONDS) for seconds in latencies if seconds is not None]
@@ -342,7 +342,7 @@ class _Field:
             self._at_provider.setdefault(model.provider_id, []).append(at)
         self._ways = _Once(self._ways_of)
         self._lengths = _Once(self._lengths_of)
-        self._latency = _Once(self._latency_of)
+        self._shares = _Once(self._shares_of)
         self._shut: tuple[frozenset[str], tuple[str, ...], Numbers] | None = None
 
     def best(self, estimates: Estimates, caps: Caps, conditions: Conditions, count: int) -> list[int] | None:
@@ -429,7 +429,7 @@ class _Field:
             if key[after] == lowest:
                 key[at] = lowest
                 equals = (key == lowest).nonzero()[0]
-                first = int(equals[self._drawn(equals, conditions)])
+                first = self._drawn(equals, conditions)
                 found.append(first)
                 found += [each for each in equals[: count + 1].tolist() if each != first]
                 if len(found) < count:
@@ -443,20 +443,20 @@ class _Field:
         return found[:count]
 
     def _drawn(self, equals: Numbers, conditions: Conditions) -> int:
-        """What `drawn` draws, for a thousand at once."""
+        """What `drawn` draws, for a thousand at once: the position of one of the equals."""
         np = self._np
-        shares = self._weight[equals]
         if conditions.latency_seconds:
-            latency, all_known = self._latency(conditions.latency_seconds)
-            latency = latency[equals]
+            shares, latency, all_known = self._shares(conditions.latency_seconds)
+            shares = shares.take(equals)
             if not all_known:
-                unknown = np.isnan(latency)
-                known = latency[~unknown]
+                unknown = np.isnan(shares)
+                known = latency[equals][~unknown]
                 mean = math.fsum(known.tolist()) / len(known) if len(known) else 1.0
-                latency = np.where(unknown, mean, latency)
-            shares = shares / latency
+                shares[unknown] = self._weight[equals][unknown] / mean
+        else:
+            shares = self._weight.take(equals)
         upto = shares.cumsum()
-        return min(int(upto.searchsorted(conditions.draw * upto[-1], side="right")), len(upto) - 1)
+        return int(equals[min(upto.searchsorted(conditions.draw * upto[-1], side="right"), len(upto) - 1)])
 
     # --- what is looked up anew only when it has changed ---
 
@@ -485,9 +485,8 @@ class _Field:
         output = self._output * cut
         return _Lengths(np.where(seen > 0, seen, _NEVER), assumed, output, output + self._rank, int(cut.max()))
 
-    def _latency_of(self, seconds: Mapping[str, float]) -> tuple[Numbers, bool]:
-        """Not a number where it is unknown; and whether all are known."""
-        latency = self._np.maximum(
-            [seconds.get(entrant.name, math.nan) for entrant in self._entrants], SHORTEST_SECONDS
-        )
-        return latency, not self._np.isnan(latency).any()
+    def _shares_of(self, seconds: Mapping[str, float]) -> tuple[Numbers, Numbers, bool]:
+        """Weight by latency, and the latency, no numbers where it is unknown; and whether all are known."""
+        known = [seconds.get(entrant.name, math.nan) for entrant in self._entrants]
+        latency = self._np.maximum(known, SHORTEST_SECONDS)
+        return self._weight / latency, latency, not self._np.isnan(latency).any()
