@@ -1,4 +1,4 @@
-"""A Prefect server and worker on this machine, started and ended by us, and our deployments on it."""
+"""A Prefect server, a worker and the gateway on this machine, started and ended by us, and our deployments there."""
 
 from __future__ import annotations
 
@@ -120,12 +120,40 @@ class LocalPrefect:
         await self._until(polls, worker, "worker")
         self._children["worker"] = worker
 
+    async def gateway(self, host: str, port: int) -> str:
+        """Start the gateway on the configuration that this process would read, and wait until it answers.
+
+        It records into this server. Returns where programs reach it; port 0 is a free one.
+        """
+        self._progress("starting the gateway")
+        if not port:
+            port = _free_port()
+        elif _in_use(port):
+            raise PrefectUnavailable(
+                f"Port {port} of {HOST} is in use, and the gateway is to listen there: name another with "
+                "`--gateway-port` or `server_port:`, or 0 for any free one."
+            )
+        command = ["serve", "--host", host, "--port", str(port)]
+        environment = {**self.environment, **_configuration(os.environ)}
+        gateway = await self._running.enter_async_context(
+            _child(command, environment, self.home / "gateway.log", module="sekha")
+        )
+        reached = HOST if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not listened on
+        url = f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+        async def answers() -> bool:
+            return bool(await _get(url, "/health/live"))
+
+        await self._until(answers, gateway, "gateway")
+        self._children["gateway"] = gateway
+        return url
+
     async def watch(self) -> NoReturn:
-        """Wait for as long as the server and its worker run; raise `PrefectUnavailable` when one ends by itself."""
+        """Wait for as long as all that was started runs; raise `PrefectUnavailable` when one ends by itself."""
         while True:
             for what, child in self._children.items():
                 if child.poll() is not None:
-                    raise PrefectUnavailable(f"Prefect's {what} ended by itself. {_tail(self.home / f'{what}.log')}")
+                    raise PrefectUnavailable(f"{_named(what)} ended by itself. {_tail(self.home / f'{what}.log')}")
             await asyncio.sleep(0.5)
 
     async def _start(self, starting: contextlib.AsyncExitStack) -> None:
@@ -215,10 +243,10 @@ class LocalPrefect:
         while not await done():
             log = self.home / f"{what}.log"
             if child.poll():
-                raise PrefectUnavailable(f"Prefect's {what} ended before it was ready. {_tail(log)}")
+                raise PrefectUnavailable(f"{_named(what)} ended before it was ready. {_tail(log)}")
             if time.monotonic() > ends_at:
                 raise PrefectUnavailable(
-                    f"Prefect's {what} was not ready within {self._timeout_seconds:g} s. {_tail(log)}"
+                    f"{_named(what)} was not ready within {self._timeout_seconds:g} s. {_tail(log)}"
                 )
             await asyncio.sleep(0.1)
 
@@ -270,9 +298,14 @@ async def _refusal(command: Sequence[str], environment: Mapping[str, str], *, un
 
 @contextlib.asynccontextmanager
 async def _child(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, *, keeps_open: TextIO | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    keeps_open: TextIO | None = None,
+    module: str = "prefect",
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """Run a Prefect command until the block ends, or this process does."""
+    """Run a command of Prefect's, or ours, until the block ends, or this process does."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -280,7 +313,7 @@ async def _child(
     }
     with log.open("wb") as output:
         child = subprocess.Popen(  # noqa: ASYNC220, S603 - returns at once; the command line is ours
-            [sys.executable, "-I", str(PACKAGE / "tether.py"), sys.executable, "-m", "prefect", *command],
+            [sys.executable, "-I", str(PACKAGE / "tether.py"), sys.executable, "-m", module, *command],
             env={**inherited, **environment, **_import_path()},
             # Python looks for modules where it is started, and `types/` or `trace.py` there would be found.
             cwd=log.parent,
@@ -335,6 +368,10 @@ def _ask(url: SplitResult, body: str | None) -> Any:
         return None
     finally:
         connection.close()
+
+
+def _named(what: str) -> str:
+    return "The gateway" if what == "gateway" else f"Prefect's {what}"
 
 
 def _locked(owner: TextIO) -> bool:

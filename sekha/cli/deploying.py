@@ -31,21 +31,24 @@ PORT = 4200
 @click.option(
     "--port", type=click.IntRange(0, 65_535), default=PORT, show_default=True, help="Prefect's port; 0 for a free one."
 )
+@click.option(
+    "--gateway-port", type=click.IntRange(0, 65_535), help="The gateway's. Left out: `server_port`; 0 for a free one."
+)
 @click.pass_obj
-def up(invocation: Invocation, port: int) -> None:
-    """Run Prefect, a worker and the deployments here.
+def up(invocation: Invocation, port: int, gateway_port: int | None) -> None:
+    """Run Prefect, a worker, the deployments and the gateway here.
 
-    Ctrl-C ends them all. What they record stays in .sekha/prefect beside the configuration, and what
-    `sekha run` recorded is there too.
+    The gateway's requests are recorded there. Ctrl-C ends them all. What they record stays in
+    .sekha/prefect beside the configuration, and what `sekha run` recorded is there too.
 
     \b
     Examples:
       sekha up
-      sekha -c production.yaml up --port 4300
+      sekha -c production.yaml up --port 4300 --gateway-port 5300
     """
     loaded = file_configuration(invocation)
     with named_for_children(invocation):
-        asyncio.run(_up(loaded, port))
+        asyncio.run(_up(loaded, port, loaded.config.server_port if gateway_port is None else gateway_port))
 
 
 @click.command()
@@ -144,7 +147,8 @@ def named_for_children(invocation: Invocation) -> Iterator[None]:
             os.environ["SEKHA_CONFIG"] = before
 
 
-async def _up(loaded: Loaded, port: int) -> None:
+async def _up(loaded: Loaded, port: int, gateway_port: int) -> None:
+    from sekha.cli.serving import allowed_host
     from sekha.stack import LocalPrefect
     from sekha.stack import deploy as register
 
@@ -154,6 +158,9 @@ async def _up(loaded: Loaded, port: int) -> None:
             tell("registering the deployments")
             await register(prefect.environment)
             await prefect.worker()
+            gateway_url = await prefect.gateway(allowed_host(loaded.config, loaded.config.server_host), gateway_port)
+            for warning in loaded.warnings:
+                note(warning, "yellow")
             # From here on Ctrl-C is how it is meant to end, and no accident.
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -161,6 +168,7 @@ async def _up(loaded: Loaded, port: int) -> None:
             table = columns("", "")
             table.show_header = False
             table.add_row("configuration", loaded.source)
+            table.add_row("gateway", f"{gateway_url}/v1, explained at {gateway_url}/docs")
             table.add_row("look", prefect.ui_url)
             table.add_row("use it", f"export PREFECT_API_URL={prefect.api_url}")
             table.add_row("then", "sekha chat --flow …, or run the deployments chat, ingest and search in the UI")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sekha.gateway.sources import Source
     from sekha.loading import Loaded
 
-__all__ = ["serve"]
+__all__ = ["allowed_host", "serve"]
 
 log = logging.getLogger("sekha.gateway")
 
@@ -85,26 +85,27 @@ async def _run(
 
     config = loaded.config
     access = configure(config.log_level, sys.stderr.buffer)
-    listening = _listen(loaded, _host(config, host), config.server_port if port is None else port)
+    wanted = host or config.server_host
+    if (allowed := allowed_host(config, wanted)) != wanted:
+        log.warning(
+            "listening on %s and not on %s: without keys everybody there could spend your money. Make a key with "
+            "`sekha keys create` and list it under `keys:`, or set `allow_unauthenticated: true`",
+            allowed,
+            wanted,
+        )
+    listening = _listen(loaded, allowed, config.server_port if port is None else port)
     ready = partial(_tell, loaded, listening.getsockname(), as_json=as_json)
     if workers > 1:
         return await run_workers(loaded, source, listening, workers, ready=ready)
     return await serve_here(loaded, source, listening, metrics=Metrics(), access=access, ready=ready)
 
 
-def _host(config: Config, asked: str | None) -> str:
+def allowed_host(config: Config, wanted: str) -> str:
     """Where to listen: beyond this machine only with keys, or when the file says that none are needed."""
     from sekha.gateway.server import is_loopback
 
-    host = asked or config.server_host
-    if is_loopback(host) or config.keys or config.allow_unauthenticated:
-        return host
-    log.warning(
-        "listening on 127.0.0.1 and not on %s: without keys everybody there could spend your money. Make a key "
-        "with `sekha keys create` and list it under `keys:`, or set `allow_unauthenticated: true`",
-        host,
-    )
-    return "127.0.0.1"
+    open_to_others = config.keys or config.allow_unauthenticated
+    return wanted if open_to_others or is_loopback(wanted) else "127.0.0.1"
 
 
 def _listen(loaded: Loaded, host: str, port: int) -> socket.socket:
@@ -127,6 +128,6 @@ def _tell(loaded: Loaded, address: tuple[str, int], *, as_json: bool) -> None:
     else:
         say(f"Sekha serves {url}/v1, explained at {url}/docs", "bold green")
     sys.stdout.flush()
-    log.info("serving %s at %s", loaded.source, url)
+    log.info("serving %s with %s", url, loaded.source)
     for warning in loaded.warnings:
         log.warning("%s", warning)

@@ -4,7 +4,10 @@ import asyncio
 import signal
 import sqlite3
 
+import httpx
 import pytest
+
+from tests.fixtures.gateway import wait_until
 
 pytestmark = [pytest.mark.prefect, pytest.mark.timeout(240)]
 
@@ -30,17 +33,28 @@ async def test_run_answers_ingests_and_searches_as_flow_runs_and_leaves_nothing_
     assert steps == {("COMPLETED",)}
 
 
+async def _is_recorded(api_url: str, run_id: str) -> bool:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as http:
+        return (await http.get(f"{api_url}/flow_runs/{run_id}")).status_code == 200
+
+
 async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
     sekha.write("docs/a.md", DOCUMENT)
     sekha.write("elsewhere/sekha.yaml", CONFIGURED)
-    serving = await sekha.start("up", "--port", "0")
+    serving = await sekha.start("up", "--port", "0", "--gateway-port", "0")
     try:
         assert serving.stdout is not None
         async with asyncio.timeout(180):
             while b"export PREFECT_API_URL=" not in (line := await serving.stdout.readline()):
                 assert line or serving.returncode is None
+                if line.startswith(b"gateway"):
+                    gateway = line.decode().split()[1].removesuffix("/v1,")
         there = {"PREFECT_API_URL": line.decode().strip().partition("=")[2], "PREFECT_HOME": str(sekha.folder / "home")}
 
+        async with httpx.AsyncClient(base_url=gateway, trust_env=False, verify=False, timeout=20) as http:
+            through = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+            run_id = through.json()["sekha"]["run_id"]
+            await wait_until(lambda: _is_recorded(there["PREFECT_API_URL"], run_id), seconds=60)
         answered = await sekha("-c", "elsewhere/sekha.yaml", "chat", "hi", "--flow", "--json", environment=there)
         ingested = await sekha("ingest", "docs", "--flow", environment=there)
         found = await sekha("search", "money", "--flow", "--json", environment=there)
@@ -53,6 +67,7 @@ async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
         serving.send_signal(signal.SIGINT)
         _, err = await asyncio.wait_for(serving.communicate(), 60)
 
+    assert through.json()["sekha"]["provider_id"] == "builtin"
     assert answered.json["provider_id"] == "ours"
     assert f"{there['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/" in answered.err
     assert "2 embedded" in ingested.out
