@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Literal, NamedTuple
@@ -117,7 +117,9 @@ class Size(NamedTuple):
     writes_cache: bool = False
 
 
-class Estimates(NamedTuple):
+# It goes from step to step, and what does is a dataclass: Prefect takes a tuple for several values.
+@dataclass(frozen=True, slots=True)
+class Estimates:
     """What the request costs at any model that was counted for, worked out when it is asked."""
 
     size: Size
@@ -125,11 +127,11 @@ class Estimates(NamedTuple):
     """Model id → how it counts."""
     counts: Mapping[str, Count]
     """Counter → what it made of the request."""
-    usual: Mapping[str, int] = {}
+    usual: Mapping[str, int] = field(default_factory=dict)
     """`provider/model` → tokens of its usual reply, where it has a history."""
     rules: Rules = Rules()
     budgets: tuple[Budget, ...] = ()
-    remaining: Mapping[str, Decimal] = {}
+    remaining: Mapping[str, Decimal] = field(default_factory=dict)
     """Budget → dollars left when this was estimated; a budget that is not here is untouched."""
     at: datetime | None = None
     """When the budgets were looked at."""
@@ -141,7 +143,10 @@ class Estimates(NamedTuple):
     @property
     def tokens(self) -> int:
         """Tokens that go in, by whichever tokenizer makes the most of them."""
-        return max((count.tokens for count in self.counts.values()), default=0)
+        most = 0
+        for count in self.counts.values():
+            most = max(most, count.tokens)
+        return most
 
     def of(self, model: Model) -> Estimate | None:
         """What one call to the model will cost; None where its price is unknown."""

@@ -163,9 +163,9 @@ def estimate_chat(
     now = then = price.tariff
     if price.long_input:
         now, then = price.at(input_tokens).tariff, price.at(most).tariff
-    before = input_tokens * now.input + images * now.image
-    at_most = most * (max(then.input, then.written) if writes_cache else then.input) + images * then.image
-    each, each_at_most = now.output * replies, then.output * replies
+    of_input, _, written, output, of_image, places, unit = then
+    at_most = most * (written if writes_cache and written > of_input else of_input) + images * of_image
+    each_at_most = output * replies
     limit: int | None = None
     if requested is not None:
         length = min(requested, usual) if usual else requested
@@ -174,20 +174,20 @@ def estimate_chat(
     else:
         basis = "history" if usual else "assumed"
         longest = model_limit or LONGEST_REPLY
-        if context_window:
+        if context_window and context_window - most < longest:
             # Providers refuse a `max_tokens` that would not fit behind the input.
-            longest = min(longest, max(context_window - most, 1))
+            longest = max(context_window - most, 1)
         length = min(usual or ASSUMED_REPLY, longest)
         # Where it matters a limit is sent, since the one that we know of the model may be out of date.
-        limit = longest if each_at_most and (cap is not None or not model_limit) else None
-        if cap is not None and each_at_most:
-            left = int(cap.scaleb(then.places)) - at_most
-            if longest * each_at_most > left:
+        if each_at_most and (cap is not None or not model_limit):
+            limit = longest
+            if cap is not None and (at_most + longest * each_at_most) * unit > cap:
                 # A limit below the usual length would not save the request but mutilate its reply.
-                longest = limit = max(left // each_at_most, length)
+                affordable = (int(cap.scaleb(places)) - at_most) // each_at_most
+                longest = limit = max(affordable, length)
     return Estimate(
-        (before + length * each) * now.unit,
-        (at_most + longest * each_at_most) * then.unit,
+        (input_tokens * now.input + images * now.image + length * replies * now.output) * now.unit,
+        (at_most + longest * each_at_most) * unit,
         input_tokens,
         length * replies,
         input_tokens + (requested or 0),

@@ -228,9 +228,9 @@ def _draw_among_equals(kept: list[_Kept], entrants: Sequence[Entrant], condition
 
 def _candidates(entrants: Sequence[Entrant], estimates: Sequence[Estimate], cost_aware: bool) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
-    for entrant, estimate in zip(entrants, estimates, strict=True):
+    for at, entrant in enumerate(entrants):
         why = entrant.why_cheap if cost_aware else entrant.why
-        found.append(Candidate(entrant.model, estimate, f"fallback {len(found)}: {why}" if found else why))
+        found.append(Candidate(entrant.model, estimates[at], f"fallback {at}: {why}" if at else why))
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -78,7 +79,7 @@ def _as_large_as(tokens: int | None, estimates: Estimates) -> Estimates:
         counter: count._replace(tokens=max(count.tokens, tokens), longest=max(count.longest, tokens))
         for counter, count in estimates.counts.items()
     }
-    return estimates._replace(counts=counts)
+    return replace(estimates, counts=counts)
 
 
 async def _refuse(x: Exchange, explained: Explanation, candidates: list[dict[str, object]]) -> None:

@@ -47,17 +47,34 @@ class Counters:
         self._ways[name] = _Way(tokenizer.name, formula)
         return Counter(name, tokenizer.exact)
 
-    async def count_chat(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
-        """What each of these counters makes of a chat: its words are counted once by each tokenizer."""
+    def count_short(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count] | None:
+        """What each of these counters makes of a chat; None for one that is better counted in a thread."""
+        if not _is_short(request.messages):
+            return None
+        tools = request.options.get("tools")
+        if len(names) == 1 and self._ways[names[0]].formula is None:
+            tokenizer = self._ways[names[0]].tokenizer
+            return {names[0]: Count(tokens.count_words(request.messages, tokenizer, tools=tools))}
+        return self._count(request, names)
+
+    async def count_long(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
+        return await asyncio.to_thread(self._count, request, names)
+
+    def _count(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
+        """Words are counted once by each tokenizer, and images read once for all formulas."""
         ways = [self._ways[name] for name in names]
         tools = request.options.get("tools")
-        if not _is_short(request.messages):
-            counts = await asyncio.to_thread(_count, request.messages, tools, ways)
-        elif len(ways) == 1 and ways[0].formula is None:
-            return {names[0]: Count(tokens.count_words(request.messages, ways[0].tokenizer, tools=tools))}
-        else:
-            counts = _count(request.messages, tools, ways)
-        return dict(zip(names, counts, strict=True))
+        tokenizers = dict.fromkeys(way.tokenizer for way in ways)
+        words = {name: tokens.count_words(request.messages, name, tools=tools) for name in tokenizers}
+        images = tokens.images_in(request.messages) if any(way.formula for way in ways) else []
+        return {
+            name: Count(
+                words[way.tokenizer] + sum(way.formula.tokens(image, detail) for image, detail in images)
+                if way.formula
+                else words[way.tokenizer]
+            )
+            for name, way in zip(names, ways, strict=True)
+        }
 
     async def count_texts(self, texts: Sequence[str], names: Sequence[str]) -> dict[str, Count]:
         """What each of these counters makes of texts to embed."""
@@ -70,18 +87,6 @@ class Counters:
             return made
 
         return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
-
-
-def _count(messages: Sequence[Mapping[str, Any]], tools: Any, ways: Sequence[_Way]) -> list[Count]:
-    names = dict.fromkeys(way.tokenizer for way in ways)
-    words = {name: tokens.count_words(messages, name, tools=tools) for name in names}
-    images = tokens.images_in(messages) if any(way.formula for way in ways) else []
-    return [
-        Count(words[way.tokenizer] + sum(way.formula.tokens(image, detail) for image, detail in images))
-        if way.formula
-        else Count(words[way.tokenizer])
-        for way in ways
-    ]
 
 
 def _is_short(messages: Iterable[Mapping[str, Any]]) -> bool:

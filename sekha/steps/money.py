@@ -32,6 +32,7 @@ class Money:
         self._open = resources
         self._counters = Counters(resources.registry)
         self._usual = UsualReplies(resources)
+        self._images_need_vision = resources.loaded.config.routing.require_vision_for_images
 
     async def aclose(self) -> None:
         await self._usual.aclose()
@@ -49,9 +50,11 @@ class Money:
         if isinstance(request, ChatRequest):
             known = self._usual.known(lined_up)
             usual = await self._usual.read(lined_up) if known is None else known
-            images = request.image_count
+            images = 0 if ask.pictures is None else len(ask.pictures.each)
             counters = self._counters.of_images if images else self._counters.of_words
-            counts = await self._counters.count_chat(request, lined_up.counter_names(counters))
+            names = lined_up.counter_names(counters)
+            short = self._counters.count_short(request, names)
+            counts = await self._counters.count_long(request, names) if short is None else short
             size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache)
         else:
             counters = self._counters.of_words
@@ -96,7 +99,7 @@ class Money:
 
     def _ask(self, request: ChatRequest | EmbedRequest) -> Ask:
         if isinstance(request, ChatRequest):
-            return request.ask(images_need_vision=self._open.loaded.config.routing.require_vision_for_images)
+            return request.ask(images_need_vision=self._images_need_vision)
         return request.ask()
 
     async def _remaining(self, budgets: Iterable[Budget], at: datetime) -> dict[str, Decimal]:
