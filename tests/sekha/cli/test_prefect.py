@@ -68,6 +68,7 @@ async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
         _, err = await asyncio.wait_for(serving.communicate(), 60)
 
     assert through.json()["sekha"]["provider_id"] == "builtin"
+    assert answered.code == 0, answered.err
     assert answered.json["provider_id"] == "ours"
     assert f"{there['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/" in answered.err
     assert "2 embedded" in ingested.out

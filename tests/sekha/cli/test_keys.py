@@ -1,0 +1,47 @@
+"""`sekha keys create`: what it prints is what the gateway takes."""
+
+from __future__ import annotations
+
+import re
+
+from tests.fixtures.process import Serves
+from tests.sekha.cli.conftest import Command
+
+BUILTIN = "providers:\n  - {id: ours, provider_type: builtin, models: [{model_id: echo, task: chat_small}]}\n"
+
+
+async def test_the_key_is_all_of_stdout_and_never_the_line_for_the_file(sekha: Command) -> None:
+    made = await sekha("keys", "create", "research")
+
+    key = made.out.strip()
+    assert made.code == 0
+    assert re.fullmatch(r"sk-sekha-[\w-]{43}", key)
+    assert key not in made.err
+    assert 'name: "research", hash: "sha256:' in made.err
+
+
+async def test_two_keys_have_nothing_in_common(sekha: Command) -> None:
+    first = await sekha("keys", "create", "a", "--json")
+    second = await sekha("keys", "create", "a", "--json")
+
+    assert first.json["key"] != second.json["key"]
+    assert first.json["hash"] != second.json["hash"]
+
+
+async def test_the_printed_line_lets_its_key_in_and_nobody_else(sekha: Command, serving: Serves) -> None:
+    made = await sekha("keys", "create", "research")
+    lines = made.err.splitlines()
+    at = lines.index("keys:")
+    section = "\n".join(lines[at : at + 2]) + "\n"
+    key = made.out.strip()
+
+    async with serving(BUILTIN + section) as gate:
+        nobody = await gate.chat()
+        gate.http.headers["authorization"] = f"Bearer {key}x"
+        stranger = await gate.chat()
+        gate.http.headers["authorization"] = f"Bearer {key}"
+        owner = await gate.chat()
+        logged = "".join(gate.lines)
+
+    assert (nobody.status_code, stranger.status_code, owner.status_code) == (401, 401, 200)
+    assert key not in logged
