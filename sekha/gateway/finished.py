@@ -95,7 +95,7 @@ class UnderWay:
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             run = self._run(seconds, outcome, f"{by.provider_id}/{by.model_id}", by.attempts)
-            tags = (f"provider:{by.provider_id}", f"model:{by.model_id}", *run.tags)
+            tags = (f"provider:{by.provider_id}", f"model:{by.model_id}", *self._task(by), *run.tags)
             serving.recorder.record(
                 replace(
                     run,
@@ -127,6 +127,14 @@ class UnderWay:
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = error.message if isinstance(error, SekhaError) else ""
             serving.recorder.record(replace(self._run(seconds, outcome, code, attempts), error=code, message=said))
+
+    def _task(self, by: Answered) -> Sequence[str]:
+        """The tag of what the model was asked to do: what the caller said, else what it is listed for."""
+        request = self._request
+        if isinstance(request, ChatRequest) and request.task is not None:
+            return (f"task:{request.task}",)
+        models = self._serving.resources.registry.providers[by.provider_id].models
+        return [f"task:{task}" for model in models if model.id == by.model_id for task in model.tasks[:1]]
 
     def _content(self) -> Mapping[str, Any]:
         """Prompt and reply, for a configuration that says `content: true`."""
