@@ -23,7 +23,7 @@ up: $(VENV)/ready ## Start the Prefect server, a worker and the deployments; Ctr
 	@$(BIN)/sekha $(if $(CONFIG),--config $(CONFIG)) up
 
 test: $(VENV)/ready-dev ## Run the tests, in less than ten minutes
-	@$(BIN)/python -m pytest -m "not soak" $(PYTEST)
+	@$(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadgroup $(PYTEST)
 
 soak: $(VENV)/ready-dev ## Run the long soaks and kill storms
 	@$(BIN)/python -m pytest -m soak $(PYTEST)

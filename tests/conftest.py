@@ -48,6 +48,18 @@ for _name in list(os.environ):
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("suite")
 
+_ONE_SERVER = {"prefect": "prefect", "weaviate_server": "weaviate", "weaviate_program": "weaviate"}
+"""Fixture → the group of those who share its server, which takes long to start: one process runs them all."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if group := next(
+            (_ONE_SERVER[name] for name in getattr(item, "fixturenames", ()) if name in _ONE_SERVER), None
+        ):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 _refused: list[str] = []
 
 
