@@ -1,0 +1,210 @@
+"""What a request is expected to cost, as the steps work it out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sekha.calling import Clock
+from sekha.chat import ChatRequest
+from sekha.errors import LedgerUnavailable
+from sekha.ledger import Ledger, Scope, Spend
+from sekha.ledgers import open_ledger
+from sekha.loading import load
+from sekha.pricing import Estimate, Usage
+from sekha.resources import Resources
+from sekha.routing import Explanation
+from sekha.runtime import Runtime
+from sekha.steps.money import UsualReplies
+from sekha.tokens import count_messages
+
+NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
+PRICE = "price: {input_per_million: 1, output_per_million: 2}"
+CONFIG = f"""
+providers:
+  - id: here
+    provider_type: openai
+    base_url: http://127.0.0.1:9/v1
+    models:
+      - {{model_id: gpt-4o, task: chat_small, supports_vision: true, {PRICE}}}
+      - {{model_id: gpt-4o-mini, task: chat_small, supports_vision: true, {PRICE}}}
+      - {{model_id: gpt-4, task: chat_small, {PRICE}}}
+      - {{model_id: claude-sonnet-4-5, task: chat_small, supports_vision: true, {PRICE}}}
+"""
+HELLO = ChatRequest(messages=({"role": "user", "content": "What does a hold do?"},), model="gpt-4o")
+PICTURE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
+
+
+class Wound:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def clock(self) -> Clock:
+        return Clock(now=lambda: self.now, sleep=asyncio.sleep, random=lambda: 0.0)
+
+
+class Asked:
+    """A ledger that counts how often it is asked for usual replies, and can be made to fail."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.questions = 0
+        self.down = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def usual_output_tokens(self, provider: str, model: str) -> int | None:
+        self.questions += 1
+        if self.down:
+            raise LedgerUnavailable("ledger.db", "it is locked")
+        return await self._ledger.usual_output_tokens(provider, model)
+
+
+@pytest.fixture
+def wound() -> Wound:
+    return Wound()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Asked:
+    return Asked(open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}"))
+
+
+@pytest.fixture
+async def running(tmp_path: Path, wound: Wound, ledger: Asked) -> AsyncIterator[Runtime]:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(CONFIG, "utf-8")
+    resources = Resources(load(str(file)), clock=wound.clock(), now=lambda: NOW, ledger=ledger)  # type: ignore[arg-type]
+    async with Runtime(resources) as opened:
+        yield opened
+
+
+async def replies_of(ledger: Asked, tokens: int) -> None:
+    nothing = await ledger.reserve([], {}, at=NOW, ttl_seconds=60)
+    for _ in range(200):
+        spend = Spend(
+            scope=Scope(provider="here", model="gpt-4o", task="chat_small"),
+            cost=Decimal(0),
+            estimated=Decimal(0),
+            usage=Usage(input_tokens=1, output_tokens=tokens),
+            at=NOW,
+        )
+        await ledger.charge(nothing, spend)
+    await ledger.release(nothing)
+
+
+async def estimate(running: Runtime) -> Estimate:
+    return (await running.route(HELLO)).first.estimate
+
+
+async def eventually(running: Runtime, tokens: int) -> None:
+    async with asyncio.timeout(10):
+        while (await estimate(running)).output_tokens != tokens:  # noqa: ASYNC110 - it is read behind the requests
+            await asyncio.sleep(0)
+
+
+async def test_the_first_estimate_knows_the_history(running: Runtime, ledger: Asked) -> None:
+    await replies_of(ledger, 70)
+
+    made = await estimate(running)
+
+    assert (made.output_tokens, made.basis) == (70, "history")
+
+
+async def test_a_history_is_read_again_behind_the_requests_and_not_for_each(
+    running: Runtime, ledger: Asked, wound: Wound
+) -> None:
+    assert (await estimate(running)).basis == "assumed"
+    await replies_of(ledger, 70)
+
+    for _ in range(3):
+        assert (await estimate(running)).basis == "assumed"
+    assert ledger.questions == 1
+    wound.now += UsualReplies.REFRESH_SECONDS + 1
+    assert (await estimate(running)).basis == "assumed"
+    await eventually(running, 70)
+    assert ledger.questions == 2
+
+
+async def test_a_ledger_that_is_down_leaves_the_history_as_it_was(
+    running: Runtime, ledger: Asked, wound: Wound, caplog: pytest.LogCaptureFixture
+) -> None:
+    await replies_of(ledger, 70)
+    await estimate(running)
+    ledger.down = True
+
+    wound.now += UsualReplies.REFRESH_SECONDS + 1
+    assert (await estimate(running)).output_tokens == 70
+    async with asyncio.timeout(10):
+        while "could not be read again" not in caplog.text:  # noqa: ASYNC110 - it is read behind the requests
+            await asyncio.sleep(0)
+
+    assert (await estimate(running)).output_tokens == 70
+
+
+async def test_closing_does_not_wait_for_a_history(running: Runtime, ledger: Asked, wound: Wound) -> None:
+    await estimate(running)
+    wound.now += UsualReplies.REFRESH_SECONDS + 1
+    await estimate(running)
+
+    async with asyncio.timeout(5):
+        await running.aclose()
+
+
+async def explained(running: Runtime, *content: dict[str, Any], text: str = "what is it?") -> Explanation:
+    parts = ({"type": "text", "text": text}, *content)
+    return await running.explain(ChatRequest(messages=({"role": "user", "content": parts},), task="chat_small"))
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("text", ["what is it?", "a long story, " * 2_000])
+async def test_each_model_is_priced_by_its_own_tokenizer_and_image_formula(
+    running: Runtime, images: int, text: str
+) -> None:
+    made = await explained(running, *[PICTURE] * images, text=text)
+
+    message = {"role": "user", "content": [{"type": "text", "text": text}, *[PICTURE] * images]}
+    priced = {each.model.id: each.estimate.input_tokens for each in made.verdicts if each.estimate}
+    assert priced == {name: count_messages([message], name) for name in priced}
+    assert len(priced) == (4 if not images else 3)
+
+
+async def test_counting_a_long_chat_holds_nobody_up(running: Runtime) -> None:
+    await explained(running)
+    done = asyncio.Event()
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(others())
+    await explained(running, text="a long story, " * 100_000)
+    done.set()
+    await beside
+
+    # Had it been counted on the loop, nobody else would have come in between.
+    assert turns > 10
+
+
+async def test_a_request_for_a_model_that_is_free_asks_the_ledger_nothing(tmp_path: Path, ledger: Asked) -> None:
+    free = CONFIG.replace(PRICE, "price: free")
+    file = tmp_path / "sekha.yaml"
+    file.write_text(free, "utf-8")
+
+    async with Runtime(Resources(load(str(file)), ledger=ledger)) as running:  # type: ignore[arg-type]
+        await running.route(replace(HELLO, model=None))
+
+    assert ledger.questions == 0
