@@ -52,8 +52,7 @@ def serve(invocation: Invocation, host: str | None, port: int | None, workers: i
     \b
     Examples:
       sekha serve
-      sekha -c production.yaml serve --workers 4
-      sekha -c block:production serve --poll 5
+      sekha -c block:production serve --workers 4
     """
     from sekha.gateway.server import fast_loop
 
