@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from sekha.errors import NoSuchPage, SekhaError
 from sekha.gateway import chats, embeddings, explaining, pages, searches
-from sekha.gateway.exchange import Exchange, Message, Receive, Send
+from sekha.gateway.exchange import AsgiExchange, Exchange, Message, Receive, Send
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.problems import answer_to
 from sekha.gateway.serving import Serving
@@ -64,7 +64,12 @@ class Gateway:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await self._exchange(Exchange(scope, receive, send))
+            x = AsgiExchange(scope, receive, send)
+            watch = _Watch(x)
+            try:
+                await self.exchange(x)
+            finally:
+                watch.end()
         elif scope["type"] == "lifespan":
             await _lifespan(receive, send)
         else:
@@ -78,11 +83,11 @@ class Gateway:
             await self._idle.wait()
         await before.aclose()
 
-    async def _exchange(self, x: Exchange) -> None:
+    async def exchange(self, x: Exchange) -> None:
+        """Answer one request. Whoever cancels it because its caller left, says so in `x.left`."""
         serving = self.serving
         serving.under_way += 1
         serving.metrics.under_way += 1
-        watch = _Watch(x)
         started = time.perf_counter()
         page = self._page(x.path)
         methods = self._routes.get(page)
@@ -94,7 +99,7 @@ class Gateway:
                 refused = error.code
                 await x.answer(*answer_to(error))
         except asyncio.CancelledError:
-            if not watch.left:
+            if not x.left:
                 raise
             x.status = 499
         except ConnectionError:
@@ -108,7 +113,6 @@ class Gateway:
                     *answer_to(SekhaError(f"This is a fault of the gateway's. Report {x.request_id.decode()}."))
                 )
         finally:
-            watch.end()
             serving.metrics.under_way -= 1
             seconds = time.perf_counter() - started
             serving.metrics.request(page if methods else "other", x.status, seconds)
@@ -139,10 +143,9 @@ class Gateway:
 class _Watch:
     """Cancels a request whose caller has left, so that nobody goes on to work, and to pay, for no one."""
 
-    __slots__ = ("_exchange", "_handle", "_task", "_watching", "left")
+    __slots__ = ("_exchange", "_handle", "_task", "_watching")
 
-    def __init__(self, exchange: Exchange) -> None:
-        self.left = False
+    def __init__(self, exchange: AsgiExchange) -> None:
         self._exchange = exchange
         self._task: asyncio.Task[Any] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -159,7 +162,7 @@ class _Watch:
     async def _wait(self) -> None:
         await self._exchange.caller_left()
         if self._task is not None and not self._exchange.ended:
-            self.left = True
+            self._exchange.left = True
             self._task.cancel()
 
     def end(self) -> None:

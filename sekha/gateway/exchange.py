@@ -1,8 +1,9 @@
-"""One request and its reply, as ASGI carries them."""
+"""One request and its reply: what a handler needs of a server, and how ASGI carries it."""
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +14,7 @@ from sekha.gateway.problems import Headers
 if TYPE_CHECKING:
     from sekha.gateway.finished import UnderWay
 
-__all__ = ["Exchange", "Message", "Receive", "Send"]
+__all__ = ["AsgiExchange", "Exchange", "Message", "Receive", "Send"]
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -22,49 +23,84 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 _ID_LENGTH = 128
 
 
-class Exchange:
+class Exchange(ABC):
     """Reads a request's body and sends its reply, with the request's id on it whatever that is."""
 
     __slots__ = (
-        "_receive",
-        "_send",
         "authorization",
         "ended",
+        "left",
         "method",
         "path",
         "query",
         "request_id",
         "status",
         "under_way",
-        "was_read",
     )
 
-    def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.query: bytes = scope["query_string"]
+    def __init__(self) -> None:
+        self.method = ""
+        self.path = ""
+        self.query = b""
         self.authorization: bytes | None = None
         self.request_id = b""
         self.status = 0
         """Of the reply; 0 until it has begun."""
         self.under_way: UnderWay | None = None
         """What is noted of it, once it is known what is asked."""
-        self.was_read = False
-        """Whether the body is here."""
         self.ended = False
         """Whether the reply is out."""
+        self.left = False
+        """Whether the caller is gone, and the request was cancelled for it."""
+
+    def identify(self, asked: bytes | None) -> None:
+        """Give the request the id that its caller asked for, if that is one, or else a new one."""
+        if asked is not None and len(asked) <= _ID_LENGTH and asked.isalnum():
+            self.request_id = asked
+        else:
+            self.request_id = b"%032x" % getrandbits(128)
+
+    @abstractmethod
+    async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:
+        """The whole body. Raises `BodyTooLarge`, `BodyTooSlow`, and `ConnectionError` when the caller is gone."""
+
+    @abstractmethod
+    async def answer(self, status: int, body: bytes, headers: Headers) -> None: ...
+
+    @abstractmethod
+    async def begin(self, headers: Headers) -> None:
+        """Begin a reply that comes in pieces."""
+
+    @abstractmethod
+    async def go_on(self, piece: bytes) -> None: ...
+
+    @abstractmethod
+    async def end(self, piece: bytes = b"") -> None: ...
+
+
+class AsgiExchange(Exchange):
+    """An exchange under any ASGI server: for tests, and for mounting the gateway in another application."""
+
+    __slots__ = ("_receive", "_send", "was_read")
+
+    def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        super().__init__()
+        self._receive = receive
+        self._send = send
+        self.method = scope["method"]
+        self.path = scope["path"]
+        self.query = scope["query_string"]
+        self.was_read = False
+        """Whether the body is here."""
+        asked = None
         for name, value in scope["headers"]:
             if name == b"authorization":
                 self.authorization = value
-            elif name == b"x-request-id" and len(value) <= _ID_LENGTH and value.isalnum():
-                self.request_id = value
-        if not self.request_id:
-            self.request_id = b"%032x" % getrandbits(128)
+            elif name == b"x-request-id":
+                asked = value
+        self.identify(asked)
 
     async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:
-        """The whole body. Raises `BodyTooLarge`, `BodyTooSlow`, and `ConnectionError` when the caller is gone."""
         message = await self._receive()
         if message["type"] == "http.request" and not message.get("more_body"):
             body: bytes = message.get("body", b"")
@@ -108,7 +144,6 @@ class Exchange:
         self.ended = True
 
     async def begin(self, headers: Headers) -> None:
-        """Begin a reply that comes in pieces."""
         self.status = 200
         headers.append((b"x-request-id", self.request_id))
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})

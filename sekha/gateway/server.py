@@ -1,4 +1,4 @@
-"""The gateway as a process: uvicorn under it, signals around it, and an orderly end."""
+"""The gateway as a process: a listening socket under it, signals around it, and an orderly end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
-
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from typing import Any
 
 from sekha.errors import SekhaError
 from sekha.gateway.app import Gateway
+from sekha.gateway.http_server import Connections
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
@@ -29,7 +27,7 @@ log = logging.getLogger("sekha.gateway")
 
 HEAD_SECONDS = 20.0
 """Within these a caller has sent a request's headers, or is let go."""
-KEEP_ALIVE_SECONDS = 75
+KEEP_ALIVE_SECONDS = 75.0
 """Longer than the minute that load balancers keep idle connections, so that they close them and not we."""
 DRAIN_SECONDS = 120.0
 """What is under way has these to end in once the process was told to."""
@@ -129,51 +127,40 @@ class Server:
     ) -> None:
         self._listening = listening
         self._drain_seconds = drain_seconds
-        protocol = cast("type[asyncio.Protocol]", partial(_Protocol, head_seconds=head_seconds))
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                gateway,
-                http=protocol,
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            )
-        )
+        self._connections = Connections(gateway, head_seconds=head_seconds, idle_seconds=KEEP_ALIVE_SECONDS)
+        self._stopping = asyncio.Event()
         self._patience: asyncio.TimerHandle | None = None
 
     def stop(self) -> None:
         """Take nobody new, and finish what is under way. The second time it is meant: that is cut."""
-        if self._uvicorn.should_exit:
+        if self._stopping.is_set():
             self._cut("told to stop again")
             return
-        self._uvicorn.should_exit = True
+        self._stopping.set()
         self._patience = asyncio.get_running_loop().call_later(
             self._drain_seconds, self._cut, f"it took longer than {self._drain_seconds:g} s"
         )
 
     async def run(self) -> None:
         """Serve, and return once nothing is under way any more. Closes the socket."""
+        connections = self._connections
+        server = await asyncio.get_running_loop().create_server(
+            connections.connect, sock=self._listening, backlog=BACKLOG
+        )
         try:
-            await self._uvicorn.serve(sockets=[self._listening])
-            # What was cut is paid for all the same.
-            if left := self._uvicorn.server_state.tasks:
-                await asyncio.wait(list(left), timeout=CUT_SECONDS)
+            await self._stopping.wait()
+            server.close()
+            await connections.end()
         finally:
+            server.close()
+            connections.close()
             if self._patience is not None:
                 self._patience.cancel()
 
     def _cut(self, why: str) -> None:
-        connections = list(self._uvicorn.server_state.connections)
-        if connections:
-            log.warning("%d connections are cut: %s", len(connections), why)
-        self._uvicorn.force_exit = True
-        # As if their callers had left: their requests end as those do, settled and on record.
-        for connection in connections:
-            connection.transport.abort()
+        if self._connections:
+            log.warning("%d connections are cut: %s", len(self._connections), why)
+        self._connections.abort(within_seconds=CUT_SECONDS)
 
 
 def _settle_memory() -> None:
@@ -225,48 +212,3 @@ class _Following:
             log.warning("%s: changed, and in effect with the next start", ", ".join(late))
         for warning in loaded.warnings:
             log.warning("%s", warning)
-
-
-class _Uvicorn(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to us."""
-        yield
-
-
-class _Protocol(HttpToolsProtocol):
-    """Lets nobody hold a connection by sending a request's headers for ever."""
-
-    def __init__(self, *arguments: Any, head_seconds: float, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self._head_seconds = head_seconds
-        self._patience: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait_for_head()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._patience is None:
-            self._wait_for_head()
-
-    def on_headers_complete(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-        super().connection_lost(exc)
-
-    def _wait_for_head(self) -> None:
-        self._patience = self.loop.call_later(self._head_seconds, self._let_go)
-
-    def _let_go(self) -> None:
-        self._patience = None
-        if not self.transport.is_closing():
-            self.transport.close()

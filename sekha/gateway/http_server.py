@@ -1,0 +1,492 @@
+"""HTTP/1.1 for the gateway, at the least CPU.
+
+Under uvicorn a chat took three timers, an ASGI scope and five messages: a fifth of all its CPU. Here a request is
+one task, and one timer of the whole server looks at all time limits. A caller who leaves cancels his request
+at once. TLS, HTTP/2 and WebSockets are for whoever stands in front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from collections import deque
+from email.utils import formatdate
+from functools import lru_cache
+from math import inf
+from typing import Any, Protocol, cast
+from urllib.parse import unquote
+
+import httptools
+
+from sekha.errors import BodyTooLarge, BodyTooSlow
+from sekha.gateway.exchange import Exchange
+from sekha.gateway.problems import Headers
+
+__all__ = ["HEAD_BYTES", "Connections", "HttpConnection", "HttpExchange"]
+
+HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers together."""
+_UNREAD_BYTES = 256 * 1024
+"""Of a body that nobody has asked for yet; whoever sends more has to wait."""
+_JOINED_BYTES = 64 * 1024
+_SWEEP_SECONDS = 1.0
+_STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_CLOSE = b"connection: close\r\n"
+
+
+class _Answers(Protocol):
+    """The gateway, as far as a server knows it."""
+
+    async def exchange(self, x: Exchange, /) -> None: ...
+
+
+class Connections:
+    """All connections of one server, their time limits, and how it ends."""
+
+    def __init__(self, gateway: _Answers, *, head_seconds: float, idle_seconds: float) -> None:
+        self.gateway = gateway
+        self.head_seconds = head_seconds
+        self.idle_seconds = idle_seconds
+        self.loop = asyncio.get_running_loop()
+        self.date = b""
+        """The header, written once a second for everybody."""
+        self.ending = False
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._open: set[HttpConnection] = set()
+        self._sweep_seconds = min(_SWEEP_SECONDS, head_seconds / 4)
+        self._sweeping = self.loop.call_soon(self._sweep)
+        self._ended = asyncio.Event()
+        self._given_up = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def connect(self) -> HttpConnection:
+        """What `create_server` calls for each connection."""
+        return HttpConnection(self)
+
+    async def end(self) -> None:
+        """Close what is idle, and return when everything else has been answered."""
+        self.ending = True
+        for connection in list(self._open):
+            connection.close_when_idle()
+        while (self._open or self.tasks) and not self._given_up:
+            self._ended.clear()
+            await self._ended.wait()
+
+    def abort(self, *, within_seconds: float) -> None:
+        """Cut every connection, as if all callers had left: their requests end as those do, settled and on record."""
+        for connection in list(self._open):
+            connection.abort()
+        self.loop.call_later(within_seconds, self._give_up)
+
+    def close(self) -> None:
+        self._sweeping.cancel()
+
+    # Its connections tell it:
+
+    def opened(self, connection: HttpConnection) -> None:
+        self._open.add(connection)
+
+    def lost(self, connection: HttpConnection) -> None:
+        self._open.discard(connection)
+        self._look()
+
+    def finished(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        self._look()
+
+    def _look(self) -> None:
+        if self.ending and not self._open and not self.tasks:
+            self._ended.set()
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        self._ended.set()
+
+    def _sweep(self) -> None:
+        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
+        now = self.loop.time()
+        for connection in list(self._open):
+            connection.check(now)
+        self._sweeping = self.loop.call_later(self._sweep_seconds, self._sweep)
+
+
+class HttpExchange(Exchange):
+    """One request of a connection. What comes of its body is kept here until somebody asks for it."""
+
+    __slots__ = (
+        "_connection",
+        "_size",
+        "asked_id",
+        "body_limit",
+        "chunked",
+        "headed",
+        "keeps",
+        "parts",
+        "task",
+        "url",
+        "waiter",
+        "waits_to_send",
+        "whole",
+    )
+
+    def __init__(self, connection: HttpConnection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._size = 0
+        self.url = b""
+        self.asked_id: bytes | None = None
+        self.headed = False
+        """Whether all its headers are here."""
+        self.whole = False
+        """Whether its body is."""
+        self.keeps = True
+        """Whether the connection goes on after it."""
+        self.waits_to_send = False
+        """Whether the caller waits with the body until we want it (`Expect: 100-continue`)."""
+        self.body_limit = inf
+        self.parts: list[bytes] = []
+        self.chunked = True
+        """Whether the caller knows of replies in chunks."""
+        self.task: asyncio.Task[None] | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:
+        self.body_limit = limit_mb * 1e6
+        if not self.whole and self._size <= self.body_limit:
+            await self._rest(timeout_seconds)
+        if self._size > self.body_limit:
+            raise BodyTooLarge(limit_mb)
+        parts, self.parts = self.parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _rest(self, timeout_seconds: float) -> None:
+        connection = self._connection
+        if self.waits_to_send:
+            self.waits_to_send = False
+            connection.write(_CONTINUE)
+        connection.resume_reading()
+        self.waiter = connection.all.loop.create_future()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self.waiter
+        except TimeoutError as error:
+            raise BodyTooSlow(timeout_seconds) from error
+        finally:
+            self.waiter = None
+
+    def received(self, part: bytes) -> None:
+        """Take a piece of the body."""
+        if self.ended or self._size > self.body_limit:
+            return
+        self._size += len(part)
+        self.parts.append(part)
+        if self._size > self.body_limit:
+            self.parts.clear()
+            self.wake()
+        elif self.waiter is None and self._size > _UNREAD_BYTES:
+            self._connection.pause_reading()
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def answer(self, status: int, body: bytes, headers: Headers) -> None:
+        head = self._head(status, headers, b"content-length: %d\r\n" % len(body))
+        self.status = status
+        connection = self._connection
+        if self.method == "HEAD":
+            body = b""
+        if connection.writing_paused:
+            await connection.drain()
+        if len(body) <= _JOINED_BYTES:
+            connection.write(head + body)
+        else:
+            connection.write(head)
+            connection.write(body)
+        self._end()
+
+    async def begin(self, headers: Headers) -> None:
+        # Before chunks were known, a reply ended with its connection.
+        self.keeps = self.keeps and self.chunked
+        head = self._head(200, headers, b"transfer-encoding: chunked\r\n" if self.chunked else b"")
+        self.status = 200
+        self._connection.write(head)
+
+    async def go_on(self, piece: bytes) -> None:
+        connection = self._connection
+        if connection.writing_paused:
+            await connection.drain()
+        if piece:
+            connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
+
+    async def end(self, piece: bytes = b"") -> None:
+        await self.go_on(piece)
+        if self.chunked:
+            self._connection.write(b"0\r\n\r\n")
+        self._end()
+
+    def _head(self, status: int, headers: Headers, length: bytes) -> bytes:
+        if self.waits_to_send or self._connection.all.ending:
+            # A body that was never sent for may or may not come: only a new connection leaves no doubt.
+            self.keeps = False
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        head = b"".join(lines)
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            raise ValueError("a header of the reply holds a line break")
+        return b"%b%b%b%bx-request-id: %b\r\n%b\r\n" % (
+            _STATUS_LINES[status],
+            self._connection.all.date,
+            head,
+            length,
+            self.request_id,
+            b"" if self.keeps else _CLOSE,
+        )
+
+    def _end(self) -> None:
+        self.ended = True
+        self._connection.answered(self)
+
+
+class HttpConnection(asyncio.Protocol):
+    """One connection. Requests that are sent at once, without waiting for answers, are answered in turn."""
+
+    __slots__ = (
+        "_arriving",
+        "_deadline",
+        "_drained",
+        "_head_bytes",
+        "_parser",
+        "_queue",
+        "_reading_paused",
+        "_serving",
+        "_transport",
+        "_unusable",
+        "all",
+        "writing_paused",
+    )
+
+    def __init__(self, connections: Connections) -> None:
+        self.all = connections
+        self.writing_paused = False
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: Any = None
+        self._arriving: HttpExchange | None = None
+        self._serving: HttpExchange | None = None
+        self._queue: deque[HttpExchange] = deque()
+        self._head_bytes = 0
+        self._deadline = connections.loop.time() + connections.head_seconds
+        self._drained: asyncio.Future[None] | None = None
+        self._reading_paused = False
+        self._unusable = False
+        """Whether what comes is no longer read as HTTP."""
+
+    # asyncio calls these.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self.all.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._unusable:
+            return
+        arriving = self._arriving
+        if arriving is None or not arriving.headed:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # It is answered as what it would be without; what follows is in a language that we do not speak.
+            self._last()
+        except httptools.HttpParserError:
+            self._refuse(400)
+        else:
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(431)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - nobody is there to be told why
+        self._unusable = True
+        self._queue.clear()
+        x = self._serving
+        if x is not None and x.task is not None and not x.ended:
+            x.left = True
+            x.task.cancel()
+        self.resume_writing()
+        self.all.lost(self)
+
+    def pause_writing(self) -> None:
+        self.writing_paused = True
+
+    def resume_writing(self) -> None:
+        self.writing_paused = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # The parser calls these, within `data_received`.
+
+    def on_message_begin(self) -> None:
+        self._arriving = HttpExchange(self)
+        if self._serving is None:
+            self._deadline = self.all.loop.time() + self.all.head_seconds
+
+    def on_url(self, url: bytes) -> None:
+        x = self._arriving
+        if x is not None:
+            x.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        x = self._arriving
+        if x is None or x.headed:  # what trails a body is no header
+            return
+        # Names of other lengths need not be looked at: a request has a dozen headers, and three matter.
+        match len(name):
+            case 13 if name.lower() == b"authorization":
+                x.authorization = value
+            case 12 if name.lower() == b"x-request-id":
+                x.asked_id = value
+            case 6 if name.lower() == b"expect":
+                x.waits_to_send = value.lower() == b"100-continue"
+
+    def on_headers_complete(self) -> None:
+        x = cast("HttpExchange", self._arriving)
+        parser = self._parser
+        x.method = parser.get_method().decode("ascii")
+        x.path, x.query = _where(x.url)
+        x.identify(x.asked_id)
+        x.chunked = parser.get_http_version() != "1.0"
+        x.keeps = x.chunked and parser.should_keep_alive()
+        x.headed = True
+        self._head_bytes = 0
+        if self._serving is None:
+            self._serve(x)
+        else:
+            self._queue.append(x)
+            self.pause_reading()
+
+    def on_body(self, body: bytes) -> None:
+        x = cast("HttpExchange", self._arriving)
+        x.waits_to_send = False
+        x.received(body)
+
+    def on_message_complete(self) -> None:
+        x = cast("HttpExchange", self._arriving)
+        self._arriving = None
+        x.whole = True
+        x.waits_to_send = False
+        x.wake()
+        if self._serving is None:
+            # It was answered before it was all here.
+            self._deadline = self.all.loop.time() + self.all.idle_seconds
+
+    # Its exchange calls these.
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the caller has taken in most of what was written."""
+        if self.writing_paused and not self._transport.is_closing():
+            self._drained = self.all.loop.create_future()
+            await self._drained
+
+    def pause_reading(self) -> None:
+        if not self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    def answered(self, x: HttpExchange) -> None:
+        """Go on with the next request, when this one's reply has been written."""
+        self._serving = None
+        if not x.keeps or self.all.ending:
+            self._unusable = True
+            self._transport.close()
+            return
+        if self._queue:
+            self._serve(self._queue.popleft())
+        else:
+            # What is still on its way of a body that nobody wants is waited for no longer than for a head.
+            seconds = self.all.idle_seconds if self._arriving is None else self.all.head_seconds
+            self._deadline = self.all.loop.time() + seconds
+        if not self._queue:
+            self.resume_reading()
+
+    # The server calls these.
+
+    def check(self, now: float) -> None:
+        """Let go of a caller who takes too long to send, or has sent nothing for long."""
+        if now > self._deadline:
+            self._unusable = True
+            self._transport.close()
+            self._deadline = inf
+
+    def close_when_idle(self) -> None:
+        if self._serving is None:
+            self._unusable = True
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _serve(self, x: HttpExchange) -> None:
+        self._serving = x
+        self._deadline = inf
+        task = x.task = self.all.loop.create_task(self._answer(x))
+        self.all.tasks.add(task)
+
+    async def _answer(self, x: HttpExchange) -> None:
+        task = x.task
+        try:
+            await self.all.gateway.exchange(x)
+        finally:
+            x.task = None  # or the two would keep each other from being freed
+            if not x.ended:
+                # Cut, so that what is there is not taken for the whole.
+                x.ended = True
+                self._serving = None
+                self._transport.close()
+            if task is not None:
+                self.all.finished(task)
+
+    def _last(self) -> None:
+        """Answer what has come, and take nothing more."""
+        self._unusable = True
+        last = self._queue[-1] if self._queue else self._serving
+        if last is not None:
+            last.keeps = False
+        else:
+            self._transport.close()
+
+    def _refuse(self, status: int) -> None:
+        """Answer what is no HTTP, or not as we take it."""
+        x, arriving, self._arriving = self._serving, self._arriving, None
+        if self._queue and self._queue[-1] is arriving:
+            self._queue.pop()
+        if x is not None and x is not arriving:
+            # Those before it are answered, and then the connection ends.
+            self._last()
+            return
+        self._unusable = True
+        if x is not None and x.task is not None:
+            self._serving = None
+            x.left = True
+            x.task.cancel()
+        if x is None or not x.status:
+            line = _STATUS_LINES[status]
+            self.write(b"%b%bcontent-length: 0\r\nconnection: close\r\n\r\n" % (line, self.all.date))
+        self._transport.close()
+
+
+@lru_cache(maxsize=256)
+def _where(url: bytes) -> tuple[str, bytes]:
+    """The path and the query of a request's target. Raises what makes it a bad request."""
+    parsed = httptools.parse_url(url)
+    path = (parsed.path or b"").decode("ascii")
+    return unquote(path) if "%" in path else path, parsed.query or b""

@@ -1,0 +1,366 @@
+"""The server under the gateway: what it takes for HTTP, and what it makes of callers who dawdle, hurry or leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+import pytest
+
+from sekha.errors import SekhaError
+from sekha.gateway.exchange import Exchange
+from sekha.gateway.http_server import HEAD_BYTES, Connections
+from sekha.testing import StandIn
+from tests.fixtures.gateway import Opens, payloads, wait_until
+
+Answers: TypeAlias = Callable[[Exchange], Awaitable[None]]
+
+
+class App:
+    """Answers as a test has it, and notes who left."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self.left: list[str] = []
+
+    async def exchange(self, x: Exchange, /) -> None:
+        try:
+            await self._answers(x)
+        except asyncio.CancelledError:
+            self.left.append(x.path)
+            if not x.left:
+                raise
+        except SekhaError as error:
+            await x.answer(413, error.code.encode(), [])
+
+
+async def echo(x: Exchange) -> None:
+    """Say what was asked: method, path, query and body."""
+    body = await x.body(limit_mb=1, timeout_seconds=5)
+    await x.answer(200, b"%b %b ?%b %b" % (x.method.encode(), x.path.encode(), x.query, body), [])
+
+
+async def without_reading(x: Exchange) -> None:
+    await x.answer(401, b"no", [])
+
+
+class Caller:
+    """One connection, in bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self._writer.write(part)
+            await self._writer.drain()
+            await asyncio.sleep(0.01)
+
+    async def reply(self) -> tuple[bytes, bytes]:
+        """The next reply whose length is known: head and body."""
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        return head, await self._reader.readexactly(int(length.partition(b":")[2]))
+
+    async def head(self) -> bytes:
+        return await self._reader.readuntil(b"\r\n\r\n")
+
+    async def rest(self) -> bytes:
+        """All until the other side closes."""
+        async with asyncio.timeout(5):
+            return await self._reader.read()
+
+    def leave(self) -> None:
+        self._writer.close()
+
+
+@asynccontextmanager
+async def serving(
+    answers: Answers = echo, *, head_seconds: float = 20, idle_seconds: float = 20
+) -> AsyncIterator[tuple[Connections, App, Callable[[], Awaitable[Caller]]]]:
+    app = App(answers)
+    connections = Connections(app, head_seconds=head_seconds, idle_seconds=idle_seconds)
+    server = await asyncio.get_running_loop().create_server(connections.connect, "127.0.0.1", 0)
+    callers: list[Caller] = []
+
+    async def connect() -> Caller:
+        callers.append(Caller(*await asyncio.open_connection(*server.sockets[0].getsockname())))
+        return callers[-1]
+
+    try:
+        yield connections, app, connect
+    finally:
+        for caller in callers:
+            caller.leave()
+        server.close()
+        await connections.end()
+        connections.close()
+
+
+async def test_a_connection_is_kept_for_the_next_request() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST /a?b=c HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc")
+        head, first = await caller.reply()
+        await caller.send(b"GET /%C3%A9 HTTP/1.1\r\n\r\n")
+        _, second = await caller.reply()
+
+        assert head.startswith(b"HTTP/1.1 200 OK\r\ndate: ")
+        assert (first, second) == (b"POST /a ?b=c abc", "GET /é ? ".encode())
+
+
+async def test_requests_sent_at_once_are_answered_in_turn() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"".join(b"POST /%d HTTP/1.1\r\ncontent-length: 1\r\n\r\nx" % at for at in range(50)))
+
+        assert [(await caller.reply())[1] for _ in range(50)] == [b"POST /%d ? x" % at for at in range(50)]
+
+
+async def test_a_body_may_come_in_chunks_and_drop_by_drop() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(
+            b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"3\r\nabc", b"\r\n2\r\nd", b"e\r\n0\r\n\r\n"
+        )
+
+        assert (await caller.reply())[1] == b"POST / ? abcde"
+
+
+async def test_a_body_that_is_asked_for_is_waited_for_with_100_continue() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+        told = await caller.head()
+        await caller.send(b"ok")
+
+        assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert (await caller.reply())[1] == b"POST / ? ok"
+
+
+async def test_a_connection_ends_when_a_body_that_was_announced_is_not_wanted() -> None:
+    async with serving(without_reading) as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+
+        assert b"\r\nconnection: close\r\n" in await caller.rest()
+
+
+async def test_who_is_refused_while_sending_may_ask_again_on_the_same_connection() -> None:
+    async with serving(without_reading) as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\ncontent-length: 6\r\n\r\nabc")
+        first = await caller.reply()
+        await caller.send(b"defGET / HTTP/1.1\r\n\r\n")
+
+        assert first[1] == (await caller.reply())[1] == b"no"
+
+
+async def test_a_body_above_the_limit_is_refused_before_it_is_all_here() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\ncontent-length: 9000000\r\n\r\n", b"x" * 1_100_000)
+
+        assert (await caller.reply())[1] == b"request_too_large"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+    ],
+)
+async def test_what_is_no_http_is_answered_with_400_and_the_end(sent: bytes) -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(sent)
+
+        assert (await caller.rest()).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+
+
+async def test_chunks_that_are_none_end_a_request_that_waits_for_them() -> None:
+    async with serving() as (_, app, connect):
+        caller = await connect()
+
+        await caller.send(b"POST /bad HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"zz\r\n")
+
+        assert (await caller.rest()).startswith(b"HTTP/1.1 400 ")
+        assert app.left == ["/bad"]
+
+
+async def test_garbage_behind_a_request_does_not_keep_it_from_its_answer() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"GET /good HTTP/1.1\r\n\r\n\x00\x00\r\n\r\n")
+
+        assert (await caller.rest()).endswith(b"GET /good ? ")
+
+
+async def test_headers_beyond_all_measure_are_refused() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"GET / HTTP/1.1\r\nx: ", b"x" * (HEAD_BYTES + 1))
+
+        assert (await caller.rest()).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_an_upgrade_is_answered_as_what_it_would_be_without_and_nothing_follows() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(
+            b"GET /chat HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nGET / HTTP/1.1\r\n\r\n"
+        )
+        answered = await caller.rest()
+
+        assert answered.endswith(b"GET /chat ? ")
+        assert b"\r\nconnection: close\r\n" in answered
+
+
+async def test_http_1_0_gets_no_chunks_and_the_end() -> None:
+    async def pieces(x: Exchange) -> None:
+        await x.begin([])
+        await x.go_on(b"one ")
+        await x.end(b"two")
+
+    async with serving(pieces) as (_, _, connect):
+        old, new = await connect(), await connect()
+
+        await old.send(b"GET / HTTP/1.0\r\n\r\n")
+        await new.send(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+
+        assert (await old.rest()).endswith(b"\r\n\r\none two")
+        assert (await new.rest()).endswith(b"\r\n\r\n4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n")
+
+
+async def test_the_answer_to_head_has_no_body() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"HEAD /a HTTP/1.1\r\nconnection: close\r\n\r\n")
+
+        assert (await caller.rest()).endswith(b"\r\n\r\n")
+
+
+async def test_a_header_with_a_line_break_is_never_sent() -> None:
+    refused: list[str] = []
+
+    async def injects(x: Exchange) -> None:
+        try:
+            await x.answer(200, b"", [(b"x-model", b"a\r\nset-cookie: b")])
+        except ValueError as error:
+            refused.append(str(error))
+        await x.answer(500, b"", [])
+
+    async with serving(injects) as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"GET / HTTP/1.1\r\n\r\n")
+
+        assert b"set-cookie" not in (await caller.reply())[0]
+        assert len(refused) == 1
+
+
+async def test_a_request_is_cancelled_at_once_when_its_caller_leaves() -> None:
+    began = asyncio.Event()
+
+    async def never(x: Exchange) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    async with serving(never) as (_, app, connect):
+        caller = await connect()
+        await caller.send(b"GET /slow HTTP/1.1\r\n\r\n")
+        await began.wait()
+
+        caller.leave()
+
+        await wait_until(lambda: app.left == ["/slow"])
+
+
+async def test_who_sends_nothing_and_who_has_nothing_more_to_send_are_let_go() -> None:
+    async with serving(head_seconds=0.2, idle_seconds=0.2) as (connections, _, connect):
+        silent, done = await connect(), await connect()
+        await done.send(b"GET / HTTP/1.1\r\n\r\n")
+        await done.reply()
+
+        assert await silent.rest() == await done.rest() == b""
+        await wait_until(lambda: len(connections) == 0)
+
+
+async def test_a_stream_waits_for_a_reader_who_is_slow() -> None:
+    written = 0
+
+    async def much(x: Exchange) -> None:
+        nonlocal written
+        await x.begin([])
+        for _ in range(400):
+            await x.go_on(b"x" * 65_536)
+            written += 1
+        await x.end()
+
+    async with serving(much) as (_, _, connect):
+        caller = await connect()
+        await caller.send(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+        await asyncio.sleep(0.1)
+        before_reading = written
+
+        got = await caller.rest()
+
+        assert before_reading < 400
+        assert got.count(b"x" * 65_536) == 400
+
+
+async def test_the_end_waits_for_answers_and_not_for_idle_connections() -> None:
+    go_on = asyncio.Event()
+
+    async def slow(x: Exchange) -> None:
+        await go_on.wait()
+        await x.answer(200, b"done", [])
+
+    async with serving(slow) as (connections, _, connect):
+        idle, busy = await connect(), await connect()
+        await busy.send(b"GET / HTTP/1.1\r\n\r\n")
+        await wait_until(lambda: connections.tasks)
+
+        ending = asyncio.create_task(connections.end())
+        assert await idle.rest() == b""
+        assert not ending.done()
+        go_on.set()
+
+        assert (await busy.rest()).endswith(b"\r\nconnection: close\r\n\r\ndone")
+        await ending
+
+
+@pytest.mark.parametrize("gateway", ["own", "asgi"], indirect=True)
+async def test_the_gateway_says_the_same_under_any_asgi_server(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as gate:
+        whole = await gate.chat(model="chat")
+        head, streamed = await gate.stream(model="chat")
+        refused = await gate.http.post("/v1/chat/completions", content=b"{")
+        missing = await gate.http.get("/nowhere")
+
+        assert whole.json()["sekha"]["model_id"] == whole.headers["x-sekha-model"] == "chat"
+        assert head.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert list(payloads(streamed))
+        assert streamed.endswith("data: [DONE]\n\n")
+        assert (refused.status_code, missing.status_code) == (400, 404)
+        assert all(len(reply.headers["x-request-id"]) == 32 for reply in (whole, head, refused, missing))
