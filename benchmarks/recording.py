@@ -40,7 +40,14 @@ PAIRS = 12
 BUSY_MS = 0.7
 """A loop that is this late with nothing recorded shows how busy the machine is, and nothing else."""
 EVERYTHING = RecordingSection(max_per_second=1e9)
-NAMES = ("estimate_cost", "select_provider", "reserve_budget", "call_provider", "settle_cost")
+STEPS = {
+    "estimate_cost": (),
+    "select_provider": (0,),
+    "reserve_budget": (1,),
+    "call_provider": (1, 2),
+    "settle_cost": (2, 3),
+}
+"""A chat's, and whose results each was given."""
 BOUNDS = {
     "wants and record p99, us": (float.__le__, 100.0),
     "published/s": (float.__ge__, 500.0),
@@ -50,7 +57,7 @@ BOUNDS = {
 
 def a_run() -> Run:
     now = time.time()
-    steps = tuple(Step(name, (at - 1,) if at else (), at / 10, (at + 1) / 10) for at, name in enumerate(NAMES))
+    steps = tuple(Step(name, after, at / 10, (at + 1) / 10) for at, (name, after) in enumerate(STEPS.items()))
     return Run(
         id=new_run_id(),
         flow="chat",

@@ -21,7 +21,6 @@ from sekha.recording.prefect_rows import (
     parameters_of,
     receipt,
     said_of,
-    state_id_of,
     state_of,
     steps_of,
     tags_of,
@@ -115,7 +114,7 @@ def _task_run_event(step: StepRun, flow_run_id: str) -> dict[str, Any]:
     """What Prefect's client tells of a task run that ended. The server makes the task run of it."""
     kind, state_name = step.state
     return {
-        "id": state_id_of(step),
+        "id": step.id,
         "occurred": _moment(step.ended_at),
         "event": f"prefect.task-run.{state_name}",
         "resource": {

@@ -22,6 +22,10 @@ class Database(Protocol):
 
     def moment(self, at: float) -> str: ...
 
+    def second(self, at: float) -> str:
+        """A moment as exact as it costs nothing to be, to the second at least."""
+        ...
+
     def span(self, seconds: float) -> str: ...
 
     def current_revision(self) -> str: ...
@@ -101,7 +105,11 @@ class DatabaseSink:
         tables: dict[str, list[Row]] = {}
         for run in runs:
             for table, row in rows_of(
-                run, self.flow_id(run.flow), moment=self._database.moment, span=self._database.span
+                run,
+                self.flow_id(run.flow),
+                moment=self._database.moment,
+                second=self._database.second,
+                span=self._database.span,
             ):
                 tables.setdefault(table, []).append(row)
         return tables

@@ -38,6 +38,9 @@ class PostgresTables:
     def moment(self, at: float) -> str:
         return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
+    def second(self, at: float) -> str:
+        return self.moment(at)
+
     def span(self, seconds: float) -> str:
         return f"{seconds:.6f} seconds"
 

@@ -32,6 +32,9 @@ class SqliteTables:
     def moment(self, at: float) -> str:
         return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
+    def second(self, at: float) -> str:
+        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
     def span(self, seconds: float) -> str:
         # SQLAlchemy keeps a duration as that long after the epoch.
         return self.moment(seconds)
