@@ -119,7 +119,8 @@ def decoded(tokens: Sequence[int], model: str) -> str:
 
     Raises `InvalidRequest` for a number that is no token.
     """
-    name = tokenizer_of(model).name
+    # Not remembered: callers name models as they like.
+    name = tokenizer_of.__wrapped__(model).name
     encoding = _encoding("cl100k_base" if name in ("claude", "words") else name)
     try:
         return str(encoding.decode(list(tokens)))

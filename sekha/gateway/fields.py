@@ -11,9 +11,11 @@ import orjson
 
 from sekha.errors import InvalidRequest, did_you_mean
 
-__all__ = ["dollars", "flag", "kind_of", "number", "object_in", "only", "text", "whole"]
+__all__ = ["dollars", "flag", "kind_of", "name_in", "number", "object_in", "only", "text", "whole"]
 
 _MOST_DOLLARS = 10**9
+_NAME_LENGTH = 256
+"""Longer than any model's, and short enough to be logged, recorded and looked for among similar ones."""
 # An amount with a million digits would be a number too, and take a while to add up.
 _WRITTEN_DOLLARS = re.compile(r"[0-9]{1,10}(\.[0-9]{1,30})?")
 
@@ -42,6 +44,14 @@ def text(given: Mapping[str, Any], name: str) -> str | None:
     if value is None or type(value) is str:
         return value or None
     raise InvalidRequest(f"`{name}` must be text, not {kind_of(value)}.", field=name)
+
+
+def name_in(given: Mapping[str, Any], field: str) -> str | None:
+    """The name of a model, or of what it is to do."""
+    value = text(given, field)
+    if value is not None and len(value) > _NAME_LENGTH:
+        raise InvalidRequest(f"`{field}` has {len(value):,} characters; {_NAME_LENGTH} is the most.", field=field)
+    return value
 
 
 def flag(given: Mapping[str, Any], name: str, *, default: bool) -> bool:

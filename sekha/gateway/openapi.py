@@ -165,6 +165,7 @@ def _operation(
 # --- schemas -------------------------------------------------------------------------------
 
 _TEXT: Json = {"type": "string"}
+_NAME: Json = {"type": "string", "maxLength": 256}
 _COUNT: Json = {"type": "integer", "minimum": 0}
 _DOLLARS: Json = {"type": "number", "minimum": 0}
 _SECONDS: Json = {"type": "number", "minimum": 0}
@@ -175,7 +176,7 @@ _FILLED: Json = {"type": "string", "pattern": r"\S"}
 _AT_LEAST_ONE = _or_null({"type": "integer", "minimum": 1})
 
 _DIMENSION = _or_null({"type": "integer", "minimum": 1, "maximum": MOST_DIMENSIONS})
-_MODEL = _says(_or_null(_TEXT), "A model, `provider/model`, a task's name, `auto`, or nothing for the default.")
+_MODEL = _says(_or_null(_NAME), "A model, `provider/model`, a task's name, `auto`, or nothing for the default.")
 _TASK = _says({"enum": [*TASKS, None]}, "Choose among the models for this task.")
 _MAX_COST = _says(
     {
@@ -243,7 +244,7 @@ _CHAT = {
     "task": _says(
         {"enum": [*(task for task in TASKS if task != "embedding"), None]}, "Choose among the models for this task."
     ),
-    "preferred_model": _says(_or_null(_TEXT), "Asked first; others of its task stand behind it."),
+    "preferred_model": _says(_or_null(_NAME), "Asked first; others of its task stand behind it."),
     "require_vision": _says(_or_null(_FLAG), "Ask only models that see."),
     "max_cost": _MAX_COST,
     "metadata": _METADATA,

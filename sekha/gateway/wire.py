@@ -13,7 +13,7 @@ from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, UnknownModel
-from sekha.gateway.fields import dollars, flag, kind_of, object_in, text, whole
+from sekha.gateway.fields import dollars, flag, kind_of, name_in, object_in, whole
 from sekha.keys import EVERYBODY, Pass
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
@@ -94,9 +94,9 @@ def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatReque
         raise InvalidRequest(f"`modalities` must be a list, not {kind_of(modalities)}.", field="modalities")
     return ChatRequest(
         messages=tuple(messages),
-        model=text(given, "model"),
+        model=name_in(given, "model"),
         task=_task(given),
-        preferred_model=text(given, "preferred_model"),
+        preferred_model=name_in(given, "preferred_model"),
         require_vision=flag(given, "require_vision", default=False),
         max_cost=dollars(given, "max_cost"),
         options=options,
@@ -114,7 +114,7 @@ def embed_asked(body: bytes, *, by: Pass = EVERYBODY) -> tuple[EmbedRequest, boo
 
 def embed_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> EmbedRequest:
     """The request that the JSON object for an embedding makes."""
-    model = text(given, "model")
+    model = name_in(given, "model")
     options = {name: value for name, value in given.items() if name not in _EMBEDDING_OURS}
     encoding = options.get("encoding_format")
     if encoding not in (None, "float", "base64"):
@@ -237,7 +237,7 @@ def _texts(given: object, model: str | None) -> tuple[str, ...]:
 
 
 def _task(given: Mapping[str, Any]) -> Task | None:
-    task = text(given, "task")
+    task = name_in(given, "task")
     if task == "embedding":
         raise InvalidRequest("No model chats with the task 'embedding': send texts to /v1/embeddings.", field="task")
     if task is None or task in TASKS:

@@ -165,6 +165,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tool calls as text": ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages[0]"),
     "a tool call as text": ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0]"),
     "a model by number": ({"model": 5}, "model"),
+    "a model of any length": ({"model": "m" * 257}, "model"),
+    "a preferred model of any length": ({"preferred_model": "m" * 257}, "preferred_model"),
     "n": ({"n": "two"}, "n"),
     "no n": ({"n": 0}, "n"),
     "max_tokens": ({"max_tokens": -1}, "max_tokens"),
