@@ -52,7 +52,8 @@ class Lines:
         if len(self._waiting) >= _MOST_LINES:
             self._dropped += 1
             return
-        self._waiting.append(line)
+        # A copy, since it may wait for long: what orjson makes takes four kilobytes however short it is.
+        self._waiting.append(b"%b" % line)
         if not self._news.is_set():
             self._news.set()
 

@@ -124,9 +124,11 @@ def scope_record(scope: Scope) -> orjson.Fragment:
     """A scope as journals write it, encoded once for many records."""
     fields = [scope.provider, scope.model, scope.task, scope.key]
     try:
-        return orjson.Fragment(orjson.dumps([*fields, *scope.tags]))
+        written = orjson.dumps([*fields, *scope.tags])
     except TypeError:  # half a surrogate, which no database could store either
-        return orjson.Fragment(orjson.dumps([*map(storable, fields), *map(storable, scope.tags)]))
+        written = orjson.dumps([*map(storable, fields), *map(storable, scope.tags)])
+    # A copy, since it is kept: what orjson makes takes four kilobytes however short it is.
+    return orjson.Fragment(b"%b" % written)
 
 
 def spend_record(

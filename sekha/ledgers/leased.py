@@ -80,6 +80,8 @@ _RECOVER_SECONDS = 3.0
 _BACK_OFF_SECONDS = 0.5
 _USUAL_SECONDS = 30.0
 _MANY = 10_000
+_SCOPES = 1_000
+"""Remembered at once. Callers make them, with up to ten kilobytes of tags each."""
 _NEVER = float("inf")
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
@@ -376,7 +378,7 @@ class LeasedLedger:
     def _scope(self, scope: Scope) -> tuple[orjson.Fragment, list[_Pool]]:
         known = self._scopes.get(scope)
         if known is None:
-            if len(self._scopes) >= _MANY:
+            if len(self._scopes) >= _SCOPES:
                 self._scopes.clear()
             known = self._scopes[scope] = scope_record(scope), self._coverage.of(scope)
         return known
