@@ -14,7 +14,7 @@ from sekha.routing import Plan
 __all__ = ["let_go", "reserved", "settled", "to_the_end"]
 
 T = TypeVar("T")
-Outcome = TypeVar("Outcome", contravariant=True)
+OutcomeT_contra = TypeVar("OutcomeT_contra", contravariant=True)
 log = logging.getLogger("sekha.settling")
 
 
@@ -28,13 +28,13 @@ async def to_the_end(work: Awaitable[T]) -> T:
         raise
 
 
-class Line(Protocol[Outcome]):
+class Line(Protocol[OutcomeT_contra]):
     """A line of steps that holds money and settles it."""
 
     @property
     def reserve(self) -> Callable[[Plan], Awaitable[Hold]]: ...
     @property
-    def settle(self) -> Callable[[Hold, Outcome | None], Awaitable[None]]: ...
+    def settle(self) -> Callable[[Hold, OutcomeT_contra | None], Awaitable[None]]: ...
     @property
     def at_once(self) -> bool:
         """Whether both are safe to cancel. A shield is a task, and dear on the request path."""
@@ -55,7 +55,7 @@ async def reserved(steps: Line[Any], plan: Plan) -> Hold:
         raise
 
 
-async def settled(steps: Line[Outcome], hold: Hold, outcome: Outcome) -> None:
+async def settled(steps: Line[OutcomeT_contra], hold: Hold, outcome: OutcomeT_contra) -> None:
     """Settle what came of a plan, also for a caller who leaves meanwhile."""
     settling = steps.settle(hold, outcome)
     await (settling if steps.at_once else to_the_end(settling))
