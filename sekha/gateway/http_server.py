@@ -22,10 +22,12 @@ from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.problems import Headers
 
-__all__ = ["HEAD_BYTES", "Connections", "HttpConnection", "HttpExchange"]
+__all__ = ["HEAD_BYTES", "WRITE_SECONDS", "Connections", "HttpConnection", "HttpExchange"]
 
 HEAD_BYTES = 64 * 1024
 """Of a request's line and headers together."""
+WRITE_SECONDS = 60.0
+"""Within these a caller takes in some of what waits for him, or is cut: for him a provider works and money is held."""
 _UNREAD_BYTES = 256 * 1024
 """Of a body that nobody has asked for yet; whoever sends more has to wait."""
 _JOINED_BYTES = 64 * 1024
@@ -44,17 +46,20 @@ class _Answers(Protocol):
 class Connections:
     """All connections of one server, their time limits, and how it ends."""
 
-    def __init__(self, gateway: _Answers, *, head_seconds: float, idle_seconds: float) -> None:
+    def __init__(
+        self, gateway: _Answers, *, head_seconds: float, idle_seconds: float, write_seconds: float = WRITE_SECONDS
+    ) -> None:
         self.gateway = gateway
         self.head_seconds = head_seconds
         self.idle_seconds = idle_seconds
+        self.write_seconds = write_seconds
         self.loop = asyncio.get_running_loop()
         self.date = b""
         """The header, written once a second for everybody."""
         self.ending = False
         self.tasks: set[asyncio.Task[None]] = set()
         self._open: set[HttpConnection] = set()
-        self._sweep_seconds = min(_SWEEP_SECONDS, head_seconds / 4)
+        self._sweep_seconds = min(_SWEEP_SECONDS, head_seconds / 4, write_seconds / 4)
         self._sweeping = self.loop.call_soon(self._sweep)
         self._ended = asyncio.Event()
         self._given_up = False
@@ -260,9 +265,11 @@ class HttpConnection(asyncio.Protocol):
         "_head_bytes",
         "_parser",
         "_queue",
+        "_read_by",
         "_reading_paused",
         "_serving",
         "_transport",
+        "_unsent",
         "_unusable",
         "all",
         "writing_paused",
@@ -280,6 +287,9 @@ class HttpConnection(asyncio.Protocol):
         self._deadline = connections.loop.time() + connections.head_seconds
         self._drained: asyncio.Future[None] | None = None
         self._reading_paused = False
+        self._unsent: float = inf
+        """What waited for the caller to read when that was last less than before."""
+        self._read_by = inf
         self._unusable = False
         """Whether what comes is no longer read as HTTP."""
 
@@ -321,6 +331,7 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.writing_paused = False
+        self._unsent = inf
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
@@ -421,11 +432,22 @@ class HttpConnection(asyncio.Protocol):
     # The server calls these.
 
     def check(self, now: float) -> None:
-        """Let go of a caller who takes too long to send, or has sent nothing for long."""
+        """Let go of a caller who takes too long to send or to read, or has sent nothing for long."""
         if now > self._deadline:
             self._unusable = True
             self._transport.close()
             self._deadline = inf
+        if self.writing_paused or self._transport.is_closing():
+            self._check_reader(now)
+
+    def _check_reader(self, now: float) -> None:
+        # Nothing is added in either state, so that there is less whenever the caller has read.
+        unsent = self._transport.get_write_buffer_size()
+        if unsent < self._unsent:
+            self._unsent = unsent
+            self._read_by = now + self.all.write_seconds
+        elif now > self._read_by:
+            self.abort()
 
     def close_when_idle(self) -> None:
         if self._serving is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sekha.errors import SekhaError
 from sekha.gateway.app import Gateway
-from sekha.gateway.http_server import Connections
+from sekha.gateway.http_server import WRITE_SECONDS, Connections
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
@@ -124,10 +124,13 @@ class Server:
         *,
         head_seconds: float = HEAD_SECONDS,
         drain_seconds: float = DRAIN_SECONDS,
+        write_seconds: float = WRITE_SECONDS,
     ) -> None:
         self._listening = listening
         self._drain_seconds = drain_seconds
-        self._connections = Connections(gateway, head_seconds=head_seconds, idle_seconds=KEEP_ALIVE_SECONDS)
+        self._connections = Connections(
+            gateway, head_seconds=head_seconds, idle_seconds=KEEP_ALIVE_SECONDS, write_seconds=write_seconds
+        )
         self._stopping = asyncio.Event()
         self._patience: asyncio.TimerHandle | None = None
 
