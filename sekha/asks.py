@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from sekha.ledger import Budget, Scope
@@ -55,11 +56,17 @@ class Ask(NamedTuple):
     def scope(self, model: Model) -> Scope:
         """What a call to the model would be charged to."""
         task = self.task or (self.model if self.model in TASKS else None) or model.tasks[0]
-        return Scope(provider=model.provider_id, model=model.id, task=task, key=self.key, tags=self.tags)
+        return _scope(model.provider_id, model.id, task, self.key, self.tags)
 
     def __str__(self) -> str:
         what = self.model if self.model not in (None, "auto") else self.task or self.kind
         return f"{what!r}" + (" with images" if self.vision else "")
+
+
+# A request needs the same one four times over, and the next request as a rule that one too.
+@lru_cache(maxsize=256)
+def _scope(provider: str, model: str, task: str, key: str | None, tags: frozenset[str]) -> Scope:
+    return Scope(provider=provider, model=model, task=task, key=key, tags=tags)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,12 +80,19 @@ def hash_of(key: str) -> str:
     return _HASH + hashlib.sha256(key.encode()).hexdigest()
 
 
+class _Known(NamedTuple):
+    key: Key
+    allowed: Allowed | None
+    limit: RateLimit | None
+    digest: bytes
+
+
 class Keyring:
     """The keys of one configuration. Without any, everybody is let in."""
 
     def __init__(self, keys: Iterable[Key], *, clock: Callable[[], float] = time.monotonic, processes: int = 1) -> None:
         """`processes` serve together, and each lets through its part of a key's limits."""
-        self._by_digest: dict[bytes, tuple[Key, Allowed | None, RateLimit | None]] = {}
+        self._by_digest: dict[bytes, _Known] = {}
         for key in keys:
             limit = None
             if key.requests_per_minute is not None or key.tokens_per_minute is not None:
@@ -94,7 +101,8 @@ class Keyring:
                     requests_per_minute=part(key.requests_per_minute, processes),
                     tokens_per_minute=part(key.tokens_per_minute, processes),
                 )
-            self._by_digest[bytes.fromhex(key.hash.removeprefix(_HASH))] = (key, key.allowed, limit)
+            digest = bytes.fromhex(key.hash.removeprefix(_HASH))
+            self._by_digest[digest] = _Known(key, key.allowed, limit, digest)
 
     def __bool__(self) -> bool:
         return bool(self._by_digest)
@@ -102,14 +110,14 @@ class Keyring:
     def owner(self, authorization: bytes | None) -> Key | None:
         """Whose key the header carries; None when there are no keys at all. Raises `Unauthenticated`."""
         found = self._look_up(authorization)
-        return None if found is None else found[0]
+        return None if found is None else found.key
 
     def admit(self, authorization: bytes | None, *, tokens: int) -> Pass:
         """Let a request of about so many tokens in. Raises `Unauthenticated` and `KeyLimited`."""
         found = self._look_up(authorization)
         if found is None:
             return EVERYBODY
-        key, allowed, limit = found
+        key, allowed, limit, _ = found
         if limit is None:
             return Pass(key.name, allowed)
         wait = limit.wait(tokens)
@@ -120,7 +128,7 @@ class Keyring:
             raise KeyLimited(key.name, _limits_of(key), retry_after_seconds=wait)
         return Pass(key.name, allowed, limit, limit.take(tokens))
 
-    def _look_up(self, authorization: bytes | None) -> tuple[Key, Allowed | None, RateLimit | None] | None:
+    def _look_up(self, authorization: bytes | None) -> _Known | None:
         if not self._by_digest:
             return None
         if authorization is None or authorization[:7].lower() != b"bearer ":
@@ -128,7 +136,7 @@ class Keyring:
         # Looked up by its hash, so that the time it takes says nothing about the keys that there are.
         digest = hashlib.sha256(authorization[7:].strip()).digest()
         found = self._by_digest.get(digest)
-        if found is None or not hmac.compare_digest(bytes.fromhex(found[0].hash.removeprefix(_HASH)), digest):
+        if found is None or not hmac.compare_digest(found.digest, digest):
             raise Unauthenticated(given=True)
         return found
 
