@@ -48,6 +48,8 @@ _PER_MESSAGE = 3
 _PER_NAME = 1
 _PER_REPLY = 3
 _PER_TOOLS = 9
+_PROMPTS = frozenset({"system", "developer"})
+_REMEMBERED_CHARACTERS = 16_384
 
 _loading = Lock()
 _counters: dict[TokenizerName, Callable[[str], int]] = {}
@@ -151,7 +153,8 @@ def count_words(
     count = _counter(tokenizer)
     total = _PER_REPLY
     for message in messages:
-        total += _PER_MESSAGE + _count_role(str(message.get("role", "")), tokenizer)
+        role = str(message.get("role", ""))
+        total += _PER_MESSAGE + _count_role(role, tokenizer)
         if name := message.get("name"):
             total += _PER_NAME + _count(str(name), count)
         for call in message.get("tool_calls") or ():
@@ -159,7 +162,8 @@ def count_words(
             total += _count(f"{function.get('name', '')}{function.get('arguments', '')}", count)
         content = message.get("content")
         if isinstance(content, str):
-            total += _count(content, count)
+            repeated = role in _PROMPTS and len(content) <= _REMEMBERED_CHARACTERS
+            total += _count_prompt(content, tokenizer) if repeated else _count(content, count)
         else:
             total += sum(_count_part(part, count) for part in content or ())
     if tools:
@@ -182,6 +186,12 @@ def images_in(messages: Sequence[Mapping[str, Any]]) -> list[tuple[Image | None,
 @lru_cache(maxsize=64)
 def _count_role(role: str, tokenizer: TokenizerName) -> int:
     return _count(role, _counter(tokenizer))
+
+
+# Every chat of a program begins with the same prompt, long as a rule: four kilobytes take 200 us to count.
+@lru_cache(maxsize=64)
+def _count_prompt(text: str, tokenizer: TokenizerName) -> int:
+    return _count(text, _counter(tokenizer))
 
 
 def _count_part(part: Mapping[str, Any], count: Callable[[str], int]) -> int:
