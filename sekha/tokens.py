@@ -7,7 +7,7 @@ thousand tokens, and the first count of a tokenizer reads its file: call it from
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ __all__ = [
     "count_words",
     "decoded",
     "images_in",
+    "load",
     "tokenizer_of",
 ]
 
@@ -214,6 +215,12 @@ def _image(reference: object) -> tuple[Image | None, str]:
         return None if data is None else read_image(data), detail
     except InvalidRequest:
         return None, detail
+
+
+def load(models: Iterable[str]) -> None:
+    """Load what counts for these models, so that the first request need not wait for it: half a second for some."""
+    for name in dict.fromkeys(tokenizer_of(model).name for model in models):
+        _counter(name)
 
 
 def _counter(name: TokenizerName) -> Callable[[str], int]:

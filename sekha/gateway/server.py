@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from sekha import tokens
 from sekha.errors import SekhaError
 from sekha.gateway.app import Gateway
 from sekha.gateway.http_server import WRITE_SECONDS, Connections
@@ -20,6 +21,7 @@ from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
 from sekha.gateway.sources import Source
 from sekha.loading import Loaded
+from sekha.registry import Registry
 
 __all__ = ["DRAIN_SECONDS", "HEAD_SECONDS", "Server", "bind", "fast_loop", "is_loopback", "on_signals", "serve"]
 
@@ -93,6 +95,7 @@ async def serve(
         with on_signals(server.stop, source.look):
             _settle_memory()
             ready()
+            asyncio.get_running_loop().run_in_executor(None, _load_ahead, gateway.serving.resources.registry)
             await server.run()
     finally:
         await following.end(task)
@@ -173,6 +176,14 @@ def _settle_memory() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTED_AFTER)
+
+
+def _load_ahead(registry: Registry) -> None:
+    """Load what takes long and would else be loaded while the first caller waits. Who needs it sooner waits for it."""
+    with contextlib.suppress(Exception):  # it is told to whoever cannot do without it
+        tokens.load(model.id for model in registry)
+        if any(model.dimension is not None for model in registry):
+            import numpy  # noqa: F401
 
 
 class _Following:

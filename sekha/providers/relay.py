@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import orjson
 
 from sekha.errors import (
@@ -97,6 +96,8 @@ class RelayProvider:
         return await self._open(call, hands_on_usage=asked)
 
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
+        import numpy as np
+
         failed = self._failing(model, lambda: texts)
         # A quarter of the bytes of numbers written out, and far less work to read.
         sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
@@ -454,6 +455,8 @@ def _count(value: object) -> int:
 
 
 def _vector(embedding: object) -> Vector:
+    import numpy as np
+
     if isinstance(embedding, str):
         return np.frombuffer(binascii.a2b_base64(embedding), dtype="<f4")
     return np.array(embedding, dtype=np.float32)
@@ -464,6 +467,8 @@ def _without_vectors(raw: bytes) -> tuple[bytes, list[int]]:
 
     Reading them all would cost more than everything else that is done for a request.
     """
+    import numpy as np
+
     parts: list[bytes] = []
     lengths: list[int] = []
     start = at = 0

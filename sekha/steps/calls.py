@@ -9,7 +9,6 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import TypeVar, cast
 
-import numpy as np
 import orjson
 
 from sekha.calling import Answered, call_in_turn
@@ -294,7 +293,7 @@ class Calls:
             return done[0]
         return replace(
             done[0],
-            vectors=np.concatenate([each.vectors for each in done]),
+            vectors=_joined([each.vectors for each in done]),
             usage=sum((each.usage for each in done), Usage()),
             estimated_cost=sum((each.estimated_cost for each in done), Decimal(0)),
             cost=sum((each.cost for each in done), Decimal(0)),
@@ -468,6 +467,12 @@ def _as_openai_writes(embedded: Embedded, *, packed: bool) -> bytes:
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     body = {"object": "list", "data": data, "model": embedded.model_id, "usage": usage}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _joined(vectors: Sequence[Vector]) -> Vector:
+    import numpy as np
+
+    return np.concatenate(vectors)
 
 
 def _packed(row: Vector) -> str:
