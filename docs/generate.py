@@ -243,7 +243,8 @@ def _errors(branch: type[SekhaError]) -> str:
         retryable, falls_back = ("yes" if holds else "" for holds in (kind.retryable, kind.falls_back))
         rows.append(f"| {name} | `{kind.code}` | {what} | {retryable} | {falls_back} |")
         for child in kind.__subclasses__():
-            walk(child, depth + 1)
+            if child.__module__ == SekhaError.__module__:
+                walk(child, depth + 1)
 
     walk(branch, 0)
     return "\n".join(rows)
