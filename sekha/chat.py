@@ -17,6 +17,7 @@ from sekha.providers.base import RawStream
 from sekha.registry import Task
 from sekha.routing import Ask, Candidate, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
+from sekha.values import value
 from sekha.vision import Pictures, pictures_in
 
 __all__ = [
@@ -64,15 +65,22 @@ class ChatRequest:
     def __post_init__(self) -> None:
         if not self.messages:
             raise InvalidRequest("`messages` is empty: send at least one.", field="messages")
+        parts: list[Mapping[str, Any]] = []
         for at, message in enumerate(cast("tuple[object, ...]", self.messages)):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            # A dict first: to ask an abstract class costs more than all the rest.
+            if not isinstance(message, (dict, Mapping)) or not isinstance(message.get("role"), str):
                 raise InvalidRequest(f"`messages[{at}]` needs a `role` and `content`.", field=f"messages[{at}]")
-        counts = {"max_tokens": self.max_tokens} | {
-            name: self.options[name] for name in (*REPLY_LIMITS, "n") if self.options.get(name) is not None
-        }
-        for name, value in counts.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 or more.", field=name)
+            content = message.get("content")
+            if not isinstance(content, str) and isinstance(content, (list, tuple)):
+                parts += (part for part in content if isinstance(part, Mapping))
+        # Looked through once, for all that is asked about them below. No field: it is nothing that a caller says.
+        self.__dict__["_parts_of_messages"] = parts
+        for name in ("max_tokens", *REPLY_LIMITS, "n"):
+            value = self.options.get(name)
+            if value is not None:
+                _check_count(name, value)
+        if self.max_tokens is not None:
+            _check_count("max_tokens", self.max_tokens)
         if self.max_cost is not None and self.max_cost < 0:
             raise InvalidRequest(f"`max_cost` is {self.max_cost}; it must be 0 or more.", field="max_cost")
 
@@ -81,8 +89,10 @@ class ChatRequest:
         """Tokens that the caller allows each reply, by whichever of OpenAI's names."""
         if not self.options:
             return self.max_tokens
-        limits = [self.max_tokens, *(self.options.get(name) for name in REPLY_LIMITS)]
-        return min((limit for limit in limits if limit is not None), default=None)
+        limits = [limit for name in REPLY_LIMITS if (limit := self.options.get(name)) is not None]
+        if self.max_tokens is not None:
+            limits.append(self.max_tokens)
+        return min(limits) if limits else None
 
     @property
     def replies(self) -> int:
@@ -96,12 +106,16 @@ class ChatRequest:
 
     @property
     def image_count(self) -> int:
-        parts = self._parts()
+        parts = self._parts
         return sum(part.get("type") == "image_url" for part in parts) if parts else 0
 
-    @cached_property
+    @property
     def pictures(self) -> Pictures | None:
         """The images, read once; None when there is none. Raises `InvalidRequest` for one that nobody could take."""
+        return self._pictures if self._parts else None
+
+    @cached_property
+    def _pictures(self) -> Pictures | None:
         return pictures_in(self.messages)
 
     @property
@@ -114,7 +128,7 @@ class ChatRequest:
                 return "web_search_options"
             if "audio" in (self.options.get("modalities") or ()):
                 return "modalities"
-        if (parts := self._parts()) and any(part.get("type") == "input_audio" for part in parts):
+        if (parts := self._parts) and any(part.get("type") == "input_audio" for part in parts):
             return "input_audio"
         if (marks := self._cached()) and any(
             isinstance(mark, Mapping) and mark.get("ttl") not in ORDINARY_TTLS for mark in marks
@@ -122,17 +136,14 @@ class ChatRequest:
             return "cache_control.ttl"
         return None
 
-    # Both are looked through several times for each request, so that the usual one, plain text, goes first.
+    @property
     def _parts(self) -> list[Mapping[str, Any]]:
-        parts: list[Mapping[str, Any]] = []
-        for message in self.messages:
-            content = message.get("content")
-            if not isinstance(content, str) and isinstance(content, list | tuple):
-                parts += (part for part in content if isinstance(part, Mapping))
-        return parts
+        """All parts of all messages whose content is no plain text."""
+        found: list[Mapping[str, Any]] = self.__dict__["_parts_of_messages"]
+        return found
 
     def _cached(self) -> list[object]:
-        parts, tools = self._parts(), self.options.get("tools")
+        parts, tools = self._parts, self.options.get("tools")
         if not parts and not tools:
             return [message["cache_control"] for message in self.messages if "cache_control" in message]
         marked = (*self.messages, *(tools or ()), *parts)
@@ -156,7 +167,7 @@ class ChatRequest:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@value
 class Reply:
     """An answer, who gave it, and what it cost."""
 
@@ -176,6 +187,11 @@ class Reply:
     """`body` as the provider wrote it, where it came in OpenAI's shape."""
 
 
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 or more.", field=name)
+
+
 class Piped(Protocol):
     """Where the pieces of a streamed answer go."""
 
@@ -188,7 +204,7 @@ class Piped(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@value
 class Opened:
     """An answer that has begun to arrive, and who gives it."""
 

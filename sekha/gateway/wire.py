@@ -36,6 +36,8 @@ __all__ = [
 _OURS = frozenset(
     {"model", "messages", "task", "require_vision", "max_cost", "preferred_model", "stream", "store", "metadata"}
 )
+_RARE = _OURS - {"model", "messages", "stream"} | {"n", "tools", "modalities"}
+"""What few requests have, and what is looked at only in those."""
 _EMBEDDING_OURS = frozenset({"model", "input", "max_cost", "store", "metadata", "task"})
 _MOST_INPUTS = 2048
 """OpenAI's own limit on the texts of one request."""
@@ -79,9 +81,22 @@ def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatReque
             field="messages",
         )
     for at, message in enumerate(messages):
-        _check_message(message, f"messages[{at}]")
-    metadata = given.get("metadata")
+        if type(message) is not dict or type(message.get("content")) is not str or "tool_calls" in message:
+            _check_message(message, f"messages[{at}]")
     options = {name: value for name, value in given.items() if name not in _OURS}
+    return ChatRequest(
+        messages=tuple(messages),
+        model=name_in(given, "model"),
+        options=options,
+        key=by.key,
+        allowed=by.allowed,
+        **({} if _RARE.isdisjoint(given) else _rare(given, options)),
+    )
+
+
+def _rare(given: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The fields that few requests have."""
+    metadata = given.get("metadata")
     if given.get("store") is True:
         # OpenAI's own `store`, which takes `metadata` with it; alone, `metadata` is an error there.
         options["store"] = True
@@ -92,18 +107,13 @@ def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatReque
         _objects(tools, "tools")
     if (modalities := options.get("modalities")) is not None and type(modalities) is not list:
         raise InvalidRequest(f"`modalities` must be a list, not {kind_of(modalities)}.", field="modalities")
-    return ChatRequest(
-        messages=tuple(messages),
-        model=name_in(given, "model"),
-        task=_task(given),
-        preferred_model=name_in(given, "preferred_model"),
-        require_vision=flag(given, "require_vision", default=False),
-        max_cost=dollars(given, "max_cost"),
-        options=options,
-        tags=tags_of(metadata),
-        key=by.key,
-        allowed=by.allowed,
-    )
+    return {
+        "task": _task(given),
+        "preferred_model": name_in(given, "preferred_model"),
+        "require_vision": flag(given, "require_vision", default=False),
+        "max_cost": dollars(given, "max_cost"),
+        "tags": tags_of(metadata),
+    }
 
 
 def embed_asked(body: bytes, *, by: Pass = EVERYBODY) -> tuple[EmbedRequest, bool]:
