@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sekha.errors import CircuitOpen, ProviderError, ProviderTimeout
 from sekha.routing import Candidate
+from sekha.values import value
 
 __all__ = ["Answered", "Attempt", "Clock", "Gate", "Retries", "call_in_turn"]
 
@@ -42,7 +43,7 @@ class Retries:
     longest_wait_seconds: float = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Attempt:
     """One call to one candidate, and how it ended."""
 

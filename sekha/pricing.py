@@ -7,6 +7,8 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
+from sekha.values import value
+
 __all__ = [
     "ASSUMED_REPLY",
     "FREE",
@@ -86,7 +88,7 @@ FREE = Price(source="local")
 """Nothing is charged: the provider runs on our own machines, or the configuration says so."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Usage:
     """Tokens of one call. `cached_tokens` and `cache_write_tokens` are part of `input_tokens`."""
 

@@ -34,6 +34,7 @@ ONLY_IN = {
 }
 
 VALUES = (
+    "values",
     "errors",
     "pricing",
     "images",

@@ -8,11 +8,12 @@ holds every provider to this.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 
 from sekha.pricing import Usage
 from sekha.registry import Model
+from sekha.values import value
 from sekha.vectors.base import Vector
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class ChatCall:
     """One attempt at one model. Nothing in it is shown when it is printed."""
 
@@ -40,7 +41,7 @@ class ChatCall:
     """For the whole answer; for a stream, until its first chunk and between any two."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Completion:
     """A whole answer: `body` is OpenAI's `chat.completion` object."""
 
@@ -59,7 +60,7 @@ class Completion:
         return str(self.body["choices"][0].get("finish_reason") or "stop")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Chunk:
     """One piece of a streamed answer: `body` is OpenAI's `chat.completion.chunk` object."""
 
@@ -96,14 +97,14 @@ class RawStream(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Embeddings:
     vectors: Vector = field(repr=False)
     """Shape `(len(texts), dimension)`, float32, in the order of the texts."""
     usage: Usage | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class RawEmbeddings:
     """Embeddings in OpenAI's JSON, as they came."""
 
