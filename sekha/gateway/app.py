@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from time import perf_counter
 from typing import Any, TypeAlias
 
 from sekha.errors import NoSuchPage, SekhaError
@@ -57,7 +57,7 @@ class Gateway:
         access: AccessLog | None = None,
     ) -> None:
         self.serving = serving
-        self._access = access
+        self._access = access if access is not None and access.shown else None
         self._routes = routes
         self._prefixes = tuple((route.partition("{")[0], route) for route in routes if "{" in route)
         self._idle = asyncio.Event()
@@ -86,15 +86,19 @@ class Gateway:
     async def exchange(self, x: Exchange) -> None:
         """Answer one request. Whoever cancels it because its caller left, says so in `x.left`."""
         serving = self.serving
+        metrics = serving.metrics
         serving.under_way += 1
-        serving.metrics.under_way += 1
-        started = time.perf_counter()
-        page = self._page(x.path)
+        metrics.under_way += 1
+        started = perf_counter()
+        page = x.path
         methods = self._routes.get(page)
+        if methods is None:
+            page, methods = self._under_prefix(page)
         refused: str | None = None
         try:
             try:
-                await self._handler(x, methods)(serving, x)
+                handler = methods.get(x.method) or self._otherwise(x, methods)
+                await handler(serving, x)
             except SekhaError as error:
                 refused = error.code
                 await x.answer(*answer_to(error))
@@ -113,31 +117,29 @@ class Gateway:
                     *answer_to(SekhaError(f"This is a fault of the gateway's. Report {x.request_id.decode()}."))
                 )
         finally:
-            serving.metrics.under_way -= 1
-            seconds = time.perf_counter() - started
-            serving.metrics.request(page if methods else "other", x.status, seconds)
+            metrics.under_way -= 1
+            seconds = perf_counter() - started
+            metrics.request(page, x.status, seconds)
             if self._access is not None:
                 _note(self._access, x, seconds, refused)
             serving.under_way -= 1
             if not serving.under_way and serving is not self.serving:
                 self._idle.set()
 
-    def _page(self, path: str) -> str:
+    def _under_prefix(self, path: str) -> tuple[str, Mapping[str, Handler]]:
         """The route that a path is on. The names of models hold slashes, so `{model}` is all that is left of it."""
-        if path not in self._routes:
-            for prefix, route in self._prefixes:
-                if path.startswith(prefix) and path != prefix:
-                    return route
-        return path
+        for prefix, route in self._prefixes:
+            if path.startswith(prefix) and path != prefix:
+                return route, self._routes[route]
+        return "other", {}
 
-    def _handler(self, x: Exchange, methods: Mapping[str, Handler] | None) -> Handler:
-        if methods is None:
+    def _otherwise(self, x: Exchange, methods: Mapping[str, Handler]) -> Handler:
+        """What answers a HEAD, whose body the server leaves out. Raises `NoSuchPage` for anything else."""
+        if not methods:
             raise NoSuchPage(x.method, x.path, known=list(self._routes))
-        # The server leaves out the body of what answers a HEAD.
-        handler = methods.get("GET" if x.method == "HEAD" else x.method)
-        if handler is None:
-            raise NoSuchPage(x.method, x.path, allowed=list(methods))
-        return handler
+        if x.method == "HEAD" and "GET" in methods:
+            return methods["GET"]
+        raise NoSuchPage(x.method, x.path, allowed=list(methods))
 
 
 class _Watch:

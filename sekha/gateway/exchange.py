@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
-from random import getrandbits
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sekha.errors import BodyTooLarge, BodyTooSlow
@@ -21,6 +21,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 _ID_LENGTH = 128
+_IDS_AT_ONCE = 256
+_ids: list[bytes] = []
+os.register_at_fork(after_in_child=_ids.clear)
 
 
 class Exchange(ABC):
@@ -58,7 +61,11 @@ class Exchange(ABC):
         if asked is not None and len(asked) <= _ID_LENGTH and asked.isalnum():
             self.request_id = asked
         else:
-            self.request_id = b"%032x" % getrandbits(128)
+            if not _ids:
+                # Many for one call of the system's.
+                drawn = os.urandom(16 * _IDS_AT_ONCE).hex().encode()
+                _ids.extend(drawn[at : at + 32] for at in range(0, len(drawn), 32))
+            self.request_id = _ids.pop()
 
     @abstractmethod
     async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:

@@ -3,6 +3,9 @@
 Under uvicorn a chat took three timers, an ASGI scope and five messages: a fifth of all its CPU. Here a request is
 one task, and one timer of the whole server looks at all time limits. A caller who leaves cancels his request
 at once. TLS, HTTP/2 and WebSockets are for whoever stands in front.
+
+Who keeps a connection sends the same head again and again, but for the length of the body. The first is parsed and
+remembered; what is the same to the byte is not parsed again, and what differs in anything else is.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import httptools
 
 from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.exchange import Exchange
+from sekha.gateway.heads import MOST_DIGITS, Head, plain_head
 from sekha.gateway.problems import Headers
 
 __all__ = ["HEAD_BYTES", "WRITE_SECONDS", "Connections", "HttpConnection", "HttpExchange"]
@@ -31,10 +35,11 @@ WRITE_SECONDS = 60.0
 _UNREAD_BYTES = 256 * 1024
 """Of a body that nobody has asked for yet; whoever sends more has to wait."""
 _JOINED_BYTES = 64 * 1024
+_FIELD = b": ".join
 _SWEEP_SECONDS = 1.0
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_CLOSE = b"connection: close\r\n"
+_CLOSE = b"connection: close"
 
 
 class _Answers(Protocol):
@@ -124,14 +129,12 @@ class HttpExchange(Exchange):
     __slots__ = (
         "_connection",
         "_size",
-        "asked_id",
         "body_limit",
         "chunked",
         "headed",
         "keeps",
         "parts",
         "task",
-        "url",
         "waiter",
         "waits_to_send",
         "whole",
@@ -141,8 +144,6 @@ class HttpExchange(Exchange):
         super().__init__()
         self._connection = connection
         self._size = 0
-        self.url = b""
-        self.asked_id: bytes | None = None
         self.headed = False
         """Whether all its headers are here."""
         self.whole = False
@@ -199,7 +200,7 @@ class HttpExchange(Exchange):
             self.waiter.set_result(None)
 
     async def answer(self, status: int, body: bytes, headers: Headers) -> None:
-        head = self._head(status, headers, b"content-length: %d\r\n" % len(body))
+        head = self._head(status, headers, b"content-length: %d" % len(body))
         self.status = status
         connection = self._connection
         if self.method == "HEAD":
@@ -216,7 +217,7 @@ class HttpExchange(Exchange):
     async def begin(self, headers: Headers) -> None:
         # Before chunks were known, a reply ended with its connection.
         self.keeps = self.keeps and self.chunked
-        head = self._head(200, headers, b"transfer-encoding: chunked\r\n" if self.chunked else b"")
+        head = self._head(200, headers, b"transfer-encoding: chunked" if self.chunked else b"")
         self.status = 200
         self._connection.write(head)
 
@@ -237,18 +238,16 @@ class HttpExchange(Exchange):
         if self.waits_to_send or self._connection.all.ending:
             # A body that was never sent for may or may not come: only a new connection leaves no doubt.
             self.keeps = False
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+        lines = list(map(_FIELD, headers))
+        lines.append(b"x-request-id: " + self.request_id)
+        if length:
+            lines.append(length)
+        if not self.keeps:
+            lines.append(_CLOSE)
+        fields = b"\r\n".join(lines)
+        if fields.count(b"\n") >= len(lines) or fields.count(b"\r") >= len(lines):
             raise ValueError("a header of the reply holds a line break")
-        return b"%b%b%b%bx-request-id: %b\r\n%b\r\n" % (
-            _STATUS_LINES[status],
-            self._connection.all.date,
-            head,
-            length,
-            self.request_id,
-            b"" if self.keeps else _CLOSE,
-        )
+        return b"%b%b%b\r\n\r\n" % (_STATUS_LINES[status], self._connection.all.date, fields)
 
     def _end(self) -> None:
         self.ended = True
@@ -260,17 +259,23 @@ class HttpConnection(asyncio.Protocol):
 
     __slots__ = (
         "_arriving",
+        "_asked_id",
         "_deadline",
         "_drained",
         "_head_bytes",
+        "_known",
+        "_length",
+        "_missing",
         "_parser",
         "_queue",
+        "_raw",
         "_read_by",
         "_reading_paused",
         "_serving",
         "_transport",
         "_unsent",
         "_unusable",
+        "_url",
         "all",
         "writing_paused",
     )
@@ -283,6 +288,15 @@ class HttpConnection(asyncio.Protocol):
         self._arriving: HttpExchange | None = None
         self._serving: HttpExchange | None = None
         self._queue: deque[HttpExchange] = deque()
+        self._known: Head | None = None
+        """The last head that was plain."""
+        self._missing = 0
+        """Bytes of the arriving body, when its head was known and so the parser has no part in it."""
+        self._raw = b""
+        """What is being parsed, when a request begins with it."""
+        self._url = b""
+        self._length: bytes | None = None
+        self._asked_id: bytes | None = None
         self._head_bytes = 0
         self._deadline = connections.loop.time() + connections.head_seconds
         self._drained: asyncio.Future[None] | None = None
@@ -302,6 +316,61 @@ class HttpConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._unusable:
             return
+        if self._missing:
+            data = self._rest_of_body(data)
+            if not data:
+                return
+        if self._arriving is None:
+            known = self._known
+            if known is not None and self._serving is None and self._again(known, data):
+                return
+            self._raw = data
+        self._parse(data)
+
+    def _again(self, head: Head, data: bytes) -> bool:
+        """Begin a request whose head is known. Returns whether it is."""
+        if not data.startswith(head.before):
+            return False
+        start = len(head.before)
+        end = data.find(b"\r", start, start + MOST_DIGITS + 1)
+        digits = data[start:end]
+        if end < 0 or not digits.isdigit() or not data.startswith(head.after, end):
+            return False
+        body = data[end + len(head.after) :]
+        missing = int(digits) - len(body)
+        if missing < 0:
+            # More follows: that is for the parser.
+            return False
+        x = HttpExchange(self)
+        x.method = head.method
+        x.path = head.path
+        x.query = head.query
+        x.authorization = head.authorization
+        x.identify(None)
+        x.headed = True
+        self._serve(x)
+        if body:
+            x.received(body)
+        if missing:
+            self._arriving = x
+            self._missing = missing
+        else:
+            x.whole = True
+        return True
+
+    def _rest_of_body(self, data: bytes) -> bytes:
+        """Take what belongs to the body of a request whose head was known, and return what follows it."""
+        missing = self._missing
+        if len(data) < missing:
+            self._missing = missing - len(data)
+            self.on_body(data)
+            return b""
+        self._missing = 0
+        self.on_body(data[:missing])
+        self.on_message_complete()
+        return data[missing:]
+
+    def _parse(self, data: bytes) -> None:
         arriving = self._arriving
         if arriving is None or not arriving.headed:
             self._head_bytes += len(data)
@@ -315,6 +384,7 @@ class HttpConnection(asyncio.Protocol):
         else:
             if self._head_bytes > HEAD_BYTES:
                 self._refuse(431)
+        self._raw = b""
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - nobody is there to be told why
         self._unusable = True
@@ -339,24 +409,26 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._arriving = HttpExchange(self)
+        self._url = b""
+        self._length = self._asked_id = None
         if self._serving is None:
             self._deadline = self.all.loop.time() + self.all.head_seconds
 
     def on_url(self, url: bytes) -> None:
-        x = self._arriving
-        if x is not None:
-            x.url += url
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         x = self._arriving
         if x is None or x.headed:  # what trails a body is no header
             return
-        # Names of other lengths need not be looked at: a request has a dozen headers, and three matter.
+        # Names of other lengths need not be looked at: a request has a dozen headers, and four matter.
         match len(name):
             case 13 if name.lower() == b"authorization":
                 x.authorization = value
+            case 14 if name.lower() == b"content-length":
+                self._length = value
             case 12 if name.lower() == b"x-request-id":
-                x.asked_id = value
+                self._asked_id = value
             case 6 if name.lower() == b"expect":
                 x.waits_to_send = value.lower() == b"100-continue"
 
@@ -364,12 +436,15 @@ class HttpConnection(asyncio.Protocol):
         x = cast("HttpExchange", self._arriving)
         parser = self._parser
         x.method = parser.get_method().decode("ascii")
-        x.path, x.query = _where(x.url)
-        x.identify(x.asked_id)
+        x.path, x.query = _where(self._url)
+        x.identify(self._asked_id)
         x.chunked = parser.get_http_version() != "1.0"
         x.keeps = x.chunked and parser.should_keep_alive()
         x.headed = True
         self._head_bytes = 0
+        if self._length and x.keeps and not x.waits_to_send and self._asked_id is None:
+            self._known = plain_head(self._raw, self._length, x)
+        self._raw = b""  # what else is in it begins elsewhere
         if self._serving is None:
             self._serve(x)
         else:

@@ -92,7 +92,8 @@ class AccessLog:
 
     def __init__(self, lines: Lines, *, shown: bool = True) -> None:
         self._lines = lines
-        self._shown = shown
+        self.shown = shown
+        """Whether anything is logged at all, for whoever has much to gather first."""
 
     def note(
         self,
@@ -113,7 +114,7 @@ class AccessLog:
         error: str | None = None,
     ) -> None:
         """Log one request. `outcome` is as in Prefect: answered, fallback, failed, refused, cancelled."""
-        if not self._shown:
+        if not self.shown:
             return
         said: dict[str, object] = {
             "ts": _now(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeAlias
@@ -100,6 +101,14 @@ async def serving(
         connections.close()
 
 
+def _post(length: bytes) -> bytes:
+    return b"POST /a?b HTTP/1.1\r\nhost: x\r\nContent-Length: %b\r\naccept: */*\r\n\r\n" % length
+
+
+def _without_what_changes(replies: bytes) -> bytes:
+    return re.sub(rb"(date|x-request-id): [^\r]*\r\n", b"", replies)
+
+
 async def test_a_connection_is_kept_for_the_next_request() -> None:
     async with serving() as (_, _, connect):
         caller = await connect()
@@ -120,6 +129,109 @@ async def test_requests_sent_at_once_are_answered_in_turn() -> None:
         await caller.send(b"".join(b"POST /%d HTTP/1.1\r\ncontent-length: 1\r\n\r\nx" % at for at in range(50)))
 
         assert [(await caller.reply())[1] for _ in range(50)] == [b"POST /%d ? x" % at for at in range(50)]
+
+
+async def test_a_head_that_is_sent_again_may_be_of_a_body_of_another_length() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+        replies = []
+
+        for body in (b"a", b"", b"b" * 12, b"c" * 300_000):
+            await caller.send(_post(b"%d" % len(body)) + body)
+            replies.append((await caller.reply())[1])
+
+        assert replies == [b"POST /a ?b " + body for body in (b"a", b"", b"b" * 12, b"c" * 300_000)]
+
+
+async def test_a_head_that_is_sent_again_may_come_before_its_body_and_the_next_request_right_behind_it() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+        await caller.send(_post(b"3") + b"abc")
+        await caller.reply()
+
+        await caller.send(_post(b"6"), b"de", b"fghi" + _post(b"1") + b"j" + _post(b"2"), b"kl")
+
+        assert [(await caller.reply())[1] for _ in range(3)] == [
+            b"POST /a ?b defghi",
+            b"POST /a ?b j",
+            b"POST /a ?b kl",
+        ]
+
+
+async def test_who_is_refused_while_sending_a_head_again_may_ask_once_more() -> None:
+    async with serving(without_reading) as (_, _, connect):
+        caller = await connect()
+        await caller.send(_post(b"3") + b"abc")
+        first = await caller.reply()
+
+        await caller.send(_post(b"6") + b"abc")
+        second = await caller.reply()
+        await caller.send(b"def" + _post(b"1") + b"g")
+
+        assert first[1] == second[1] == (await caller.reply())[1] == b"no"
+
+
+async def test_a_body_above_the_limit_is_refused_behind_a_head_that_is_sent_again() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+        await caller.send(_post(b"1") + b"x")
+        await caller.reply()
+
+        await caller.send(_post(b"9000000"), b"x" * 1_100_000)
+
+        assert (await caller.reply())[1] == b"request_too_large"
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        b"",
+        b" ",
+        b"+3",
+        b"-3",
+        b"0x3",
+        b"3_0",
+        b" 3",
+        b"3 ",
+        b"3,3",
+        b"003",
+        b"0" * 12 + b"3",
+        b"9" * 20,
+        b"\xb3",
+        b"3\n",
+        b"3\r",
+        b"3\r\n 4",
+        b"3\ncontent-length: 4",
+        b"3\r\ncontent-length: 4",
+        b"3\r\ntransfer-encoding: chunked",
+        b"3\r\nconnection: close",
+        b"3\r\nexpect: 100-continue",
+        b"3\r\n\r\nabcPOST /smuggled HTTP/1.1\r\ncontent-length: 3",
+    ],
+)
+async def test_what_is_like_a_head_from_before_means_what_it_would_mean_alone(length: bytes) -> None:
+    sent = _post(length) + b"abcGET /last HTTP/1.1\r\nconnection: close\r\n\r\n"
+    async with serving() as (_, _, connect):
+        first, again = await connect(), await connect()
+        await again.send(_post(b"3") + b"abc")
+        await again.reply()
+
+        await first.send(sent)
+        await again.send(sent)
+
+        assert _without_what_changes(await again.rest()) == _without_what_changes(await first.rest())
+
+
+async def test_a_head_is_not_taken_for_the_one_before_when_anything_but_the_length_differs() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+        replies = []
+
+        for sent in (_post(b"1"), _post(b"1").replace(b"/a", b"/c"), _post(b"1").replace(b"?b", b"?d"), _post(b"1")):
+            await caller.send(sent + b"x")
+            replies.append((await caller.reply())[1])
+
+        assert replies == [b"POST /a ?b x", b"POST /c ?b x", b"POST /a ?d x", b"POST /a ?b x"]
 
 
 async def test_a_body_may_come_in_chunks_and_drop_by_drop() -> None:
