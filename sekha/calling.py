@@ -10,6 +10,7 @@ from itertools import count
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sekha.errors import CircuitOpen, ProviderError, ProviderTimeout
+from sekha.registry import Model
 from sekha.routing import Candidate
 from sekha.values import value
 
@@ -113,103 +114,105 @@ async def call_in_turn(
     nobody. Every call that ends is noted, once. When `call` returns not the `whole` answer but a stream
     that has begun, its reader notes the end; a probe has done its part by beginning.
     """
-    awake = clock.now()
-    asking = _Asking(call, clock, circuits, whole, awake + deadline_seconds)
-    failure: ProviderError | None = None
-    # Of those that failed: when they may be asked again, and how often they were.
-    due: dict[str, float] = {}
-    tried: dict[str, int] = {}
+    now = clock.now
+    ends_at = now() + deadline_seconds
+    failed: _Failed | None = None
     for turn in count():
         for candidate in candidates:
             name = candidate.model.name
-            if due.get(name, awake) > awake:
+            if failed is not None and not failed.lets_ask(name):
                 continue
-            if failure is not None and clock.now() >= asking.ends_at:
-                raise failure
+            probe = None if circuits is None or circuits.admit(name) else await circuits.claim(name)
+            # Asked once more, since somebody else's probe may have closed it while we waited for ours.
+            if probe is None and circuits is not None and not circuits.admit(name):
+                if failed is not None:
+                    failed.give_up(name)
+                continue
+            began = now()
             try:
-                answered = await asking.ask(candidate, name)
+                answer = await call(candidate, ends_at - began)
             except ProviderError as error:
-                if failure is None or error.retryable or not failure.retryable or not error.falls_back:
-                    failure = error
-                failure.attempts = tuple(asking.attempts)
+                failed = failed or _Failed(retries, clock, circuits, ends_at)
+                failed.note(candidate.model, error, now() - began, probe)
                 if not error.falls_back:
                     raise
-                tried[name] = tried.get(name, 0) + 1
-                again = error.retryable and tried[name] < retries.rounds and asking.admits(name)
-                due[name] = clock.now() + (error.retry_after_seconds or 0.0) if again else math.inf
+            except BaseException:
+                if circuits is not None and probe is not None:
+                    circuits.give_back(name, probe)
+                raise
             else:
-                if answered is not None:
-                    return answered
-                if name in due:
-                    due[name] = math.inf
-        if failure is None:
+                if circuits is not None and (whole or probe is not None):
+                    circuits.note(name, None, probe=probe)
+                attempt = _attempt(candidate.model, now() - began)
+                return Answered(answer, candidate, (attempt,) if failed is None else (*failed.attempts, attempt), probe)
+        if failed is None:
             break
-        wait = min(retries.base_wait_seconds * 2**turn, retries.longest_wait_seconds) * clock.random()
-        awake = max(clock.now() + wait, min(due.values()))
-        if awake >= asking.ends_at:
-            raise failure
-        names = ", ".join(name for name, at in due.items() if at <= awake)
-        log.info("waiting %.2f s before asking again: %s", awake - clock.now(), names)
-        await clock.sleep(awake - clock.now())
+        await failed.wait(turn)
     raise _nobody(candidates, circuits)
 
 
-class _Asking(Generic[T]):
-    """How one request asks: each call under the one deadline, its circuit asked before and told after."""
+class _Failed:
+    """The calls of a request that failed so far: which error to end with, and who may be asked again and when."""
 
-    __slots__ = ("_call", "_circuits", "_clock", "_whole", "attempts", "ends_at")
-
-    def __init__(
-        self,
-        call: Callable[[Candidate, float], Awaitable[T]],
-        clock: Clock,
-        circuits: Gate | None,
-        whole: bool,
-        ends_at: float,
-    ) -> None:
-        self._call = call
+    def __init__(self, retries: Retries, clock: Clock, circuits: Gate | None, ends_at: float) -> None:
+        self.attempts: tuple[Attempt, ...] = ()
+        self._retries = retries
         self._clock = clock
         self._circuits = circuits
-        self._whole = whole
-        self.ends_at = ends_at
-        self.attempts: list[Attempt] = []
+        self._ends_at = ends_at
+        self._error: ProviderError | None = None
+        self._awake = -math.inf
+        self._due: dict[str, float] = {}
+        """When each may be asked again."""
+        self._tried: dict[str, int] = {}
 
-    def admits(self, name: str) -> bool:
-        return self._circuits is None or self._circuits.admit(name)
-
-    async def ask(self, candidate: Candidate, name: str) -> Answered[T] | None:
-        """Make one attempt; None when the circuit lets none through."""
-        circuits, probe = self._circuits, None
-        if circuits is not None and not circuits.admit(name):
-            probe = await circuits.claim(name)
-            # While we waited for that, somebody else's probe may have closed it.
-            if probe is None and not circuits.admit(name):
-                return None
-        started = self._clock.now()
-        try:
-            value = await self._call(candidate, self.ends_at - started)
-        except ProviderError as error:
-            seconds = self._clock.now() - started
-            log.warning("%s", error)
-            if circuits is not None:
-                if not self._cut_short(error):
-                    circuits.note(name, error, probe=probe, seconds=seconds)
-                elif probe is not None:
-                    circuits.give_back(name, probe)
-            self.attempts.append(_attempt(candidate, seconds, error))
-            raise
-        except BaseException:
-            if circuits is not None and probe is not None:
+    def note(self, model: Model, error: ProviderError, seconds: float, probe: str | None) -> None:
+        """Note how a call ended that took so many seconds, for its circuit too."""
+        log.warning("%s", error)
+        name, circuits = model.name, self._circuits
+        if circuits is not None:
+            if not self._cut_short(error):
+                circuits.note(name, error, probe=probe, seconds=seconds)
+            elif probe is not None:
                 circuits.give_back(name, probe)
-            raise
-        if circuits is not None and (self._whole or probe is not None):
-            circuits.note(name, None, probe=probe)
-        self.attempts.append(_attempt(candidate, self._clock.now() - started))
-        return Answered(value, candidate, tuple(self.attempts), probe)
+        self.attempts = (*self.attempts, _attempt(model, seconds, error))
+        worst = self._error
+        if worst is None or error.retryable or not worst.retryable or not error.falls_back:
+            worst = self._error = error
+        worst.attempts = self.attempts
+        tried = self._tried[name] = self._tried.get(name, 0) + 1
+        again = error.retryable and tried < self._retries.rounds and (circuits is None or circuits.admit(name))
+        self._due[name] = self._clock.now() + (error.retry_after_seconds or 0.0) if again else math.inf
+
+    def lets_ask(self, name: str) -> bool:
+        """Whether it is this one's turn. Raises the error to end with when the time is over."""
+        if self._due.get(name, self._awake) > self._awake:
+            return False
+        self._unless_over(self._clock.now())
+        return True
+
+    def give_up(self, name: str) -> None:
+        """Ask this one no more, if it was asked."""
+        if name in self._due:
+            self._due[name] = math.inf
+
+    async def wait(self, turn: int) -> None:
+        """Wait before everybody's next turn. Raises the error to end with when there is none in time."""
+        longest = min(self._retries.base_wait_seconds * 2**turn, self._retries.longest_wait_seconds)
+        now = self._clock.now()
+        self._awake = max(now + longest * self._clock.random(), min(self._due.values()))
+        self._unless_over(self._awake)
+        names = ", ".join(name for name, at in self._due.items() if at <= self._awake)
+        log.info("waiting %.2f s before asking again: %s", self._awake - now, names)
+        await self._clock.sleep(self._awake - now)
+
+    def _unless_over(self, at: float) -> None:
+        if self._error is not None and at >= self._ends_at:
+            raise self._error
 
     def _cut_short(self, error: ProviderError) -> bool:
         """Whether it ran out of the little time that those before it had left, which says nothing about it."""
-        return isinstance(error, ProviderTimeout) and bool(self.attempts) and self._clock.now() >= self.ends_at
+        return isinstance(error, ProviderTimeout) and bool(self.attempts) and self._clock.now() >= self._ends_at
 
 
 def _nobody(candidates: Sequence[Candidate], circuits: Gate | None) -> Exception:
@@ -226,10 +229,10 @@ def _nobody(candidates: Sequence[Candidate], circuits: Gate | None) -> Exception
     )
 
 
-def _attempt(candidate: Candidate, seconds: float, error: ProviderError | None = None) -> Attempt:
+def _attempt(model: Model, seconds: float, error: ProviderError | None = None) -> Attempt:
     return Attempt(
-        provider_id=candidate.model.provider_id,
-        model_id=candidate.model.id,
+        provider_id=model.provider_id,
+        model_id=model.id,
         seconds=seconds,
         error=None if error is None else error.code,
         detail="" if error is None else error.detail,
