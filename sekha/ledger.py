@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal, Protocol, TypeAlias, assert_never, get_args
+from typing import Literal, NamedTuple, Protocol, TypeAlias, assert_never, get_args
 from uuid import uuid4
 
 from sekha.pricing import Usage
@@ -31,9 +31,10 @@ GroupBy: TypeAlias = Literal["provider", "model", "task", "key", "tag", "day"]
 GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
+class Scope(NamedTuple):
     """What a call is charged to. A budget matches on the fields that it names."""
+
+    # A named tuple: several things are looked up by it for each request, and a dataclass is hashed in Python.
 
     provider: str | None = None
     model: str | None = None
@@ -63,7 +64,8 @@ class Budget:
         return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Holds and spends are made for every request, and frozen they would take twice as long to make. Nobody changes one.
+@dataclass(slots=True, kw_only=True)
 class Hold:
     """Money set aside for a call under way. Gone when settled or released, or at `expires_at`."""
 
@@ -77,7 +79,7 @@ class Hold:
     """How long it lasts without a charge; each charge under it renews it for as long."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Spend:
     """What one call really cost. Recorded once, however often the same one is handed in."""
 

@@ -15,9 +15,10 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from time import time
 from typing import Any
@@ -33,7 +34,8 @@ __all__ = ["Abandoned", "Journal", "abandoned", "scope_record", "spend_record"]
 
 log = logging.getLogger("sekha.ledgers")
 
-_VERSION = 1
+_VERSION = 2
+_READABLE = (1, 2)
 _BEGUN_SECONDS = 60.0
 _MOST = 2**63 - 1
 
@@ -65,7 +67,10 @@ class Journal:
 
     def write(self, record: Sequence[object]) -> None:
         """Append one record; raises `LedgerUnavailable` when the disk takes it not or not whole."""
-        line = orjson.dumps(record)
+        try:
+            line = orjson.dumps(record)
+        except TypeError:  # a number beyond 64 bits, which no provider means
+            line = orjson.dumps([min(each, _MOST) if isinstance(each, int) else each for each in record])
         line = b"%08x %b\n" % (zlib.crc32(line), line)
         if self._torn:
             line = b"\n" + line
@@ -133,9 +138,9 @@ def scope_record(scope: Scope) -> orjson.Fragment:
 
 def spend_record(
     kind: str, hold: str, spend: Spend, scope: orjson.Fragment, *, cost: int, estimated: int
-) -> list[object]:
+) -> tuple[object, ...]:
     usage = spend.usage
-    return [
+    return (
         kind,
         hold,
         spend.id,
@@ -143,13 +148,13 @@ def spend_record(
         scope,
         cost,
         estimated,
-        min(usage.input_tokens, _MOST),
-        min(usage.output_tokens, _MOST),
-        min(usage.cached_tokens, _MOST),
-        min(usage.cache_write_tokens, _MOST),
-        min(usage.images, _MOST),
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_tokens,
+        usage.cache_write_tokens,
+        usage.images,
         usage.counted,
-    ]
+    )
 
 
 # --- what a dead process left behind -------------------------------------------------------
@@ -160,8 +165,10 @@ class Abandoned:
     """A journal whose owner is dead, locked against everybody else until `close`."""
 
     name: str
-    spends: tuple[Spend, ...]
-    """What it spent and may not have recorded, and what its calls under way may have cost at most."""
+    spends: tuple[tuple[int, Spend], ...]
+    """What it spent and may not have recorded, each with its number in the journal."""
+    worst: tuple[Spend, ...]
+    """What its calls under way may have cost at most."""
     _paths: tuple[Path, ...]
     _lock: int
 
@@ -186,13 +193,13 @@ def abandoned(folder: Path) -> Iterator[Abandoned]:
             continue
         segments = sorted(folder.glob(f"{path.stem}-*.journal"))
         try:
-            spends = tuple(_spends(segments))
+            spends, worst = _read(segments)
         except _Unreadable as error:
             log.warning("Journal %s is left alone: %s", path.stem, error)
             os.close(lock)
             continue
         # The lock file goes last, or what a second death leaves would never be found.
-        yield Abandoned(path.stem, spends, (*segments, path), lock)
+        yield Abandoned(path.stem, spends, worst, (*segments, path), lock)
 
 
 class _Unreadable(Exception):
@@ -210,7 +217,7 @@ class _Open:
     """A spend went by its name."""
 
 
-def _spends(segments: Iterable[Path]) -> Iterator[Spend]:
+def _read(segments: Iterable[Path]) -> tuple[tuple[tuple[int, Spend], ...], tuple[Spend, ...]]:
     spends: dict[int, Spend] = {}
     holds: dict[str, _Open] = {}
     budgets: dict[int, Budget] = {}
@@ -222,7 +229,7 @@ def _spends(segments: Iterable[Path]) -> Iterator[Spend]:
         known = True
         match record:
             case ["v", version, before]:
-                if version != _VERSION:
+                if version not in _READABLE:
                     raise _Unreadable(f"a Sekha of another version wrote it ({version!r}, not {_VERSION})")
                 count = before
             case ["p", index, match, period]:
@@ -240,11 +247,12 @@ def _spends(segments: Iterable[Path]) -> Iterator[Spend]:
                     holds[hold].named |= spend.id == hold
             case ["r", hold]:
                 holds.pop(hold, None)
-            case ["f", recorded]:
+            case ["f", recorded]:  # of version 1, whose spends are on record each by itself
                 pass
-    yield from (spend for number, spend in spends.items() if number > recorded)
-    for name, hold in holds.items():
-        yield from _worst_case(name, hold)
+    return (
+        tuple((number, spend) for number, spend in spends.items() if number > recorded),
+        tuple(chain.from_iterable(_worst_case(name, hold) for name, hold in holds.items())),
+    )
 
 
 def _charge(hold: _Open, spend: Spend) -> None:
@@ -289,7 +297,7 @@ def _within(scope: Scope, match: Mapping[str, str]) -> Scope:
         fields.setdefault("model", None)
     if "tag" in match:
         fields["tags"] = scope.tags | {match["tag"]}
-    return replace(scope, **fields)
+    return scope._replace(**fields)
 
 
 def _scope(values: Sequence[str] | None) -> Scope:

@@ -22,15 +22,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
 import orjson
@@ -40,11 +42,13 @@ from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, per
 from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
 from sekha.ledgers.sql import (
     SHARE,
+    Batch,
     Coverage,
     Leased,
     Slice,
     SqlLedger,
     Standing,
+    Tally,
     Wanted,
     exceeded,
     meaning,
@@ -64,9 +68,10 @@ BEHIND_SECONDS = 30.0
 _RENEW_SECONDS = 15.0
 _SKEW = timedelta(seconds=5)
 """A slice is left alone so long before it expires, since other machines' clocks may be ahead."""
-_FLUSH_SECONDS = 0.05
-_FLUSH_SPENDS = 500
 _BEAT_SECONDS = 0.25
+"""What is spent is recorded with each beat."""
+_BATCH = 1_000
+"""Rows that are recorded together."""
 _IDLE_BEATS = 4
 _WATCHED_BEATS = 20
 _REFRESH_BEATS = 2
@@ -80,6 +85,9 @@ _RECOVER_SECONDS = 3.0
 _BACK_OFF_SECONDS = 0.5
 _USUAL_SECONDS = 30.0
 _MANY = 10_000
+_RECENT = 30_000
+"""Spends known to have been noted before: so many, and as many that came before them."""
+_MINUTE = timedelta(minutes=1)
 _SCOPES = 1_000
 """Remembered at once. Callers make them, with up to ten kilobytes of tags each."""
 _NEVER = float("inf")
@@ -148,17 +156,56 @@ class _Open:
         return ["h", self.hold.id, self.at, left, self.scope, self.named]
 
 
-class _Pending:
-    """A spend that is in the journal and not yet in the shared ledger."""
+class _Single:
+    """A spend that is recorded by itself, under its own id."""
 
-    __slots__ = ("cost", "number", "pools", "spend")
+    __slots__ = ("cost", "pools", "spend")
 
-    def __init__(self, spend: Spend, cost: int, pools: Sequence[_Pool], number: int) -> None:
+    def __init__(self, spend: Spend, cost: int, pools: Sequence[_Pool]) -> None:
         self.spend = spend
         self.cost = cost
         self.pools = pools
-        self.number = number
-        """How many spends the journal had when this one was in it."""
+
+    @property
+    def at(self) -> datetime:
+        return self.spend.at
+
+
+class _Tally(Tally):
+    """What is spent in one scope and minute, and not yet handed on to be recorded."""
+
+    __slots__ = ("begins", "ends", "pools")
+
+    def __init__(self, name: str, scope: Scope, spend: Spend, begins: datetime, pools: Sequence[_Pool]) -> None:
+        super().__init__(name, scope, spend.at, counted=spend.usage.counted)
+        self.begins = begins
+        self.ends = begins + _MINUTE
+        self.pools = pools
+
+
+class _Scope:
+    """What is known of a scope for all calls in it."""
+
+    __slots__ = ("name", "pools", "record", "tally")
+
+    def __init__(self, name: str, record: orjson.Fragment, pools: Sequence[_Pool]) -> None:
+        self.name = name
+        self.record = record
+        self.pools = pools
+        self.tally: _Tally | None = None
+        """Where the last spend was added to."""
+
+
+class _Sealed(NamedTuple):
+    """What was spent until some moment. Its parts stay together, so that it is on record as a whole or not at all."""
+
+    batch: Batch
+    tallies: Sequence[_Tally]
+    singles: Sequence[_Single]
+
+    @property
+    def parts(self) -> Iterator[_Tally | _Single]:
+        return chain(self.tallies, self.singles)
 
 
 _Known: TypeAlias = tuple[Budget, _Pool, int]
@@ -219,19 +266,25 @@ class LeasedLedger:
         self._by_meaning: dict[tuple[str, str], _Pool] = {}
         self._known: dict[int, _Known] = {}
         self._coverage: Coverage[_Pool] = Coverage()
-        self._scopes: dict[Scope, tuple[orjson.Fragment, list[_Pool]]] = {}
+        self._scopes: dict[Scope, _Scope] = {}
+        self._scopes_known = 0
         self._usual: dict[tuple[str, str], tuple[int | None, float]] = {}
         self._usual_asked: set[tuple[str, str]] = set()
         # What is under way.
         self._open: dict[str, _Open] = {}
         self._next_expiry = _LAST
-        self._pending: list[_Pending] = []
+        self._tallies: dict[str, _Tally] = {}
+        self._singles: list[_Single] = []
+        self._sealed: deque[_Sealed] = deque()
+        """What was handed on and is not yet on record, the oldest first."""
         self._behind_since = _NEVER
         self._recent: dict[str, None] = {}
         self._less_recent: dict[str, None] = {}
         self._wants: list[_Want] = []
         self._questions: list[tuple[Callable[[], Awaitable[Any]], Future[Any]]] = []
         # The worker's own.
+        self._resting = False
+        """Whether it looks again in more than a beat, unless it is woken."""
         self._beat = 0
         self._next_beat = 0.0
         self._next_renewal = 0.0
@@ -259,29 +312,19 @@ class LeasedLedger:
         behind = monotonic() - self._behind_since
         if behind > self._behind_seconds:
             raise LedgerUnavailable(str(self._folder), f"spending has waited to be recorded for {behind:.0f} s")
-        ready = not self._closing
         held: dict[str, Decimal] = {}
         needs: dict[_Pool, int] = {}
-        bounds: dict[_Pool, _Known] = {}
-        before, same = None, 0
+        ready = not self._closing
         for budget in budgets:
             amount = amounts.get(budget.name)
-            if not amount or amount < 0:
+            if amount is None or amount <= 0:
                 continue
             held[budget.name] = amount
-            known = self._known.get(id(budget)) or self._register(budget)
-            _, pool, limit = known
-            if amount is not before:  # it is the same for all of them as a rule
-                before, same = amount, picos(amount)
-            need = same
-            if pool in needs:
-                # Two budgets on the same calls hold once, and each must have room for its own amount.
-                most = max(need, needs[pool])
-                known = budget, pool, min(limit - need, bounds[pool][2] - needs[pool]) + most
-                need = most
-            needs[pool], bounds[pool] = need, known
-            if pool.free < need or pool.limit > limit or not pool.since <= at < pool.until:
+            _, pool, limit = self._known.get(id(budget)) or self._register(budget)
+            need = picos(amount)
+            if pool.free < need or pool.limit > limit or not pool.since <= at < pool.until or pool in needs:
                 ready = False
+            needs[pool] = need
         self._holds += 1
         hold = Hold(
             id=f"{self._owner}-{self._holds:x}",
@@ -295,7 +338,7 @@ class LeasedLedger:
         if ready:
             self._take(hold, needs, at, scope)
             return hold
-        return await self._wait(_Want(hold, needs, bounds=bounds, at=at, scope=scope))
+        return await self._wait(self._want(hold, at, scope))
 
     async def charge(self, hold: Hold, spend: Spend) -> None:
         if self._is_foreign(hold):
@@ -375,76 +418,148 @@ class LeasedLedger:
         known = self._known[id(budget)] = budget, pool, picos(budget.limit)
         return known
 
-    def _scope(self, scope: Scope) -> tuple[orjson.Fragment, list[_Pool]]:
+    def _scope(self, scope: Scope) -> _Scope:
         known = self._scopes.get(scope)
         if known is None:
             if len(self._scopes) >= _SCOPES:
                 self._scopes.clear()
-            known = self._scopes[scope] = scope_record(scope), self._coverage.of(scope)
+            # One that is known again goes by another name: other budgets may cover it by now.
+            self._scopes_known += 1
+            name = f"{self._owner}.{self._scopes_known:x}"
+            known = self._scopes[scope] = _Scope(name, scope_record(scope), self._coverage.of(scope))
         return known
 
+    def _want(self, hold: Hold, at: datetime, scope: Scope | None) -> _Want:
+        needs: dict[_Pool, int] = {}
+        bounds: dict[_Pool, _Known] = {}
+        for budget in hold.budgets:
+            if budget.name not in hold.amounts:
+                continue
+            need = picos(hold.amounts[budget.name])
+            known = _, pool, limit = self._known.get(id(budget)) or self._register(budget)
+            if pool in needs:
+                # Two budgets on the same calls hold once, and each must have room for its own amount.
+                most = max(need, needs[pool])
+                known = budget, pool, min(limit - need, bounds[pool][2] - needs[pool]) + most
+                need = most
+            needs[pool], bounds[pool] = need, known
+        return _Want(hold, needs, bounds=bounds, at=at, scope=scope)
+
     def _take(self, hold: Hold, needs: dict[_Pool, int], at: datetime, scope: Scope | None) -> None:
-        under = _Open(hold, needs, at, None if scope is None else self._scope(scope)[0])
+        under = _Open(hold, needs, at, None if scope is None else self._scope(scope).record)
         self._start().write(under.record())
         for pool, need in needs.items():
             pool.free -= need
             pool.held += need
             pool.used = self._beat
         self._open[hold.id] = under
-        self._next_expiry = min(self._next_expiry, hold.expires_at)
+        self._next_expiry = min(self._next_expiry, under.expires_at)
 
     def _spend(self, kind: Literal["c", "s"], hold: Hold, spend: Spend) -> bool:
         """Note a spend; False when the journal could not take it, and it must be recorded before the caller goes on."""
-        if spend.id in self._recent or spend.id in self._less_recent:
+        name, at = spend.id, spend.at
+        if name in self._recent or name in self._less_recent:
             if kind == "s":
                 self._release(hold.id)
             return True
-        if spend.at.tzinfo is None:
+        if at.tzinfo is None:
             raise ValueError("a ledger's times need a zone; pass datetime.now(UTC)")
         journal = self._start()
         cost, estimated = picos(spend.cost), picos(spend.estimated)
-        scope, pools = self._scope(spend.scope)
+        scope = self._scopes.get(spend.scope) or self._scope(spend.scope)
+        under = self._open.get(hold.id)
         try:
-            journal.write(spend_record(kind, hold.id, spend, scope, cost=cost, estimated=estimated))
-            self._written += 1
+            journal.write(spend_record(kind, hold.id, spend, scope.record, cost=cost, estimated=estimated))
             written = True
         except LedgerUnavailable:
             written = False
-        self._queue(_Pending(spend, cost, pools, self._written))
-        under = self._open.get(hold.id)
-        left = under.left if under is not None else {}
-        for pool in pools:
-            pool.unrecorded += cost
-            if pool.start <= spend.at < pool.end:
-                pool.pending += cost
-            covered = min(left.get(pool, 0), cost)
-            if covered:
-                left[pool] -= covered
-                pool.held -= covered
-            if covered < cost:
-                # What no hold covers comes out of the slice, as far as it goes.
-                idle = min(pool.free, cost - covered)
-                pool.free -= idle
-                pool.debt += cost - covered - idle
+        # By the name of a hold that stays open it may be handed in again when nothing here remembers it.
+        if written and (name not in self._open or (kind == "s" and name == hold.id)):
+            self._add(scope, spend, cost, estimated)
+        else:
+            self._singles.append(_Single(spend, cost, scope.pools))
+        self._written += written
+        self._remember(name)
+        self._pay(scope.pools, {} if under is None else under.left, cost, at)
         if under is None:
             return written
         if kind == "s":
             self._free(hold.id)
         else:
-            under.named |= spend.id == hold.id
-            if under.expires_at > spend.at:
-                under.expires_at = max(under.expires_at, spend.at + timedelta(seconds=hold.ttl_seconds))
+            under.named |= name == hold.id
+            if under.expires_at > at:
+                under.expires_at = max(under.expires_at, at + timedelta(seconds=hold.ttl_seconds))
         return written
 
-    def _queue(self, one: _Pending) -> None:
-        if not self._pending:
+    def _pay(self, pools: Sequence[_Pool], left: dict[_Pool, int], cost: int, at: datetime) -> None:
+        """Take what was spent from what is left of its hold."""
+        for pool in pools:
+            pool.unrecorded += cost
+            if pool.start <= at < pool.end:
+                pool.pending += cost
+            covered = left.get(pool, 0)
+            if covered >= cost:
+                left[pool] = covered - cost
+                pool.held -= cost
+                continue
+            if covered:
+                left[pool] = 0
+                pool.held -= covered
+            # What no hold covers comes out of the slice, as far as it goes.
+            idle = min(pool.free, cost - covered)
+            pool.free -= idle
+            pool.debt += cost - covered - idle
+
+    def _add(self, scope: _Scope, spend: Spend, cost: int, estimated: int) -> None:
+        """Add a spend to what its scope spent in the same minute."""
+        at, usage, tally = spend.at, spend.usage, scope.tally
+        if tally is None or not tally.begins <= at < tally.ends or tally.counted is not usage.counted:
+            tally = scope.tally = self._tally(scope, spend)
+        tally.calls += 1
+        tally.cost += cost
+        tally.estimated += estimated
+        tally.input_tokens += usage.input_tokens
+        if usage.output_tokens:
+            tally.output_tokens += usage.output_tokens
+            tally.replies.append((at, usage.output_tokens))
+        if usage.cached_tokens:
+            tally.cached_tokens += usage.cached_tokens
+        if usage.images:
+            tally.images += usage.images
+
+    def _tally(self, scope: _Scope, spend: Spend) -> _Tally:
+        begins = spend.at.astimezone(UTC).replace(second=0, microsecond=0)
+        name = f"{scope.name}{'~' if spend.usage.counted else '-'}{begins:%Y%m%d%H%M}"
+        tally = self._tallies.get(name)
+        if tally is None:
+            if len(self._tallies) >= _BATCH:
+                self._seal()
+            tally = self._tallies[name] = _Tally(name, spend.scope, spend, begins, scope.pools)
+        return tally
+
+    def _seal(self) -> None:
+        """Close what was spent until now, to be recorded together."""
+        if not self._tallies and not self._singles:
+            return
+        tallies, self._tallies = list(self._tallies.values()), {}
+        singles, self._singles = self._singles, []
+        for scope in self._scopes.values():
+            scope.tally = None
+        batch = Batch(self._written, tallies, [one.spend for one in singles])
+        self._sealed.append(_Sealed(batch, tallies, singles))
+
+    def _unrecorded(self) -> Iterator[_Tally | _Single]:
+        return chain(
+            chain.from_iterable(sealed.parts for sealed in self._sealed), self._tallies.values(), self._singles
+        )
+
+    def _remember(self, spend: str) -> None:
+        if self._behind_since == _NEVER:
             self._behind_since = monotonic()
-            self._loop.call_later(_FLUSH_SECONDS, self._wake.set)
-        elif len(self._pending) == _FLUSH_SPENDS:
-            self._wake.set()
-        self._pending.append(one)
-        self._recent[one.spend.id] = None
-        if len(self._recent) >= _MANY:
+            if self._resting:
+                self._wake.set()
+        self._recent[spend] = None
+        if len(self._recent) >= _RECENT:
             self._recent, self._less_recent = {}, self._recent
 
     def _release(self, hold: str) -> None:
@@ -537,14 +652,18 @@ class LeasedLedger:
 
     def _nap(self) -> float:
         now = monotonic()
+        self._resting = False
         if self._down is not None:
             due = self._retry_at
         elif self._wants:
             due = now + _ASK_AGAIN_SECONDS
-        elif any(pool.leased or self._beat - pool.asked < _WATCHED_BEATS for pool in self._pools):
+        elif self._behind_since < _NEVER or any(
+            pool.leased or self._beat - pool.asked < _WATCHED_BEATS for pool in self._pools
+        ):
             due = self._next_beat
         else:
             due = self._next_recovery
+            self._resting = True
         return max(due - now, 0)
 
     def _back_off(self, error: LedgerError) -> None:
@@ -592,8 +711,6 @@ class LeasedLedger:
         if self._down is not None:
             log.warning("The ledger is back, and spending is recorded again")
             self._down = None
-        if self._pending:
-            self._loop.call_later(_FLUSH_SECONDS, self._wake.set)
 
     def _give_back(self) -> None:
         """Return what was idle for a second, and what is more than a slice."""
@@ -608,25 +725,26 @@ class LeasedLedger:
     async def _record(self, *, beat: bool) -> None:
         """Write down what was spent until now, and the slices as they are."""
         renew = monotonic() >= self._next_renewal
-        behind = len(self._pending)
+        self._seal()
+        behind = len(self._sealed)
         while True:
-            batch = self._pending[:_FLUSH_SPENDS]
-            slices = self._slices(batch, all_of_them=renew)
+            sealed = self._sealed[0] if self._sealed else None
+            slices = self._slices(sealed, all_of_them=renew)
             # Whether a slice is recalled is looked at with every beat while something is idle in it.
-            if batch or slices or (beat and any(pool.free for pool in self._pools)):
-                await self._keep(batch, slices)
+            if sealed or slices or (beat and any(pool.free for pool in self._pools)):
+                await self._keep(sealed, slices)
             if renew:
                 self._next_renewal = monotonic() + _RENEW_SECONDS
-            behind -= len(batch)
+            behind -= 1
             if behind <= 0:
                 return
 
-    def _slices(self, batch: Sequence[_Pending], *, all_of_them: bool) -> dict[_Pool, Slice]:
-        """The slices as they are when this batch is on record: those that changed, or all of them."""
+    def _slices(self, sealed: _Sealed | None, *, all_of_them: bool) -> dict[_Pool, Slice]:
+        """The slices as they are when this is on record: those that changed, or all of them."""
         recorded: dict[_Pool, int] = {}
-        for one in batch:
-            for pool in one.pools:
-                recorded[pool] = recorded.get(pool, 0) + one.cost
+        for part in sealed.parts if sealed else ():
+            for pool in part.pools:
+                recorded[pool] = recorded.get(pool, 0) + part.cost
         slices: dict[_Pool, Slice] = {}
         for pool in self._pools:
             in_use = pool.held + pool.unrecorded - recorded.get(pool, 0)
@@ -634,28 +752,21 @@ class LeasedLedger:
                 slices[pool] = Slice(pool.match, pool.period, in_use, pool.free)
         return slices
 
-    async def _keep(self, batch: Sequence[_Pending], slices: Mapping[_Pool, Slice]) -> None:
+    async def _keep(self, sealed: _Sealed | None, slices: Mapping[_Pool, Slice]) -> None:
         expires_at = self._clock() + timedelta(seconds=LEASE_SECONDS)
         for pool in slices:
             pool.written = None
-        spends = [one.spend for one in batch]
-        kept = await self._ledger.keep(self._owner, spends, list(slices.values()), expires_at=expires_at)
-        del self._pending[: len(batch)]
-        self._behind_since = monotonic() if self._pending else _NEVER
-        new = set(kept.new)
-        for one in batch:
-            is_new = one.spend.id in new
-            new.discard(one.spend.id)
-            for pool in one.pools:
-                pool.unrecorded -= one.cost
-                if pool.start <= one.spend.at < pool.end:
-                    pool.pending -= one.cost
-                    pool.spent += one.cost if is_new else 0
-        if batch:
-            self._recorded = batch[-1].number
-            # Unwritten, a survivor would hand these in again, which changes nothing.
-            with suppress(LedgerUnavailable):
-                self._start().write(["f", self._recorded])
+        batch = sealed.batch if sealed else None
+        kept = await self._ledger.keep(self._owner, batch, list(slices.values()), expires_at=expires_at)
+        if sealed is not None:
+            self._sealed.popleft()
+            self._recorded = sealed.batch.upto
+            behind = self._sealed or self._tallies or self._singles
+            self._behind_since = monotonic() if behind else _NEVER
+            for tally in sealed.tallies:
+                _move(tally, new=kept.tallied)
+            for one in sealed.singles:
+                _move(one, new=one.spend.id in kept.new)
         for pool, had in slices.items():
             lost = (pool.match, pool.period) in kept.lost
             if lost:
@@ -765,7 +876,7 @@ class LeasedLedger:
         if pool.start != start:
             pool.start, pool.end = start, period_end(pool.period, at) or _LAST
             pool.pending = sum(
-                one.cost for one in self._pending if pool in one.pools and start <= one.spend.at < pool.end
+                part.cost for part in self._unrecorded() if pool in part.pools and start <= part.at < pool.end
             )
         pool.spent, pool.elsewhere = standing
         pool.refreshed = monotonic()
@@ -808,10 +919,10 @@ class LeasedLedger:
         found = await asyncio.to_thread(lambda: list(abandoned(self._folder)))
         try:
             for journal in found:
-                await self._ledger.close_lease(journal.name, journal.spends, ())
+                recorded = await self._ledger.finish(journal.name, journal.spends, journal.worst)
                 await asyncio.to_thread(journal.remove)
-                if journal.spends:
-                    log.warning("Recorded %d calls of a process that died", len(journal.spends))
+                if recorded:
+                    log.warning("Recorded %d calls of a process that died", recorded)
         finally:
             for journal in found:
                 journal.close()
@@ -837,7 +948,6 @@ class LeasedLedger:
     async def _hand_over(self, journal: Journal) -> None:
         if self._syncing is not None:
             await asyncio.wait([self._syncing])
-        recorded = len(self._pending)
         holds = [
             (
                 replace(under.hold, expires_at=under.expires_at),
@@ -846,15 +956,30 @@ class LeasedLedger:
             for under in self._open.values()
         ]
         try:
-            await self._ledger.close_lease(self._owner, [one.spend for one in self._pending], holds)
-            while late := self._pending[recorded:]:
-                recorded += len(late)
-                await self._ledger.close_lease(self._owner, [one.spend for one in late], ())
+            while True:
+                self._seal()
+                sealed = self._sealed[0] if self._sealed else None
+                await self._ledger.close_lease(self._owner, sealed.batch if sealed else None, holds)
+                if sealed:
+                    self._sealed.popleft()
+                if not any(True for _ in self._unrecorded()):
+                    break
+                holds = []
         except LedgerError as error:
-            log.warning("%d calls stay in the journal until they can be recorded: %s", len(self._pending), error)
+            calls = sum(getattr(part, "calls", 1) for part in self._unrecorded())
+            log.warning("%d calls stay in the journal until they can be recorded: %s", calls, error)
             journal.close()
         else:
             journal.remove()
+
+
+def _move(part: _Tally | _Single, *, new: bool) -> None:
+    """Count what is on record now as spent."""
+    for pool in part.pools:
+        pool.unrecorded -= part.cost
+        if pool.start <= part.at < pool.end:
+            pool.pending -= part.cost
+            pool.spent += part.cost if new else 0
 
 
 async def _nothing() -> None:

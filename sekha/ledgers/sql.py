@@ -9,12 +9,17 @@ sums that some budget has asked for, by what they mean (which calls, which perio
 budget's name: a budget that is renamed or edited finds its own, and a new one starts with a sum over
 the spends, in the transaction that first asks.
 
+A row of `ledger_spends` is one call, or what the calls of one process in one scope and minute cost together:
+a gateway makes thousands a second, and nothing that is asked of them needs each by itself. Such sums
+have no id that would show that a call was recorded before. What they were made of is counted in the process's
+journal instead, and `ledger_journals` says up to where that is on record.
+
 A process may hold a slice of a budget (`sekha/ledgers/leased.py`). It is a hold like any other, under the
 process's own id, with the part that no call of its own needs yet marked as `idle`. Whoever finds too
 little left recalls idle slices, and their owners give them back.
 
 Locks are taken in one order everywhere, so that transactions wait for each other but never in a
-circle: spends, then totals by name, then holds.
+circle: how far a journal is on record, spends, totals by name, holds.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -37,7 +43,9 @@ from sekha.errors import BudgetExceeded, LedgerError
 from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start, remaining
 
 __all__ = [
+    "LAST_REPLIES",
     "SHARE",
+    "Batch",
     "Coverage",
     "Database",
     "Kept",
@@ -45,6 +53,7 @@ __all__ = [
     "Slice",
     "SqlLedger",
     "Standing",
+    "Tally",
     "Transaction",
     "Value",
     "Wanted",
@@ -64,6 +73,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY = 86_400_000_000
 _HOUR = 3_600_000_000
 _MOST = 2**63 - 1
+_HUGE = 2**54
 
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -95,8 +105,24 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE ledger_holds ADD COLUMN recalled_at BIGINT NOT NULL DEFAULT 0",
         "CREATE INDEX ledger_totals_span ON ledger_totals (span)",
     ),
+    (
+        "ALTER TABLE ledger_spends ADD COLUMN calls BIGINT NOT NULL DEFAULT 1",
+        "CREATE TABLE ledger_journals (process TEXT PRIMARY KEY, recorded BIGINT NOT NULL)",
+        """CREATE TABLE ledger_replies (
+            provider TEXT NOT NULL, model TEXT NOT NULL, at BIGINT NOT NULL, output_tokens BIGINT NOT NULL
+        )""",
+        """INSERT INTO ledger_replies SELECT provider, model, at, output_tokens FROM (
+            SELECT provider, model, at, output_tokens,
+                row_number() OVER (PARTITION BY provider, model ORDER BY at DESC) AS place FROM ledger_spends
+            WHERE output_tokens > 0 AND provider IS NOT NULL AND model IS NOT NULL
+        ) AS replies WHERE place <= 200""",
+        "CREATE INDEX ledger_replies_at ON ledger_replies (provider, model, at, output_tokens)",
+        "DROP INDEX ledger_spends_replies",
+    ),
 )
 
+LAST_REPLIES = 200
+"""As many replies say how long a model's usually are."""
 SHARE = 20
 """A slice is this part of what is left, so that it shrinks toward nothing as the budget is spent."""
 _RECALL_MICROS = 2_000_000
@@ -180,10 +206,43 @@ class Standing(NamedTuple):
     elsewhere: int
 
 
+class Tally:
+    """What calls of one process in one scope and minute cost together, in picos and tokens."""
+
+    __slots__ = (
+        "at", "cached_tokens", "calls", "cost", "counted", "estimated", "id", "images", "input_tokens", "output_tokens",
+        "replies", "scope",
+    )  # fmt: skip
+
+    def __init__(self, identity: str, scope: Scope, at: datetime, *, counted: bool) -> None:
+        self.id = identity
+        """The same for all that is recorded of this scope and minute: it is added up there."""
+        self.scope = scope
+        self.at = at
+        """When the first of the calls was made."""
+        self.counted = counted
+        self.calls = self.cost = self.estimated = 0
+        self.input_tokens = self.output_tokens = self.cached_tokens = self.images = 0
+        self.replies: deque[tuple[datetime, int]] = deque(maxlen=LAST_REPLIES)
+        """When the last calls were made, and how many tokens came out."""
+
+
+class Batch(NamedTuple):
+    """What a process spent, to be recorded together."""
+
+    upto: int
+    """How many spends the process's journal had when the last of these was in it: recorded up to there once."""
+    tallies: Sequence[Tally]
+    spends: Sequence[Spend]
+    """Those that are recorded each by itself, under its own id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What became of spends and slices that were handed in."""
 
+    tallied: bool
+    """Whether the tallies were not on record before."""
     new: frozenset[str]
     """The spends that were not on record before, by id."""
     lost: frozenset[tuple[str, str]]
@@ -255,17 +314,20 @@ class SqlLedger:
         work = partial(_lease, owner=owner, wanted=wanted, at=at, expires_at=expires_at)
         return await _outcome(self._database.write(work, durable=False))
 
-    async def keep(self, owner: str, spends: Sequence[Spend], slices: Sequence[Slice], *, expires_at: datetime) -> Kept:
-        """Record spends and write down the slices that they were taken from, all in one transaction."""
-        work = partial(_keep, owner=owner, spends=spends, slices=slices, expires_at=expires_at)
-        return await _outcome(self._database.write(work, durable=bool(spends)))
+    async def keep(self, owner: str, batch: Batch | None, slices: Sequence[Slice], *, expires_at: datetime) -> Kept:
+        """Record what was spent and write down the slices that it was taken from, all in one transaction."""
+        work = partial(_keep, owner=owner, batch=batch, slices=slices, expires_at=expires_at)
+        return await _outcome(self._database.write(work, durable=batch is not None))
 
-    async def close_lease(
-        self, owner: str, spends: Sequence[Spend], holds: Sequence[tuple[Hold, Sequence[Slice]]]
-    ) -> None:
+    async def close_lease(self, owner: str, batch: Batch | None, holds: Sequence[tuple[Hold, Sequence[Slice]]]) -> None:
         """Record what was spent from a process's slices, make holds of calls under way, and free the rest."""
-        work = partial(_close_lease, owner=owner, spends=spends, holds=holds)
+        work = partial(_close_lease, owner=owner, batch=batch, holds=holds)
         await _outcome(self._database.write(work, durable=True))
+
+    async def finish(self, owner: str, spends: Sequence[tuple[int, Spend]], worst: Sequence[Spend]) -> int:
+        """Record what a dead process spent, by its journal's numbers, and what its calls cost at worst; how many."""
+        work = partial(_finish, owner=owner, spends=spends, worst=worst)
+        return await _outcome(self._database.write(work, durable=True))
 
     async def standings(self, owner: str, budgets: Sequence[Budget], *, at: datetime) -> list[Standing]:
         """What each budget has spent and others hold for calls, in the period that holds `at`."""
@@ -404,6 +466,7 @@ def _record(transaction: Transaction, spend: Spend) -> bool:
         return False
     for tag in sorted(spend.scope.tags):
         transaction.changed("INSERT INTO ledger_tags (spend, tag) VALUES (?, ?)", spend.id, storable(tag))
+    _insert_replies(transaction, _replies_of(spend))
     matches, spans = _matches(spend.scope), _spans(_micros(spend.at) // _HOUR)
     totals = transaction.rows(
         "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
@@ -415,9 +478,8 @@ def _record(transaction: Transaction, spend: Spend) -> bool:
     return True
 
 
-_COLUMNS = (
-    "id, at, provider, model, task, key, cost, estimated, input_tokens, output_tokens, cached_tokens, images, counted"
-)
+_SUMS = ("calls", "cost", "estimated", "input_tokens", "output_tokens", "cached_tokens", "images")
+_COLUMNS = f"id, at, provider, model, task, key, counted, {', '.join(_SUMS)}"
 _INSERT_SPENDS = f"INSERT INTO ledger_spends ({_COLUMNS}) VALUES"
 _ROW = f"({', '.join('?' * len(_COLUMNS.split(',')))})"
 
@@ -428,14 +490,22 @@ def _row(spend: Spend) -> tuple[str | int | None, ...]:
         spend.id,
         _micros(spend.at),
         *_stored(spend.scope),
+        int(usage.counted),
+        1,
         picos(spend.cost),
         picos(spend.estimated),
         min(usage.input_tokens, _MOST),
         min(usage.output_tokens, _MOST),
         min(usage.cached_tokens, _MOST),
         min(usage.images, _MOST),
-        int(usage.counted),
     )
+
+
+def _tally_row(tally: Tally, upto: int) -> tuple[str | int | None, ...]:
+    sums = [min(getattr(tally, name), _MOST) for name in _SUMS]
+    # Databases fail to add up beyond 64 bits: what is absurdly large stays by itself.
+    identity = tally.id if max(sums) < _HUGE else f"{tally.id}+{upto}"
+    return (identity, _micros(tally.at), *_stored(tally.scope), int(tally.counted), *sums)
 
 
 @lru_cache(maxsize=256)
@@ -460,10 +530,10 @@ def _spent(transaction: Transaction, *, budget: Budget, at: datetime) -> tuple[i
 
 def _usual_output_tokens(transaction: Transaction, *, provider: str, model: str) -> int | None:
     rows = transaction.rows(
-        "SELECT output_tokens FROM ledger_spends WHERE provider = ? AND model = ? AND output_tokens > 0 "
-        "ORDER BY at DESC LIMIT 200",
+        "SELECT output_tokens FROM ledger_replies WHERE provider = ? AND model = ? ORDER BY at DESC LIMIT ?",
         provider,
         model,
+        LAST_REPLIES,
     )
     if len(rows) < 10:
         return None
@@ -484,14 +554,14 @@ _GROUPS: Mapping[GroupBy, str] = {
 def _report(transaction: Transaction, *, by: GroupBy, since: datetime | None) -> list[Spent]:
     tags = "LEFT JOIN ledger_tags ON spend = id" if by == "tag" else ""
     rows = transaction.rows(
-        f"SELECT {_GROUPS[by]}, count(*), sum(cost), sum(estimated), sum(input_tokens), sum(output_tokens) "  # noqa: S608 - both from this file
+        f"SELECT {_GROUPS[by]}, sum(calls), sum(cost), sum(estimated), sum(input_tokens), sum(output_tokens) "  # noqa: S608 - both from this file
         f"FROM ledger_spends {tags} WHERE at >= ? GROUP BY 1",
         0 if since is None else _micros(since),
     )
     lines = [
         Spent(
             group=(_EPOCH + timedelta(days=group)).date().isoformat() if by == "day" else group or "",
-            calls=calls,
+            calls=int(calls),
             cost=to_dollars(cost),
             estimated=to_dollars(estimated),
             input_tokens=int(input_tokens),
@@ -539,26 +609,38 @@ def _lease(
 
 
 def _keep(
-    transaction: Transaction, *, owner: str, spends: Sequence[Spend], slices: Sequence[Slice], expires_at: datetime
+    transaction: Transaction, *, owner: str, batch: Batch | None, slices: Sequence[Slice], expires_at: datetime
 ) -> Kept:
-    new = _record_all(transaction, spends)
+    tallied, new = _record_batch(transaction, owner, batch)
     there = _lock_slices(transaction, owner, slices)
     lost = {(one.match, one.period) for one in slices if one.idle and (one.match, one.period) not in there}
     for one in sorted(slices):
         gone = (one.match, one.period) in lost
         _write_slice(transaction, owner, one._replace(idle=0) if gone else one, expires_at)
     recalled = transaction.rows("SELECT match, period FROM ledger_holds WHERE id = ? AND recalled_at > 0", owner)
-    return Kept(new, frozenset(lost), frozenset((match, period) for match, period in recalled))
+    return Kept(tallied, new, frozenset(lost), frozenset((match, period) for match, period in recalled))
 
 
 def _close_lease(
-    transaction: Transaction, *, owner: str, spends: Sequence[Spend], holds: Sequence[tuple[Hold, Sequence[Slice]]]
+    transaction: Transaction, *, owner: str, batch: Batch | None, holds: Sequence[tuple[Hold, Sequence[Slice]]]
 ) -> None:
-    _record_all(transaction, spends)
+    _record_batch(transaction, owner, batch)
     transaction.changed("DELETE FROM ledger_holds WHERE id = ?", owner)
     for hold, slices in holds:
         for one in sorted(slices):
             _write_slice(transaction, hold.id, one, hold.expires_at)
+
+
+def _finish(
+    transaction: Transaction, *, owner: str, spends: Sequence[tuple[int, Spend]], worst: Sequence[Spend]
+) -> int:
+    rows = transaction.rows("SELECT recorded FROM ledger_journals WHERE process = ?", owner)
+    recorded = rows[0][0] if rows else 0
+    # Kept from now on: whoever finds the journal again before it is removed has nothing left to record.
+    _record_upto(transaction, owner, max((number for number, _ in spends), default=0))
+    new = _record_all(transaction, [*(spend for number, spend in spends if number > recorded), *worst])
+    transaction.changed("DELETE FROM ledger_holds WHERE id = ?", owner)
+    return len(new)
 
 
 def _lock_slices(transaction: Transaction, owner: str, slices: Sequence[Slice]) -> set[tuple[str, str]]:
@@ -632,25 +714,115 @@ def _recall(transaction: Transaction, lines: Iterable[tuple[str, str]], *, owner
         )
 
 
+def _record_batch(transaction: Transaction, owner: str, batch: Batch | None) -> tuple[bool, frozenset[str]]:
+    """Write what a process spent; whether its tallies were new, and the ids of the other spends that were."""
+    if batch is None:
+        return False, frozenset()
+    tallied = _record_upto(transaction, owner, batch.upto) and bool(batch.tallies)
+    if tallied:
+        _record_tallies(transaction, batch.tallies, batch.upto)
+    return tallied, _record_all(transaction, batch.spends)
+
+
+def _record_upto(transaction: Transaction, owner: str, upto: int) -> bool:
+    """Note that so many of a journal's spends are on record; False when they were before."""
+    return bool(
+        transaction.changed(
+            "INSERT INTO ledger_journals (process, recorded) VALUES (?, ?) ON CONFLICT (process) "
+            "DO UPDATE SET recorded = excluded.recorded WHERE ledger_journals.recorded < excluded.recorded",
+            owner,
+            upto,
+        )
+    )
+
+
+def _record_tallies(transaction: Transaction, tallies: Sequence[Tally], upto: int) -> None:
+    rows = {str(row[0]): (row, tally) for tally in tallies for row in [_tally_row(tally, upto)]}
+    tags: list[tuple[Value, ...]] = []
+    for some in _chunks(sorted(rows)):
+        written = transaction.rows(_upsert(len(some)), *chain.from_iterable(rows[identity][0] for identity in some))
+        for identity, calls in written:
+            tally = rows[identity][1]
+            if tally.scope.tags and calls == tally.calls:
+                tags += [(identity, storable(tag)) for tag in sorted(tally.scope.tags)]
+    _insert(transaction, "ledger_tags (spend, tag)", tags)
+    _note_replies(transaction, [reply for tally in tallies for reply in _replies_of(tally)])
+    _add_to_totals(transaction, [(_micros(tally.at), tally.scope, tally.cost) for tally in tallies])
+
+
 def _record_all(transaction: Transaction, spends: Sequence[Spend]) -> frozenset[str]:
     """Write spends and count them into the totals that cover them; the ids of those that were new."""
     # In one order, so that two who record the same ones wait for each other but never in a circle.
     ordered = sorted(spends, key=lambda spend: spend.id)
     new: set[str] = set()
     for some in _chunks(ordered):
-        written = transaction.rows(_insert(len(some)), *chain.from_iterable(map(_row, some)))
+        written = transaction.rows(_insert_or_leave(len(some)), *chain.from_iterable(map(_row, some)))
         new.update(row[0] for row in written)
     if not new:
         return frozenset()
     recorded = list({spend.id: spend for spend in reversed(ordered) if spend.id in new}.values())
     tags = [(spend.id, storable(tag)) for spend in recorded for tag in sorted(spend.scope.tags)]
-    for pairs in _chunks(tags):
-        rows = ", ".join(["(?, ?)"] * len(pairs))
+    _insert(transaction, "ledger_tags (spend, tag)", tags)
+    _note_replies(transaction, [reply for spend in recorded for reply in _replies_of(spend)])
+    _add_to_totals(transaction, [(_micros(spend.at), spend.scope, picos(spend.cost)) for spend in recorded])
+    return frozenset(new)
+
+
+@lru_cache
+def _insert_or_leave(spends: int) -> str:
+    return f"{_INSERT_SPENDS} {', '.join([_ROW] * spends)} ON CONFLICT (id) DO NOTHING RETURNING id"
+
+
+@lru_cache
+def _upsert(tallies: int) -> str:
+    sums = ", ".join(f"{name} = ledger_spends.{name} + excluded.{name}" for name in _SUMS)
+    return f"{_INSERT_SPENDS} {', '.join([_ROW] * tallies)} ON CONFLICT (id) DO UPDATE SET {sums} RETURNING id, calls"
+
+
+def _insert(transaction: Transaction, table: str, rows: Sequence[tuple[Value, ...]]) -> None:
+    for some in _chunks(rows):
+        marks = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
+        transaction.changed(f"INSERT INTO {table} VALUES {marks}", *chain.from_iterable(some))  # noqa: S608 - nothing but marks
+
+
+_Reply: TypeAlias = tuple[str, str, int, int]
+"""Provider, model, when in micros, and tokens that came out."""
+
+
+def _replies_of(what: Spend | Tally) -> list[_Reply]:
+    provider, model, _, _ = _stored(what.scope)
+    if provider is None or model is None:
+        return []
+    replies = [(what.at, what.usage.output_tokens)] if isinstance(what, Spend) else what.replies
+    return [(provider, model, _micros(at), min(tokens, _MOST)) for at, tokens in replies if tokens > 0]
+
+
+def _insert_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None:
+    _insert(transaction, "ledger_replies (provider, model, at, output_tokens)", replies)
+
+
+def _note_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None:
+    """Write down how long the last replies of each model were, and forget those before."""
+    by_model: dict[tuple[str, str], list[_Reply]] = {}
+    for reply in replies:
+        by_model.setdefault(reply[:2], []).append(reply)
+    for (provider, model), found in sorted(by_model.items()):
+        _insert_replies(transaction, sorted(found)[-LAST_REPLIES:])
         transaction.changed(
-            f"INSERT INTO ledger_tags (spend, tag) VALUES {rows}",  # noqa: S608 - nothing but marks
-            *(value for pair in pairs for value in pair),
+            "DELETE FROM ledger_replies WHERE (provider, model, at) IN (SELECT provider, model, at FROM ledger_replies "
+            "WHERE provider = ? AND model = ? AND at < (SELECT min(at) FROM (SELECT at FROM ledger_replies "
+            "WHERE provider = ? AND model = ? ORDER BY at DESC LIMIT ?) AS newest) FOR UPDATE SKIP LOCKED)",
+            provider,
+            model,
+            provider,
+            model,
+            LAST_REPLIES,
         )
-    added = _added(transaction, recorded)
+
+
+def _add_to_totals(transaction: Transaction, spent: Iterable[tuple[int, Scope, int]]) -> None:
+    """Count what was spent, each with its time in micros and its cost in picos, into the totals that cover it."""
+    added = _added(transaction, spent)
     if added:
         matches, spans = sorted({match for match, _ in added}), sorted({span for _, span in added})
         transaction.rows(
@@ -660,21 +832,14 @@ def _record_all(transaction: Transaction, spends: Sequence[Spend]) -> frozenset[
         transaction.changed(
             "UPDATE ledger_totals SET spent = spent + ? WHERE match = ? AND span = ?", cost, match, span
         )
-    return frozenset(new)
 
 
-@lru_cache
-def _insert(spends: int) -> str:
-    rows = ", ".join([_ROW] * spends)
-    return f"{_INSERT_SPENDS} {rows} ON CONFLICT (id) DO NOTHING RETURNING id"
-
-
-def _added(transaction: Transaction, spends: Sequence[Spend]) -> dict[tuple[str, str], int]:
-    """What these spends add to each total that is kept, by match and span."""
+def _added(transaction: Transaction, spent: Iterable[tuple[int, Scope, int]]) -> dict[tuple[str, str], int]:
+    """What this adds to each total that is kept, by match and span."""
     by_span: dict[tuple[str, ...], dict[Scope, int]] = {}
-    for spend in spends:
-        by_scope = by_span.setdefault(_spans(_micros(spend.at) // _HOUR), {})
-        by_scope[spend.scope] = by_scope.get(spend.scope, 0) + picos(spend.cost)
+    for micros, scope, cost in spent:
+        by_scope = by_span.setdefault(_spans(micros // _HOUR), {})
+        by_scope[scope] = by_scope.get(scope, 0) + cost
     kept = transaction.rows(
         "SELECT match, span FROM ledger_totals WHERE span IN ?", sorted({span for spans in by_span for span in spans})
     )

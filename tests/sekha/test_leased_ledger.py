@@ -171,6 +171,54 @@ async def test_a_report_knows_all_that_was_spent_here(opened: Open) -> None:
     assert [(line.group, line.cost) for line in await ledger.report("key")] == [("research", Decimal("0.25"))]
 
 
+async def test_calls_of_one_scope_and_minute_are_kept_in_one_row_and_reported_each(
+    opened: Open, url: str, shared: Ledger
+) -> None:
+    ledger = opened()
+    hold = await reserve(ledger, "1.00")
+
+    for n in range(100):
+        at_once(ledger.charge(hold, spend("0.001", at=NOW + timedelta(seconds=n), output_tokens=2)))
+        if n % 40 == 0:
+            await ledger.report("day")
+    [line] = await ledger.report("tag")
+
+    assert (line.group, line.calls, line.cost, line.output_tokens) == ("eval", 100, Decimal("0.1"), 200)
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    assert connection.execute("SELECT calls FROM ledger_spends ORDER BY at").fetchall() == [(60,), (40,)]
+    connection.close()
+    assert await shared.report("day", since=NOW + timedelta(seconds=60)) != []
+
+
+async def test_calls_counted_by_us_are_kept_apart(opened: Open, url: str) -> None:
+    ledger = opened()
+    hold = await reserve(ledger, "1.00")
+
+    for counted in (True, False, True):
+        usage = Usage(input_tokens=5, counted=counted)
+        at_once(ledger.charge(hold, Spend(scope=SCOPE, cost=Decimal(0), estimated=Decimal(0), usage=usage, at=NOW)))
+    await ledger.report("day")
+
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    rows = connection.execute("SELECT counted, calls, input_tokens FROM ledger_spends ORDER BY counted").fetchall()
+    connection.close()
+    assert rows == [(0, 1, 5), (1, 2, 10)]
+
+
+async def test_costs_and_tokens_beyond_all_measure_stop_nobody(opened: Open) -> None:
+    ledger = opened()
+    hold = await reserve(ledger, "1.00")
+    absurd = Usage(input_tokens=2**70, output_tokens=2**62)
+
+    for _ in range(2):
+        at_once(
+            ledger.charge(hold, Spend(scope=SCOPE, cost=Decimal(10) ** 6, estimated=Decimal(1), usage=absurd, at=NOW))
+        )
+        await ledger.report("day", since=NOW + timedelta(seconds=1))
+
+    assert (await ledger.spent(TEAM, at=NOW))[0] == 2 * Decimal(10) ** 6
+
+
 # --- several processes ---------------------------------------------------------------------
 
 
@@ -347,11 +395,54 @@ async def test_a_journal_is_finished_once_however_often_it_is_found(url: str, jo
     await shared.aclose()
 
 
+async def test_what_is_on_record_is_not_recorded_again_from_the_journal(
+    url: str, journals: Path, tmp_path: Path, shared: Ledger
+) -> None:
+    dying = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    hold = await reserve(dying, "1.00")
+    at_once(dying.charge(hold, spend("0.10")))
+    await dying.report("day")
+    at_once(dying.charge(hold, spend("0.20")))
+    left_behind = copied(journals, tmp_path / "left behind")
+    await dying.release(hold)
+    at_once(dying.settle(await reserve(dying, "0.01"), spend("0.01")))
+    await until(shared, "0.31", "0")
+    later = copied(journals, tmp_path / "later")
+    await dying.aclose()
+
+    for folder in (later, left_behind):
+        survivor = LeasedLedger(SqlLedger(open_database(url)), folder, clock=lambda: NOW)
+        await survivor.spent(TEAM, at=NOW)
+        await survivor.aclose()
+
+    # The rest of the hold is charged by the journal that ends while it was open.
+    assert await shared.spent(TEAM, at=NOW) == decimals("1.01", "0")
+    assert [line.calls for line in await shared.report("day")] == [4]
+
+
+async def test_a_journal_of_the_sekha_before_is_finished(url: str, journals: Path, shared: Ledger) -> None:
+    scope = '["openai","openai/m","chat_small","research","eval"]'
+    records = [
+        '["v",1,4]',
+        '["p",0,"{}","day"]',
+        f'["h","abc-1","2026-11-23T14:30:00+00:00",[[0,1000000000000]],{scope},false]',
+        f'["c","abc-1","one","2026-11-23T14:30:00+00:00",{scope},100000000000,100000000000,5,7,0,0,0,false]',
+        '["f",5]',
+        f'["c","abc-1","two","2026-11-23T14:30:00+00:00",{scope},200000000000,100000000000,5,7,0,0,0,false]',
+    ]
+    abandoned(journals, *records)
+
+    survivor = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    await survivor.spent(TEAM, at=NOW)
+    await survivor.aclose()
+
+    assert await shared.spent(TEAM, at=NOW) == decimals("0.90", "0")
+    assert [line.calls for line in await shared.report("tag")] == [2]
+    assert listed(journals) == []
+
+
 def test_a_journal_of_a_newer_sekha_is_left_alone(url: str, journals: Path) -> None:
-    record = b'["v",99,0]'
-    journals.mkdir()
-    (journals / "abc.lock").touch()
-    (journals / "abc-000001.journal").write_bytes(b"%08x %b\n" % (zlib.crc32(record), record))
+    abandoned(journals, '["v",99,0]')
 
     async def work() -> None:
         ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
@@ -621,6 +712,14 @@ async def test_journals_are_kept_apart_by_ledger_and_not_by_password(tmp_path: P
         await away.aclose()
 
     assert len(listed(tmp_path / "journals")) == 3
+
+
+def abandoned(journals: Path, *records: str) -> None:
+    """Leave a journal behind as a process that was killed."""
+    journals.mkdir()
+    (journals / "abc.lock").touch()
+    lines = [b"%08x %b\n" % (zlib.crc32(record.encode()), record.encode()) for record in records]
+    (journals / "abc-000001.journal").write_bytes(b"".join(lines))
 
 
 def listed(folder: Path) -> list[str]:

@@ -161,6 +161,47 @@ async def test_a_ledger_of_a_newer_sekha_names_the_way_out_and_is_left_alone(tmp
     assert not newer.value.retryable
 
 
+async def test_a_ledger_of_an_older_sekha_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript("""
+            CREATE TABLE ledger_version (version BIGINT NOT NULL);
+            INSERT INTO ledger_version VALUES (2);
+            CREATE TABLE ledger_spends (
+                id TEXT PRIMARY KEY, at BIGINT NOT NULL, provider TEXT, model TEXT, task TEXT, key TEXT,
+                cost BIGINT NOT NULL, estimated BIGINT NOT NULL,
+                input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL,
+                images BIGINT NOT NULL, counted BIGINT NOT NULL
+            );
+            CREATE INDEX ledger_spends_at ON ledger_spends (at);
+            CREATE INDEX ledger_spends_replies ON ledger_spends (provider, model, at, output_tokens)
+                WHERE output_tokens > 0;
+            CREATE TABLE ledger_tags (spend TEXT NOT NULL, tag TEXT NOT NULL);
+            CREATE INDEX ledger_tags_spend ON ledger_tags (spend);
+            CREATE TABLE ledger_totals (
+                match TEXT NOT NULL, span TEXT NOT NULL, spent BIGINT NOT NULL, PRIMARY KEY (match, span)
+            );
+            CREATE INDEX ledger_totals_span ON ledger_totals (span);
+            CREATE TABLE ledger_holds (
+                id TEXT NOT NULL, match TEXT NOT NULL, period TEXT NOT NULL, amount BIGINT NOT NULL,
+                expires_at BIGINT NOT NULL, idle BIGINT NOT NULL DEFAULT 0, recalled_at BIGINT NOT NULL DEFAULT 0,
+                PRIMARY KEY (id, match, period)
+            );
+        """)
+        connection.executemany(
+            "INSERT INTO ledger_spends VALUES (?, ?, 'p', 'm', 't', 'k', ?, ?, 5, ?, 0, 0, 0)",
+            [(f"spend {n}", 1_795_000_000_000_000 + n, 10**9, 10**9, n) for n in range(300)],
+        )
+    connection.close()
+
+    async with opened(path) as ledger:
+        usual = await ledger.usual_output_tokens("p", "m")
+        report = await ledger.report("key")
+
+    assert usual == 289
+    assert [(line.group, line.calls, line.cost) for line in report] == [("k", 300, Decimal("0.3"))]
+
+
 async def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     path.write_text("dear diary, " * 100)
