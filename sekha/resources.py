@@ -106,7 +106,10 @@ class Resources:
     def patience_seconds(self, chosen: Plan) -> float:
         """How long one request may take, all attempts together."""
         # Twice the slowest, so that one provider that hangs leaves time to ask the next.
-        return 2 * max(self.registry.provider_of(each.model).timeout_seconds for each in chosen.candidates)
+        providers, longest = self.registry.providers, 0.0
+        for each in chosen.candidates:
+            longest = max(longest, providers[each.model.provider_id].timeout_seconds)
+        return 2 * longest
 
     async def aclose(self) -> None:
         providers, self._providers = self._providers, {}

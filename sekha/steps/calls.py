@@ -7,7 +7,7 @@ import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import orjson
 
@@ -31,6 +31,7 @@ from sekha.vectors.base import Vector
 
 __all__ = ["Calls"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 TEXTS_PER_CALL: Mapping[ProviderKind, int] = {"builtin": 4096, "openai": 512, "ollama": 128, "openrouter": 96}
@@ -49,14 +50,14 @@ class Calls:
         """Ask the candidates in turn, with retries, until one answers."""
         lost = _Lost(self._open, chosen, hold, hold.id)
 
-        async def once(candidate: Candidate, seconds: float) -> Completion:
-            call = self._call(request, candidate, seconds)
+        def once(candidate: Candidate, seconds: float) -> Awaitable[Completion]:
             provider = self._open.provider(candidate.model.provider_id)
-            return await lost.attempt(candidate, lambda: provider.complete(call), _worst_of)
+            return lost.attempt(candidate, _worst_of, provider.complete, self._call(request, candidate, seconds))
 
         try:
             answered = await self._in_turn(chosen, once)
-            model, completion = answered.candidate.model, answered.value
+            completion, candidate, attempts, _ = answered
+            model = candidate.model
             usage = completion.usage or await self._counted_usage(request, completion, model)
             reply = Reply(
                 text=completion.text,
@@ -65,10 +66,10 @@ class Calls:
                 provider_id=model.provider_id,
                 model_id=model.id,
                 usage=usage,
-                estimated_cost=answered.candidate.estimate.expected,
+                estimated_cost=candidate.estimate.expected,
                 cost=_cost(usage, model),
-                attempts=answered.attempts,
-                reason=answered.candidate.reason,
+                attempts=attempts,
+                reason=candidate.reason,
                 charged_to=chosen.ask.scope(model),
             )
             await lost.charge(reply)
@@ -81,16 +82,12 @@ class Calls:
         """Ask the candidates in turn until the first piece of an answer arrives."""
         lost = _Lost(self._open, chosen, hold, hold.id)
 
-        async def once(candidate: Candidate, seconds: float) -> RawStream:
-            call = self._call(request, candidate, seconds)
+        def once(candidate: Candidate, seconds: float) -> Awaitable[RawStream]:
             provider = self._open.provider(candidate.model.provider_id)
-
-            def begin() -> Awaitable[RawStream]:
-                if hasattr(provider, "open_stream"):
-                    return cast("ByteProvider", provider).open_stream(call)
-                return ChunkStream.open(provider, call)
-
-            return await lost.attempt(candidate, begin, _worst_of)
+            call = self._call(request, candidate, seconds)
+            if hasattr(provider, "open_stream"):
+                return lost.attempt(candidate, _worst_of, cast("ByteProvider", provider).open_stream, call)
+            return lost.attempt(candidate, _worst_of, ChunkStream.open, provider, call)
 
         try:
             answered = await self._in_turn(chosen, once, whole=False)
@@ -160,15 +157,16 @@ class Calls:
         )
 
     def _call(self, request: ChatRequest, candidate: Candidate, seconds: float) -> ChatCall:
-        spec = self._open.registry.provider_of(candidate.model)
+        model, estimate, _ = candidate
+        longest = self._open.registry.provider_of(model).timeout_seconds
         options = {name: value for name, value in request.options.items() if name not in REPLY_LIMITS}
-        if limit := request.reply_limit or candidate.estimate.reply_limit:
+        if limit := request.reply_limit or estimate.reply_limit:
             options["max_tokens"] = limit
         return ChatCall(
-            model=candidate.model,
+            model=model,
             messages=request.messages,
             options=options,
-            timeout_seconds=min(spec.timeout_seconds, seconds),
+            timeout_seconds=seconds if seconds < longest else longest,
         )
 
     async def embed_texts(self, request: EmbedRequest, chosen: Plan, hold: Hold) -> Embedded:
@@ -185,15 +183,11 @@ class Calls:
         texts = request.texts
         body = {"input": texts[0] if len(texts) == 1 else texts, **request.options}
 
-        async def once(candidate: Candidate, seconds: float) -> RawEmbeddings:
-            spec = self._open.registry.provider_of(candidate.model)
-            provider = cast("ByteProvider", self._open.provider(candidate.model.provider_id))
-            timeout_seconds = min(spec.timeout_seconds, seconds)
-
-            def call() -> Awaitable[RawEmbeddings]:
-                return provider.embed_raw(candidate.model, body, timeout_seconds=timeout_seconds)
-
-            return await lost.attempt(candidate, call, _worst_of)
+        def once(candidate: Candidate, seconds: float) -> Awaitable[RawEmbeddings]:
+            model = candidate.model
+            provider = cast("ByteProvider", self._open.provider(model.provider_id))
+            timeout_seconds = min(self._open.registry.provider_of(model).timeout_seconds, seconds)
+            return lost.attempt(candidate, _worst_of, provider.embed_raw, model, body, timeout_seconds=timeout_seconds)
 
         try:
             answered = await self._in_turn(chosen, once)
@@ -310,11 +304,11 @@ class Calls:
         rates = self._open.rates
         taken: dict[str, Taken] = {}
 
-        async def counted(candidate: Candidate, seconds: float) -> T:
+        def counted(candidate: Candidate, seconds: float) -> Awaitable[T]:
             provider_id, estimate = candidate.model.provider_id, candidate.estimate
             if took := rates.take(provider_id, estimate.input_tokens + estimate.output_tokens):
                 taken[provider_id] = took
-            return await once(candidate, seconds)
+            return once(candidate, seconds)
 
         answered = await call_in_turn(
             chosen.candidates,
@@ -325,11 +319,13 @@ class Calls:
             circuits=self._open.circuits,
             whole=whole,
         )
-        model = answered.candidate.model
-        self._open.latencies.observe(model.name, answered.attempts[-1].seconds)
-        usage: Usage | None = getattr(answered.value, "usage", None)
-        if usage is not None and (took := taken.get(model.provider_id)):
-            rates.correct(model.provider_id, took, usage.input_tokens + usage.output_tokens)
+        answer, candidate, attempts, _ = answered
+        model = candidate.model
+        self._open.latencies.observe(model.name, attempts[-1].seconds)
+        if took := taken.get(model.provider_id):
+            usage: Usage | None = getattr(answer, "usage", None)
+            if usage is not None:
+                rates.correct(model.provider_id, took, usage.input_tokens + usage.output_tokens)
         return answered
 
     async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: _Lost) -> Embedded:
@@ -339,15 +335,11 @@ class Calls:
             usage = Usage(input_tokens=total, counted=True)
             return usage, _cost(usage, candidate.model)
 
-        async def once(candidate: Candidate, seconds: float) -> Embeddings:
-            spec = self._open.registry.provider_of(candidate.model)
-            provider = self._open.provider(candidate.model.provider_id)
-            timeout_seconds = min(spec.timeout_seconds, seconds)
-
-            def call() -> Awaitable[Embeddings]:
-                return provider.embed(candidate.model, texts, timeout_seconds=timeout_seconds)
-
-            return await lost.attempt(candidate, call, at_worst)
+        def once(candidate: Candidate, seconds: float) -> Awaitable[Embeddings]:
+            model = candidate.model
+            provider = self._open.provider(model.provider_id)
+            timeout_seconds = min(self._open.registry.provider_of(model).timeout_seconds, seconds)
+            return lost.attempt(candidate, at_worst, provider.embed, model, texts, timeout_seconds=timeout_seconds)
 
         answered = await self._in_turn(chosen, once)
         model, embeddings = answered.candidate.model, answered.value
@@ -380,6 +372,8 @@ class _Lost:
     Each uses up a part of the hold, so that as much is held again before the next attempt.
     """
 
+    __slots__ = ("_again", "_chosen", "_hold", "_identity", "_open", "_spends")
+
     def __init__(self, resources: Resources, chosen: Plan, hold: Hold, identity: str) -> None:
         self._open = resources
         self._chosen = chosen
@@ -391,13 +385,15 @@ class _Lost:
     async def attempt(
         self,
         candidate: Candidate,
-        call: Callable[[], Awaitable[T]],
         at_worst: Callable[[Candidate], Awaitable[tuple[Usage, Decimal]]],
+        call: Callable[P, Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> T:
         if len(self._again) < len(self._spends):
             await self._hold_again(self._spends[-1])
         try:
-            return await call()
+            return await call(*args, **kwargs)
         except ProviderError as error:
             if error.may_be_billed or isinstance(error, DimensionMismatch):
                 usage, dollars = await at_worst(candidate)
