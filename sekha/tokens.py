@@ -19,6 +19,7 @@ import orjson
 
 from sekha.errors import InvalidRequest
 from sekha.images import Image, data_in_url, formula_of, read_image
+from sekha.words import ByWord
 
 __all__ = [
     "Tokenizer",
@@ -234,7 +235,7 @@ def _counter(name: TokenizerName) -> Callable[[str], int]:
 def _load(name: TokenizerName) -> Callable[[str], int]:
     if name == "words":
         return lambda text: len(text.split())
-    return _load_claude(_file(name)) if name == "claude" else _load_tiktoken(name)
+    return ByWord(_load_claude(_file(name)) if name == "claude" else _load_tiktoken(name))
 
 
 def _load_claude(file: Path) -> Callable[[str], int]:
