@@ -107,17 +107,28 @@ def write_apart(folder: Path, lines: Sequence[bytes], *, over: Path | None = Non
 
 def ready_in(folder: Path) -> list[Path]:
     """The segments that can be read, the oldest first; those too that killed writers have left."""
-    for path in (*folder.glob("*.open"), *folder.glob("*.new")):
-        with contextlib.suppress(OSError):
-            if path.suffix == ".new" and time.time() - path.stat().st_mtime < STALE_SECONDS:
-                continue
-            file = os.open(path, os.O_RDWR)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.rename(path.with_suffix(".ready"))
-            finally:
-                os.close(file)
-    return sorted(folder.glob("*.ready"))
+    ready = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".ready"):
+                ready.append(Path(entry.path))
+            elif entry.name.endswith((".open", ".new")):
+                with contextlib.suppress(OSError):
+                    if left := _left_by_the_dead(Path(entry.path)):
+                        ready.append(left)
+    return sorted(ready)
+
+
+def _left_by_the_dead(path: Path) -> Path | None:
+    """The segment of a writer that no longer lives, made ready; None if it may live."""
+    if path.suffix == ".new" and time.time() - path.stat().st_mtime < STALE_SECONDS:
+        return None
+    file = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.rename(path.with_suffix(".ready"))
+    finally:
+        os.close(file)
 
 
 def waiting_in(folder: Path) -> Waiting:

@@ -55,9 +55,10 @@ class Policy:
 
     def wants(self, outcome: Outcome, seconds: float) -> bool:
         """Whether to record a request. Asked once for each, since it learns from it what is slow."""
-        kept = self.keeps(outcome, seconds)
+        slow = seconds > self.slow_seconds
+        kept = outcome in self._keep or (slow and "slow" in self._keep)
         # A quantile without a memory: at balance, 99 small steps down are one step up.
-        if seconds > self.slow_seconds:
+        if slow:
             self.slow_seconds *= 1 + _STEP * (1 - SLOW_SHARE)
         elif self.slow_seconds > SLOW_AT_LEAST_SECONDS:
             self.slow_seconds = max(self.slow_seconds * (1 - _STEP * SLOW_SHARE), SLOW_AT_LEAST_SECONDS)

@@ -20,9 +20,7 @@ class Database(Protocol):
     revision: str
     """The Alembic revision of the tables that this is tested with."""
 
-    def moment(self, at: float) -> str: ...
-
-    def second(self, at: float) -> str:
+    def made(self, moment: str) -> str:
         """A moment as exact as it costs nothing to be, to the second at least."""
         ...
 
@@ -104,12 +102,6 @@ class DatabaseSink:
     def _rows(self, runs: Iterable[Run]) -> dict[str, list[Row]]:
         tables: dict[str, list[Row]] = {}
         for run in runs:
-            for table, row in rows_of(
-                run,
-                self.flow_id(run.flow),
-                moment=self._database.moment,
-                second=self._database.second,
-                span=self._database.span,
-            ):
+            for table, row in rows_of(run, self.flow_id(run.flow), made=self._database.made, span=self._database.span):
                 tables.setdefault(table, []).append(row)
         return tables

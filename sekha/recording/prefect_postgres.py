@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 import psycopg
 
@@ -35,11 +34,8 @@ class PostgresTables:
                 raise
         self._staged = False
 
-    def moment(self, at: float) -> str:
-        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-
-    def second(self, at: float) -> str:
-        return self.moment(at)
+    def made(self, moment: str) -> str:
+        return moment
 
     def span(self, seconds: float) -> str:
         return f"{seconds:.6f} seconds"

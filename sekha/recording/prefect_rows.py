@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, TypeAlias
-from uuid import UUID
 
 import orjson
 
 from sekha.calling import Attempt
 from sekha.errors import dollars
 from sekha.recording.run import Run
+from sekha.values import value
 
 __all__ = [
     "RECORDED",
     "TABLES",
     "Row",
     "StepRun",
+    "moment",
     "parameters_of",
     "receipt",
     "rows_of",
@@ -78,16 +80,19 @@ RECORDED = "sekha:gateway"
 State: TypeAlias = tuple[str, str]
 """Prefect's type of a state, and its name."""
 
+COMPLETED: State = ("COMPLETED", "Completed")
+FAILED: State = ("FAILED", "Failed")
+CANCELLED: State = ("CANCELLED", "Cancelled")
 _STATES: dict[str, State] = {
-    "answered": ("COMPLETED", "Completed"),
-    "fallback": ("COMPLETED", "Completed"),
-    "failed": ("FAILED", "Failed"),
+    "answered": COMPLETED,
+    "fallback": COMPLETED,
+    "failed": FAILED,
     "refused": ("FAILED", "Refused"),
-    "cancelled": ("CANCELLED", "Cancelled"),
+    "cancelled": CANCELLED,
 }
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StepRun:
     """One step as a task run."""
 
@@ -103,24 +108,24 @@ class StepRun:
 
 
 def steps_of(run: Run) -> list[StepRun]:
-    ids = _ids_of_parts(run)
+    # An id for each step, the same each time, that comes after that of the step before: indexes grow at their end.
+    ids = [f"{run.id[:-4]}{number:04x}" for number in range(len(run.steps))]
     times: dict[str, int] = {}
     names: list[str] = []
-    for step in run.steps:
-        times[step.name] = times.get(step.name, 0) + 1
-        names.append(step.name if times[step.name] == 1 else f"{step.name}-{times[step.name]}")
     found = []
     for at, step in enumerate(run.steps):
+        times[step.name] = again = times.get(step.name, 0) + 1
+        names.append(step.name if again == 1 else f"{step.name}-{again}")
         ended = step.ended >= step.started
-        match step.error:
-            case None if ended:
-                state, message = ("COMPLETED", "Completed"), None
-            case None:
-                state, message = ("CANCELLED", "Cancelled"), "It had not ended when the request had."
-            case "CancelledError":
-                state, message = ("CANCELLED", "Cancelled"), None
-            case error:
-                state, message = ("FAILED", "Failed"), error
+        message = None
+        if step.error is None and ended:
+            state = COMPLETED
+        elif step.error is None:
+            state, message = CANCELLED, "It had not ended when the request had."
+        elif step.error == "CancelledError":
+            state = CANCELLED
+        else:
+            state, message = FAILED, step.error
         started_at = step.started + run.clock_offset
         found.append(
             StepRun(
@@ -137,30 +142,37 @@ def steps_of(run: Run) -> list[StepRun]:
     return found
 
 
-def rows_of(
-    run: Run,
-    flow_id: str,
-    *,
-    moment: Callable[[float], str],
-    second: Callable[[float], str],
-    span: Callable[[float], str],
-) -> Iterator[tuple[str, Row]]:
-    """Each row with its table. `moment` and `span` write times and durations as the database keeps them.
+@lru_cache(maxsize=512)
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
-    When a row was made is told by the `second`: whoever shows it does too, and the run's own times are exact.
+
+def moment(at: float) -> str:
+    """Seconds since the epoch as both databases take them: `2026-11-18 11:06:40.250000`, in UTC."""
+    second, micros = divmod(round(at * 1e6), 1_000_000)
+    return f"{_second(second)}.{micros:06}"
+
+
+def rows_of(
+    run: Run, flow_id: str, *, made: Callable[[str], str], span: Callable[[float], str]
+) -> Iterator[tuple[str, Row]]:
+    """Each row with its table. `span` writes durations as the database keeps them.
+
+    When a row was made is told as exactly as `made` leaves a moment, to the second at least: whoever
+    shows it does too, and the run's own times are exact.
     """
     began, ended = moment(run.started_at), moment(run.ended_at)
-    made, changed = second(run.started_at), second(run.ended_at)
+    created, updated = made(began), made(ended)
     kind, state_name = state_of(run)
     yield (
         "flow_run",
         (
-            *(run.id, made, changed, run.name, flow_id, run.id, kind, state_name, 1, began, began, ended),
+            *(run.id, created, updated, run.name, flow_id, run.id, kind, state_name, 1, began, began, ended),
             *(span(run.seconds), _json(parameters_of(run)), _json(tags_of(run))),
         ),
     )
     # Ids tell rows of one table apart: a state can have that of its run.
-    yield "flow_run_state", (run.id, changed, changed, run.id, kind, state_name, ended, said_of(run))
+    yield "flow_run_state", (run.id, updated, updated, run.id, kind, state_name, ended, said_of(run))
     states: dict[tuple[State, str | None], str] = {}
     steps = steps_of(run)
     # Steps that ended alike share a state, the last one's: it holds only what their own rows say more
@@ -169,22 +181,21 @@ def rows_of(
         alike = (step.state, step.message)
         if alike not in states:
             states[alike] = step.id
-            at = second(step.ended_at)
-            yield "task_run_state", (step.id, at, at, step.id, *step.state, moment(step.ended_at), step.message)
+            end = moment(step.ended_at)
+            yield "task_run_state", (step.id, made(end), made(end), step.id, *step.state, end, step.message)
     for number, step in enumerate(steps):
         start, end = moment(step.started_at), moment(step.ended_at)
-        made, changed = second(step.started_at), second(step.ended_at)
         yield (
             "task_run",
             (
                 # Nothing shows a task's key, and its name says the same.
-                *(step.id, made, changed, step.name, run.id, "", str(number)),
+                *(step.id, made(start), made(end), step.name, run.id, "", str(number)),
                 *(states[step.state, step.message], *step.state, 1, 1, start, start, end),
                 *(span(step.ended_at - step.started_at), _json(step.inputs)),
             ),
         )
     if markdown := receipt(run):
-        yield "artifact", (run.id, changed, changed, "markdown", _json(markdown), run.id, "Who was asked.")
+        yield "artifact", (run.id, updated, updated, "markdown", _json(markdown), run.id, "Who was asked.")
 
 
 def state_of(run: Run) -> State:
@@ -246,12 +257,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
-
-
-def _ids_of_parts(run: Run) -> list[str]:
-    """An id for each step, the same each time, that comes after that of the step before: indexes grow at their end."""
-    first = UUID(run.id).int & ~0xFFFF
-    return [str(UUID(int=first | number)) for number in range(len(run.steps))]
 
 
 def _json(value: object) -> str:

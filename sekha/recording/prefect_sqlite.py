@@ -5,11 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from sekha.errors import PrefectUnavailable, RecordError
-from sekha.recording.prefect_rows import TABLES, Row
+from sekha.recording.prefect_rows import TABLES, Row, moment
 
 __all__ = ["SqliteTables"]
 
@@ -29,15 +28,12 @@ class SqliteTables:
             self._connection.execute("PRAGMA foreign_keys=ON")
             self._connection.execute("PRAGMA synchronous=NORMAL")
 
-    def moment(self, at: float) -> str:
-        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-
-    def second(self, at: float) -> str:
-        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    def made(self, moment: str) -> str:
+        return moment[: len("2026-11-18 11:06:40")]
 
     def span(self, seconds: float) -> str:
         # SQLAlchemy keeps a duration as that long after the epoch.
-        return self.moment(seconds)
+        return moment(seconds)
 
     def current_revision(self) -> str:
         with _translated():

@@ -10,6 +10,7 @@ that this spool has its publisher.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ __all__ = ["NOWHERE", "Publisher", "Report", "read_report"]
 
 log = logging.getLogger("sekha.recording")
 
-BATCH = 100
+BATCH = 250
 NOWHERE = "nowhere"
 IDLE_SECONDS = 0.25
 # A commit takes the database from Prefect's server for a moment; it gets a quarter of that in return.
@@ -92,7 +93,8 @@ class Publisher:
             try:
                 self.publish_waiting()
                 failures = 0
-                seconds = IDLE_SECONDS
+                # Its settings are read once, so that nothing changes for a publisher that has nowhere to go.
+                seconds = LONGEST_WAIT_SECONDS if self._sink is None else IDLE_SECONDS
             except PrefectUnavailable as error:
                 failures += 1
                 seconds = min(0.5 * 2**failures, LONGEST_WAIT_SECONDS)
@@ -110,7 +112,8 @@ class Publisher:
         if self._sink is None:
             self._sink = self._open_sink()
             name = self._sink.name if self._sink else NOWHERE
-            log.info("recorded requests go to %s", name)
+            if name != self._report.sink:
+                log.info("recorded requests go to %s", name)
             self._tell(sink=name, runs_per_second=self._sink and self._sink.runs_per_second, waits_for="")
         sink = self._sink
         if sink is None:
@@ -192,6 +195,8 @@ def main(folder: Path) -> None:
     # Takes seconds, and is the reason for a process of its own.
     from sekha.recording.prefect_choice import open_sink
 
+    # What Prefect is made of stays as it is: collecting garbage need not look through it again and again.
+    gc.freeze()
     Publisher(folder, open_sink, wait=ended.wait).run()
 
 

@@ -33,8 +33,8 @@ SPOOL_BYTES = 512 << 20
 # The rest is for what the policy always keeps.
 ORDINARY_SHARE = 0.75
 FLUSH_SECONDS = 0.02
-# What one turn of the event loop writes: a third of a millisecond.
-FLUSH_RUNS = 24
+# What one turn of the event loop writes: a quarter of a millisecond.
+FLUSH_RUNS = 64
 PENDING_RUNS = 20_000
 LOOK_SECONDS = 0.5
 HAND_OVER_SECONDS = 0.5
