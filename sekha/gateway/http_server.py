@@ -36,6 +36,7 @@ _UNREAD_BYTES = 256 * 1024
 """Of a body that nobody has asked for yet; whoever sends more has to wait."""
 _JOINED_BYTES = 64 * 1024
 _FIELD = b": ".join
+_CR, _LF = b"\r\n"
 _SWEEP_SECONDS = 1.0
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -244,10 +245,10 @@ class HttpExchange(Exchange):
             lines.append(length)
         if not self.keeps:
             lines.append(_CLOSE)
-        fields = b"\r\n".join(lines)
-        if fields.count(b"\n") >= len(lines) or fields.count(b"\r") >= len(lines):
+        said = b"".join(lines)
+        if _CR in said or _LF in said:
             raise ValueError("a header of the reply holds a line break")
-        return b"%b%b%b\r\n\r\n" % (_STATUS_LINES[status], self._connection.all.date, fields)
+        return b"".join((_STATUS_LINES[status], self._connection.all.date, b"\r\n".join(lines), b"\r\n\r\n"))
 
     def _end(self) -> None:
         self.ended = True
