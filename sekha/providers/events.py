@@ -30,6 +30,8 @@ class EventSplitter:
         """
         if b"\r" in data or self._after_return:
             data = self._with_newlines(data)
+        if not self._held and data.endswith(b"\n\n"):
+            return data
         if data.startswith(b"\n") and self._held and self._held[-1].endswith(b"\n"):
             # The blank line itself came in two pieces.
             return self._take(b"\n") + self._split(data[1:])
@@ -42,8 +44,6 @@ class EventSplitter:
         return left + b"\n\n" if payload == DONE or json_object(payload) is not None else b""
 
     def _split(self, data: bytes) -> bytes:
-        if not self._held and data.endswith(b"\n\n"):
-            return data
         end = data.rfind(b"\n\n") + 2
         if end == 1:
             self._hold(data)

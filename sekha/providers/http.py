@@ -21,7 +21,7 @@ import re
 import ssl
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf
@@ -73,6 +73,11 @@ class Target:
     port: int
     secure: bool
     head: bytes = field(repr=False)
+    origin: tuple[str, int, bool] = field(init=False)
+    """Whose connections they can share."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", (self.host, self.port, self.secure))
 
     @classmethod
     def of(cls, url: str, headers: Mapping[str, str], *, method: str = "POST") -> Target:
@@ -105,13 +110,13 @@ class HttpClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeping: asyncio.TimerHandle | None = None
 
-    async def post(self, target: Target, body: bytes, *, timeout_seconds: float) -> Response:
+    def post(self, target: Target, body: bytes, *, timeout_seconds: float) -> Awaitable[Response]:
         """Send, and return when the whole answer is there."""
-        return await self._exchange(target, body, timeout_seconds, _Wait.WHOLE)
+        return self._exchange(target, body, timeout_seconds, whole=True)
 
-    async def open(self, target: Target, body: bytes, *, timeout_seconds: float) -> Response:
+    def open(self, target: Target, body: bytes, *, timeout_seconds: float) -> Awaitable[Response]:
         """Send, and return when the answer's head is there. Read its `block()`s, and `close()` it."""
-        return await self._exchange(target, body, timeout_seconds, _Wait.HEAD)
+        return self._exchange(target, body, timeout_seconds, whole=False)
 
     async def aclose(self) -> None:
         """Close every connection; what is under way fails with `ConnectionError`."""
@@ -125,28 +130,31 @@ class HttpClient:
         # The sockets are closed by the loop's next turn.
         await asyncio.sleep(0)
 
-    async def _exchange(self, target: Target, body: bytes, timeout_seconds: float, wait: int) -> Response:
+    async def _exchange(self, target: Target, body: bytes, timeout_seconds: float, *, whole: bool) -> Response:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._start(loop)
-        pool = self._pools.get((target.host, target.port, target.secure)) or self._pool(target)
+        pool = self._pools.get(target.origin) or self._pool(target)
         expires_at = loop.time() + timeout_seconds
         connection = pool.take() or await pool.connection(expires_at)
         reused = connection.used
-        response = Response(connection, loop, expires_at, wait)
+        response = Response(connection, loop, expires_at, whole)
         sent_at = loop.time()
         try:
             connection.send(response, target.head, body)
-            await response.wait()
+            await response.more()
         except ConnectionError:
             if not reused or response.started or loop.time() - sent_at > _STALE_SECONDS:
                 raise
+        except BaseException:
+            response.close()
+            raise
         else:
             return response
         # A pool with no connection left may have been forgotten meanwhile.
-        pool = self._pools.get((target.host, target.port, target.secure)) or self._pool(target)
+        pool = self._pools.get(target.origin) or self._pool(target)
         connection = await pool.connect(expires_at)
-        response = Response(connection, loop, expires_at, wait)
+        response = Response(connection, loop, expires_at, whole)
         connection.send(response, target.head, body)
         await response.wait()
         return response
@@ -161,7 +169,7 @@ class HttpClient:
             self._tls = _default_tls()
         assert self._loop is not None  # noqa: S101 - set by `_start`, for the type checker
         pool = _Pool(target, self._tls if target.secure else None, self.limits, self._loop)
-        self._pools[(target.host, target.port, target.secure)] = pool
+        self._pools[target.origin] = pool
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         return pool
@@ -177,13 +185,6 @@ class HttpClient:
         self._sweeping = self._loop.call_later(_SWEEP_SECONDS, self._sweep) if self._pools else None
 
 
-class _Wait:
-    """What a request waits for before anything is handed on."""
-
-    HEAD = 0
-    WHOLE = 1
-
-
 class Response:
     """One answer. Reading it to its end gives its connection back; closing it early closes the connection."""
 
@@ -191,7 +192,6 @@ class Response:
         "_connection",
         "_left",
         "_loop",
-        "_wait_for",
         "_waiter",
         "complete",
         "error",
@@ -203,10 +203,11 @@ class Response:
         "started",
         "status",
         "unpack",
+        "whole",
     )
 
     def __init__(
-        self, connection: _Connection, loop: asyncio.AbstractEventLoop, expires_at: float, wait_for: int
+        self, connection: _Connection, loop: asyncio.AbstractEventLoop, expires_at: float, whole: bool
     ) -> None:
         self.status = 0
         self.started = False
@@ -223,7 +224,8 @@ class Response:
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self.parts: list[bytes] = []
         self.size = 0
-        self._wait_for = wait_for
+        self.whole = whole
+        """Whether it is handed on when all of it is there, and not before."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -238,7 +240,7 @@ class Response:
 
     async def body(self) -> bytes:
         """The rest of the body, whole."""
-        self._wait_for = _Wait.WHOLE
+        self.whole = True
         if not self.complete:
             self._connection.resume()
             await self.wait()
@@ -246,11 +248,16 @@ class Response:
 
     async def block(self) -> bytes:
         """The next bytes, as many as have come; none when the body has ended."""
-        while not self.parts:
-            if self.complete:
-                return b""
+        while (data := self.take()) is None:
             await self.wait()
-        parts, self.parts = self.parts, []
+        return data
+
+    def take(self) -> bytes | None:
+        """The bytes that have come; none when the body has ended, None while there is `more` to wait for."""
+        parts = self.parts
+        if not parts:
+            return b"" if self.complete else None
+        self.parts = []
         self.size = 0
         if self._connection.paused:
             self._connection.resume()
@@ -267,24 +274,26 @@ class Response:
         self.expires_at = self._loop.time() + seconds
 
     async def wait(self) -> None:
-        """Wait for more: the head, a block or the whole, as it was asked for."""
-        if self.error is None and not self.complete:
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            except BaseException:
-                self.close()
-                raise
-            finally:
-                self._waiter = None
+        """Wait for `more`; who is cancelled meanwhile wants no more."""
+        try:
+            await self.more()
+        except BaseException:
+            self.close()
+            raise
+
+    def more(self) -> asyncio.Future[None]:
+        """What is done when more is there: the head, a block or the whole, as it was asked for.
+
+        Whoever is cancelled while awaiting it has to `close`.
+        """
+        waiter = self._waiter = self._loop.create_future()
         if self.error is not None:
-            raise self.error
+            waiter.set_exception(self.error)
+        elif self.complete:
+            waiter.set_result(None)
+        return waiter
 
     # What its connection tells it.
-
-    @property
-    def is_whole(self) -> bool:
-        return self._wait_for == _Wait.WHOLE
 
     @property
     def is_awaited(self) -> bool:
@@ -302,11 +311,14 @@ class Response:
     def fail(self, error: Exception) -> None:
         if self.error is None:
             self.error = error
-            self.wake()
+            waiter, self._waiter = self._waiter, None
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(error)
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 class _Connection(asyncio.Protocol):
@@ -397,7 +409,7 @@ class _Connection(asyncio.Protocol):
                 failure.__cause__ = error
                 self._end(failure)
                 return
-        if response.is_whole and response.size > self._limits.body_bytes:
+        if response.whole and response.size > self._limits.body_bytes:
             self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
         elif response.complete:
             self._finish(response)
@@ -405,7 +417,7 @@ class _Connection(asyncio.Protocol):
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.header_bytes:
                 self._end(BadResponse(f"its head is longer than {self._limits.header_bytes:,} bytes"))
-        elif not response.is_whole:
+        elif not response.whole:
             if response.size > self._limits.unread_bytes and not self.paused:
                 self.paused = True
                 self._transport.pause_reading()

@@ -13,9 +13,8 @@ import asyncio
 import binascii
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -48,8 +47,9 @@ _KEPT_BYTES = 4 * 1024 * 1024
 _TAIL_SECONDS = 1.0
 _EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What an event holds that means something here. No usage of a chat is without the third.
-_WORDS = (DONE, b'"error"', b"completion_tokens")
+# No usage of a chat is without it.
+_COUNTED = b"completion_tokens"
+_NO_DETAILS: dict[str, Any] = {}
 _EMBEDDING = b'"embedding":'
 _COMMA = ord(",")
 _NOT_JSON = "it is not the JSON of its API"
@@ -73,10 +73,10 @@ class RelayProvider:
         raw = response.content
         body = _parsed(response, raw, failed)
         choices = body.get("choices")
-        if not isinstance(choices, list) or not choices:
+        if type(choices) is not list or not choices:
             raise failed.bad("it has no choices")
         for choice in choices:
-            if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+            if type(choice) is not dict or type(choice.get("message")) is not dict:
                 raise failed.bad("a choice has no message")
         return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
 
@@ -254,17 +254,24 @@ class RelayStream:
 
     async def __anext__(self) -> bytes:
         block, self._first = self._first, b""
+        response = self._response
         while not block:
             if self._failure is not None:
                 raise self._failure
             if self._done:
                 raise StopAsyncIteration
-            self._response.expires_at = self._loop.time() + self._timeout_seconds
             try:
-                data = await self._response.block()
+                data = response.take()
+                if data is None:
+                    response.expires_at = self._loop.time() + self._timeout_seconds
+                    await response.more()
+                    continue
                 block = self._events.feed(data) if data else self._events.rest()
             except (OSError, BadResponse) as error:
                 raise self._failed.broken_by(error) from wordless(error)
+            except BaseException:
+                response.close()
+                raise
             if block:
                 block = self._sought(block)
             if not data:
@@ -292,18 +299,19 @@ class RelayStream:
                 return seen, DONE
 
     def _sought(self, block: bytes) -> bytes:
-        """What of a block is handed on. It is taken apart only where it holds one of the words."""
-        if found := [at for word in _WORDS if (at := block.find(word)) >= 0]:
+        """What of a block is handed on. It is taken apart only where it holds a word that means something here."""
+        if DONE in block or b'"error"' in block or _COUNTED in block:
+            found = [at for word in (DONE, b'"error"', _COUNTED) if (at := block.find(word)) >= 0]
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2
             block = self._sifted(block, untouched if untouched > 1 else 0)
-        if self._kept_bytes <= _KEPT_BYTES:
-            self._kept.append(block)
-            self._kept_bytes += len(block)
-        else:
+        self._kept.append(block)
+        self._kept_bytes += len(block)
+        if self._kept_bytes > _KEPT_BYTES:
             # Its text alone is a small part of it.
-            self._finished = self._finished or any(map(finishes, [*self._kept, block]))
-            self._texts += texts_in([*self._kept, block])
+            self._finished = self._finished or any(map(finishes, self._kept))
+            self._texts += texts_in(self._kept)
             self._kept.clear()
+            self._kept_bytes = 0
         return block
 
     def _sifted(self, block: bytes, untouched: int) -> bytes:
@@ -334,8 +342,7 @@ class RelayStream:
                 self._failure = self._failed.broken("it ended without saying so")
 
 
-@dataclass(frozen=True, slots=True)
-class _Failing:
+class _Failing(NamedTuple):
     """What can go wrong with one attempt, each way as one error."""
 
     provider_id: str
@@ -433,7 +440,8 @@ def _usage(reported: object) -> Usage | None:
     if not went_in and not came_out:
         return None
     details = reported.get("prompt_tokens_details")
-    details = details if isinstance(details, dict) else {}
+    if not isinstance(details, dict):
+        details = _NO_DETAILS
     # OpenAI's and OpenRouter's names first; then those of others who speak their protocol.
     read = (
         details.get("cached_tokens")
@@ -441,12 +449,12 @@ def _usage(reported: object) -> Usage | None:
         or reported.get("prompt_cache_hit_tokens")
     )
     written = details.get("cache_write_tokens") or reported.get("cache_creation_input_tokens")
-    cached = min(_count(read), went_in)
+    cached = min(_count(read), went_in) if read else 0
     return Usage(
         input_tokens=went_in,
         output_tokens=came_out,
         cached_tokens=cached,
-        cache_write_tokens=min(_count(written), went_in - cached),
+        cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
     )
 
 
