@@ -264,12 +264,15 @@ def _encoding(name: TokenizerName) -> Any:
     previous = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(_file(name).parent)
     try:
-        return tiktoken.get_encoding(name)
+        encoding = tiktoken.get_encoding(name)
     finally:
         if previous is None:
             del os.environ["TIKTOKEN_CACHE_DIR"]
         else:
             os.environ["TIKTOKEN_CACHE_DIR"] = previous
+    # tiktoken has made its own tables of them, and keeps these, thirty megabytes, only to be pickled.
+    encoding._mergeable_ranks = {}
+    return encoding
 
 
 def _file(name: TokenizerName) -> Path:
