@@ -73,6 +73,10 @@ class Tables:
         with closing(sqlite3.connect(self.file, timeout=10)) as connection:
             return connection.execute(sql).fetchall()
 
+    def execute(self, sql: str) -> None:
+        with closing(sqlite3.connect(self.file, timeout=10)) as connection, connection:
+            connection.execute(sql)
+
     def run_ids(self) -> list[str]:
         return [row[0] for row in self.rows("SELECT id FROM flow_run")]
 

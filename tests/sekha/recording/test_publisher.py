@@ -128,7 +128,12 @@ def test_a_publisher_that_is_to_end_leaves_what_is_over_for_the_next(tmp_path: P
     assert second.runs == runs
 
 
-def test_without_a_server_it_says_so(tmp_path: Path) -> None:
-    Publisher(tmp_path, lambda: None, wait=Waits(left=2)).run()
+def test_without_a_server_it_says_so_and_sleeps(tmp_path: Path, make_run: Makes) -> None:
+    spooled(tmp_path, make_run())
+    waits = Waits(left=3)
+
+    Publisher(tmp_path, lambda: None, wait=waits).run()
 
     assert read_report(tmp_path).sink == NOWHERE
+    assert waits.seconds == [15.0, 15.0, 15.0]
+    assert len(SpoolReader(tmp_path).ready()) == 1

@@ -116,6 +116,38 @@ async def ended(process_id: int) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(200)
+async def test_ten_minutes_without_prefect_at_the_full_rate_lose_nothing(
+    tables: Any, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    """Ten minutes by what they leave in the spool, which takes seconds: 50 runs for each of their seconds."""
+    runs = [make_run() for _ in range(10 * 60 * 50)]
+    [(revision,)] = tables.rows("SELECT version_num FROM alembic_version")
+    tables.execute("UPDATE alembic_version SET version_num = 'upgrading'")
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=tables.environment) as recorder:
+        await until(recorder, lambda stats: stats.waits_for)
+        for number, run in enumerate(runs):
+            recorder.record(run)
+            if number % 500 == 0:
+                await until(recorder, lambda _: len(recorder._pending) < 500)
+        await until(recorder, lambda stats: not recorder._pending)
+        away = recorder.stats
+
+        tables.execute(f"UPDATE alembic_version SET version_num = '{revision}'")
+        await until(recorder, lambda stats: stats.published)
+        began, before = time.monotonic(), recorder.stats.published
+        stats = await until(recorder, lambda stats: stats.published >= len(runs))
+        per_second = (len(runs) - before) / (time.monotonic() - began)
+
+    assert (away.recorded, away.dropped, away.published) == (len(runs), 0, 0)
+    assert (stats.published, stats.dropped, stats.refused) == (len(runs), 0, 0)
+    assert sorted(tables.run_ids()) == sorted(run.id for run in runs)
+    assert tables.rows("SELECT count(*) FROM task_run") == [(5 * len(runs),)]
+    assert recorder.stats.queued_bytes == 0
+    assert per_second > 500
+
+
 async def test_gateways_on_one_folder_share_a_publisher_and_hand_it_on(
     tables: Any, tmp_path: Path, make_run: Makes, until: Until
 ) -> None:
