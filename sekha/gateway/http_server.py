@@ -102,14 +102,16 @@ class Connections:
 
     def lost(self, connection: HttpConnection) -> None:
         self._open.discard(connection)
-        self._look()
+        if self.ending:
+            self._look()
 
     def finished(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
-        self._look()
+        if self.ending:
+            self._look()
 
     def _look(self) -> None:
-        if self.ending and not self._open and not self.tasks:
+        if not self._open and not self.tasks:
             self._ended.set()
 
     def _give_up(self) -> None:
