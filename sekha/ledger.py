@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias, assert_never, get_a
 from uuid import uuid4
 
 from sekha.pricing import Usage
+from sekha.values import value
 
 __all__ = [
     "GROUPS",
@@ -64,8 +65,7 @@ class Budget:
         return True
 
 
-# Holds and spends are made for every request, and frozen they would take twice as long to make. Nobody changes one.
-@dataclass(slots=True, kw_only=True)
+@value
 class Hold:
     """Money set aside for a call under way. Gone when settled or released, or at `expires_at`."""
 
@@ -79,7 +79,7 @@ class Hold:
     """How long it lasts without a charge; each charge under it renews it for as long."""
 
 
-@dataclass(slots=True, kw_only=True)
+@value
 class Spend:
     """What one call really cost. Recorded once, however often the same one is handed in."""
 

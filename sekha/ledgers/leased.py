@@ -136,13 +136,19 @@ class _Pool:
     def leased(self) -> bool:
         return bool(self.free or self.held or self.unrecorded or self.written != (0, 0))
 
+    def overspend(self, amount: int) -> None:
+        """Take what no hold covers out of the slice, as far as it goes."""
+        idle = min(self.free, amount)
+        self.free -= idle
+        self.debt += amount - idle
+
 
 class _Open:
     """A hold that is neither settled nor released."""
 
     __slots__ = ("at", "expires_at", "hold", "left", "named", "scope")
 
-    def __init__(self, hold: Hold, left: dict[_Pool, int], at: datetime, scope: orjson.Fragment | None) -> None:
+    def __init__(self, hold: Hold, left: dict[_Pool, int], at: datetime, scope: _Scope | None) -> None:
         self.hold = hold
         self.left = left
         self.at = at
@@ -153,7 +159,7 @@ class _Open:
 
     def record(self) -> list[object]:
         left = [[pool.index, amount] for pool, amount in self.left.items()]
-        return ["h", self.hold.id, self.at, left, self.scope, self.named]
+        return ["h", self.hold.id, self.at, left, self.scope and self.scope.record, self.named]
 
 
 class _Single:
@@ -268,6 +274,7 @@ class LeasedLedger:
         self._coverage: Coverage[_Pool] = Coverage()
         self._scopes: dict[Scope, _Scope] = {}
         self._scopes_known = 0
+        self._lasting: dict[float, timedelta] = {}
         self._usual: dict[tuple[str, str], tuple[int | None, float]] = {}
         self._usual_asked: set[tuple[str, str]] = set()
         # What is under way.
@@ -330,7 +337,7 @@ class LeasedLedger:
             id=f"{self._owner}-{self._holds:x}",
             budgets=tuple(budgets),
             amounts=held,
-            expires_at=at + timedelta(seconds=ttl_seconds),
+            expires_at=at + (self._lasting.get(ttl_seconds) or self._last(ttl_seconds)),
             ttl_seconds=ttl_seconds,
         )
         if not held:
@@ -341,19 +348,33 @@ class LeasedLedger:
         return await self._wait(self._want(hold, at, scope))
 
     async def charge(self, hold: Hold, spend: Spend) -> None:
-        if self._is_foreign(hold):
+        under = self._open.get(hold.id)
+        if under is None and self._is_foreign(hold):
             await self._ledger.charge(hold, spend)
-        elif not self._spend("c", hold, spend):
-            await self._ask(_nothing)
+        elif spend.id not in self._recent and spend.id not in self._less_recent:
+            written = self._spend("c", hold, under, spend)
+            if under is not None:
+                under.named |= spend.id == hold.id
+                if under.expires_at > spend.at:
+                    under.expires_at = max(under.expires_at, spend.at + timedelta(seconds=hold.ttl_seconds))
+            if not written:
+                await self._ask(_nothing)
 
     async def settle(self, hold: Hold, spend: Spend) -> None:
-        if self._is_foreign(hold):
+        under = self._open.get(hold.id)
+        if under is None and self._is_foreign(hold):
             await self._ledger.settle(hold, spend)
-        elif not self._spend("s", hold, spend):
-            await self._ask(_nothing)
+        elif spend.id in self._recent or spend.id in self._less_recent:
+            self._release(hold.id)
+        else:
+            written = self._spend("s", hold, under, spend)
+            if under is not None:
+                self._free(under)
+            if not written:
+                await self._ask(_nothing)
 
     async def release(self, hold: Hold) -> None:
-        if self._is_foreign(hold):
+        if hold.id not in self._open and self._is_foreign(hold):
             await self._ledger.release(hold)
         else:
             self._release(hold.id)
@@ -419,15 +440,20 @@ class LeasedLedger:
         return known
 
     def _scope(self, scope: Scope) -> _Scope:
-        known = self._scopes.get(scope)
-        if known is None:
-            if len(self._scopes) >= _SCOPES:
-                self._scopes.clear()
-            # One that is known again goes by another name: other budgets may cover it by now.
-            self._scopes_known += 1
-            name = f"{self._owner}.{self._scopes_known:x}"
-            known = self._scopes[scope] = _Scope(name, scope_record(scope), self._coverage.of(scope))
+        """Get to know a scope."""
+        if len(self._scopes) >= _SCOPES:
+            self._scopes.clear()
+        # One that is known again goes by another name: other budgets may cover it by now.
+        self._scopes_known += 1
+        name = f"{self._owner}.{self._scopes_known:x}"
+        known = self._scopes[scope] = _Scope(name, scope_record(scope), self._coverage.of(scope))
         return known
+
+    def _last(self, ttl_seconds: float) -> timedelta:
+        if len(self._lasting) >= _SCOPES:
+            self._lasting.clear()
+        lasts = self._lasting[ttl_seconds] = timedelta(seconds=ttl_seconds)
+        return lasts
 
     def _want(self, hold: Hold, at: datetime, scope: Scope | None) -> _Want:
         needs: dict[_Pool, int] = {}
@@ -446,69 +472,49 @@ class LeasedLedger:
         return _Want(hold, needs, bounds=bounds, at=at, scope=scope)
 
     def _take(self, hold: Hold, needs: dict[_Pool, int], at: datetime, scope: Scope | None) -> None:
-        under = _Open(hold, needs, at, None if scope is None else self._scope(scope).record)
-        self._start().write(under.record())
+        known = None if scope is None else self._scopes.get(scope) or self._scope(scope)
+        under = _Open(hold, needs, at, known)
+        (self._journal or self._start()).write(under.record())
         for pool, need in needs.items():
             pool.free -= need
             pool.held += need
             pool.used = self._beat
         self._open[hold.id] = under
-        self._next_expiry = min(self._next_expiry, under.expires_at)
+        self._next_expiry = min(self._next_expiry, hold.expires_at)
 
-    def _spend(self, kind: Literal["c", "s"], hold: Hold, spend: Spend) -> bool:
+    def _spend(self, kind: Literal["c", "s"], hold: Hold, under: _Open | None, spend: Spend) -> bool:
         """Note a spend; False when the journal could not take it, and it must be recorded before the caller goes on."""
         name, at = spend.id, spend.at
-        if name in self._recent or name in self._less_recent:
-            if kind == "s":
-                self._release(hold.id)
-            return True
         if at.tzinfo is None:
             raise ValueError("a ledger's times need a zone; pass datetime.now(UTC)")
-        journal = self._start()
         cost, estimated = picos(spend.cost), picos(spend.estimated)
         scope = self._scopes.get(spend.scope) or self._scope(spend.scope)
-        under = self._open.get(hold.id)
+        journal = self._journal or self._start()
         try:
-            journal.write(spend_record(kind, hold.id, spend, scope.record, cost=cost, estimated=estimated))
+            journal.write(spend_record(kind, hold.id, spend, scope.record, cost, estimated))
             written = True
         except LedgerUnavailable:
             written = False
+        self._remember(name)
         # By the name of a hold that stays open it may be handed in again when nothing here remembers it.
         if written and (name not in self._open or (kind == "s" and name == hold.id)):
             self._add(scope, spend, cost, estimated)
         else:
             self._singles.append(_Single(spend, cost, scope.pools))
         self._written += written
-        self._remember(name)
-        self._pay(scope.pools, {} if under is None else under.left, cost, at)
-        if under is None:
-            return written
-        if kind == "s":
-            self._free(hold.id)
-        else:
-            under.named |= name == hold.id
-            if under.expires_at > at:
-                under.expires_at = max(under.expires_at, at + timedelta(seconds=hold.ttl_seconds))
-        return written
-
-    def _pay(self, pools: Sequence[_Pool], left: dict[_Pool, int], cost: int, at: datetime) -> None:
-        """Take what was spent from what is left of its hold."""
-        for pool in pools:
+        left = {} if under is None else under.left
+        for pool in scope.pools:
             pool.unrecorded += cost
             if pool.start <= at < pool.end:
                 pool.pending += cost
             covered = left.get(pool, 0)
-            if covered >= cost:
-                left[pool] = covered - cost
-                pool.held -= cost
-                continue
-            if covered:
-                left[pool] = 0
-                pool.held -= covered
-            # What no hold covers comes out of the slice, as far as it goes.
-            idle = min(pool.free, cost - covered)
-            pool.free -= idle
-            pool.debt += cost - covered - idle
+            paid = cost if cost <= covered else covered
+            if paid:
+                left[pool] = covered - paid
+                pool.held -= paid
+            if paid < cost:
+                pool.overspend(cost - paid)
+        return written
 
     def _add(self, scope: _Scope, spend: Spend, cost: int, estimated: int) -> None:
         """Add a spend to what its scope spent in the same minute."""
@@ -563,18 +569,21 @@ class LeasedLedger:
             self._recent, self._less_recent = {}, self._recent
 
     def _release(self, hold: str) -> None:
-        if hold in self._open:
-            self._free(hold)
+        if (under := self._open.get(hold)) is not None:
+            self._free(under)
             # Unwritten, it would be charged at its worst case after a crash: too much, and never too little.
             with suppress(LedgerUnavailable):
                 self._start().write(["r", hold])
 
-    def _free(self, hold: str) -> None:
-        for pool, left in self._open.pop(hold).left.items():
+    def _free(self, under: _Open) -> None:
+        del self._open[under.hold.id]
+        for pool, left in under.left.items():
             pool.held -= left
-            owed = min(pool.debt, left)
-            pool.debt -= owed
-            pool.free += left - owed
+            if pool.debt:
+                owed = min(pool.debt, left)
+                pool.debt -= owed
+                left -= owed  # noqa: PLW2901 - what is owed is not free again
+            pool.free += left
 
     def _expire(self, at: datetime) -> None:
         if at < self._next_expiry:
@@ -587,7 +596,8 @@ class LeasedLedger:
         return sum(under.left.get(pool, 0) for under in self._open.values() if under.expires_at > at)
 
     def _is_foreign(self, hold: Hold) -> bool:
-        return hold.id not in self._open and bool(hold.amounts) and not hold.id.startswith(self._owner)
+        """Whether another process made the hold; asked of one that is not open here."""
+        return bool(hold.amounts) and not hold.id.startswith(self._owner)
 
     # --- waiting for the worker --------------------------------------------------------------
 

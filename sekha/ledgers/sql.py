@@ -74,6 +74,7 @@ _DAY = 86_400_000_000
 _HOUR = 3_600_000_000
 _MOST = 2**63 - 1
 _HUGE = 2**54
+_PICOS = Decimal(10**12)
 
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -1032,7 +1033,9 @@ def _micros(at: datetime) -> int:
 
 
 def picos(amount: Decimal) -> int:
-    return min(math.ceil(amount.scaleb(12)), _MOST)
+    # Four times for each request: `scaleb` and `min` would take half a microsecond more each.
+    whole = math.ceil(amount * _PICOS)
+    return whole if whole < _MOST else _MOST
 
 
 def to_dollars(picos: int) -> Decimal:
