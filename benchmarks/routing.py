@@ -88,7 +88,7 @@ def thousand(*, priorities: int, prices: int) -> Registry:
 
 def asked(registry: Registry, *, ask: Ask, budgets: tuple[Budget, ...] = (), left: str = "1000") -> Estimates:
     return Estimates(
-        Size(ask),
+        size=Size(ask),
         counters={model.id: Counter(("o200k_base", "cl100k_base")[len(model.id) % 2], False) for model in registry},
         counts={"o200k_base": Count(31), "cl100k_base": Count(33)},
         usual={model.name: 200 + 7 * at % 300 for at, model in enumerate(registry) if at % 2},

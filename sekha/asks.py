@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from sekha.ledger import Budget, Scope
 from sekha.pricing import Estimate, estimate_chat, estimate_embedding
 from sekha.registry import TASKS, Model, Task
+from sekha.values import value
 from sekha.vision import Pictures
 
 __all__ = ["Allowed", "Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
@@ -125,7 +126,7 @@ class Size(NamedTuple):
 
 
 # It goes from step to step, and what does is a dataclass: Prefect takes a tuple for several values.
-@dataclass(frozen=True, slots=True)
+@value
 class Estimates:
     """What the request costs at any model that was counted for, worked out when it is asked."""
 
@@ -151,8 +152,9 @@ class Estimates:
     def tokens(self) -> int:
         """Tokens that go in, by whichever tokenizer makes the most of them."""
         most = 0
-        for count in self.counts.values():
-            most = max(most, count.tokens)
+        for tokens, _ in self.counts.values():
+            if tokens > most:  # noqa: PLR1730 - for each request, and `max` takes three times as long
+                most = tokens
         return most
 
     def of(self, model: Model) -> Estimate | None:
@@ -178,22 +180,23 @@ class Estimates:
         price = model.price
         if price is None:
             raise ValueError(f"{name!r} has no price to estimate with")
-        counter = self.counters[model.id]
-        count = self.counts[counter.name]
-        exact = counter.exact or price.is_free
-        size = self.size
-        if size.ask.kind == "embedding":
-            return estimate_embedding(price, input_tokens=count.tokens, longest=count.longest, exact=exact)
+        counter, exact = self.counters[model.id]
+        tokens, longest = self.counts[counter]
+        exact = exact or price.is_free
+        ask, images, replies, reply_limit, writes_cache = self.size
+        if ask.kind == "embedding":
+            return estimate_embedding(price, input_tokens=tokens, longest=longest, exact=exact)
+        # In the order of its parameters: by their names the call takes half as long again.
         return estimate_chat(
             price,
-            input_tokens=count.tokens,
-            images=size.images,
-            replies=size.replies,
-            requested=size.reply_limit,
-            model_limit=model.max_output_tokens,
-            usual=self.usual.get(name),
-            cap=most,
-            context_window=model.context_window,
-            exact=exact,
-            writes_cache=size.writes_cache,
+            tokens,
+            reply_limit,
+            model.max_output_tokens,
+            self.usual.get(name),
+            most,
+            model.context_window,
+            exact,
+            images,
+            replies,
+            writes_cache,
         )

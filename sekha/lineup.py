@@ -145,6 +145,13 @@ class _Cover:
     def __init__(self, budget: Budget, at: tuple[bool, ...] | None) -> None:
         self.budget = budget
         self.at = at
+        self.anyones = budget.match.keys().isdisjoint(("key", "tag"))
+        """Whether it is for every request, whichever model serves it."""
+
+    def concerns(self, ask: Ask) -> bool:
+        """Whether the budget is for requests of this key with these tags, whichever model serves them."""
+        match = self.budget.match
+        return match.get("key", ask.key) == ask.key and ("tag" not in match or match["tag"] in ask.tags)
 
     @cached_property
     def mask(self) -> Numbers:
@@ -158,7 +165,7 @@ class Caps(NamedTuple):
 
     most: Decimal | None
     """At everybody; None for any amount."""
-    within: tuple[tuple[Decimal, _Cover], ...] = ()
+    within: Sequence[tuple[Decimal, _Cover]]
     """At those alone that a budget covers."""
 
     def at(self, position: int) -> Decimal | None:
@@ -199,23 +206,23 @@ class LineUp:
 
     def covered(self, ask: Ask, budgets: tuple[Budget, ...]) -> list[Budget]:
         """The budgets that a call to any of the entrants would count against."""
-        return [cover.budget for cover in self._covers(budgets) if _concerns(cover.budget, ask)]
+        return [cover.budget for cover in self._covers(budgets) if cover.concerns(ask)]
 
     def caps(self, estimates: Estimates) -> Caps:
         """What a call may cost by `max_cost` and by what is left in the budgets."""
-        ask = estimates.size.ask
+        ask, budgets = estimates.size.ask, estimates.budgets
         most, _ = cap(ask, estimates.rules)
-        if not estimates.budgets:
-            return Caps(most)
         within: list[tuple[Decimal, _Cover]] = []
-        for cover in self._covers(estimates.budgets):
-            if _concerns(cover.budget, ask):
-                left = estimates.left(cover.budget)
-                if cover.at is not None:
-                    within.append((left, cover))
-                elif most is None or left < most:
-                    most = left
-        return Caps(most, tuple(within))
+        if budgets:
+            remaining = estimates.remaining
+            for cover in self._covers(budgets):
+                if cover.anyones or cover.concerns(ask):
+                    left = remaining.get(cover.budget.name, cover.budget.limit)
+                    if cover.at is not None:
+                        within.append((left, cover))
+                    elif most is None or left < most:
+                        most = left
+        return Caps(most, within)
 
     def best(self, estimates: Estimates, caps: Caps, conditions: Conditions, count: int) -> list[int] | None:
         """The positions of the first `count` that may serve, best first; None where machine words are too short."""
@@ -239,25 +246,12 @@ class LineUp:
         return tuple(dict.fromkeys(counters[entrant.model.id].name for entrant in self.entrants))
 
 
-def _concerns(budget: Budget, ask: Ask) -> bool:
-    """Whether the budget is for requests of this key with these tags, whichever model serves them."""
-    match = budget.match
-    return not match or (match.get("key", ask.key) == ask.key and ("tag" not in match or match["tag"] in ask.tags))
-
-
 def line_up(ask: Ask, registry: Registry) -> LineUp:
     """Who may serve asks of this form. Raises `UnknownModel` for a name that nothing carries."""
-    form: tuple[Hashable, ...] = (
-        ask.kind,
-        ask.model,
-        ask.task,
-        ask.preferred_model,
-        ask.vision,
-        ask.priced_apart is not None,
-        ask.allowed,
-        # Whose limits the images break is all that they have to do with it.
-        None if ask.pictures is None else tuple(ask.pictures.breach(each) is None for each in registry.vision_limits),
-    )
+    kind, model, task, preferred_model, vision, pictures, _, priced_apart, _, _, allowed, _ = ask
+    # Whose limits the images break is all that they have to do with it.
+    seen_by = None if pictures is None else tuple(pictures.breach(each) is None for each in registry.vision_limits)
+    form: tuple[Hashable, ...] = (kind, model, task, preferred_model, vision, priced_apart is None, allowed, seen_by)
     known: dict[Hashable, LineUp] = registry.worked_out
     found = known.get(form)
     if found is None:

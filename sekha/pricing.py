@@ -139,18 +139,17 @@ LONGEST_REPLY = 4096
 """Tokens at which a reply is cut where nobody knows the model's own limit and its tokens cost money."""
 
 
-def estimate_chat(
+def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names in a call take as long as the sums
     price: Price,
-    *,
     input_tokens: int,
-    images: int = 0,
-    replies: int = 1,
     requested: int | None,
     model_limit: int | None,
     usual: int | None,
     cap: Decimal | None,
     context_window: int | None = None,
     exact: bool = True,
+    images: int = 0,
+    replies: int = 1,
     writes_cache: bool = False,
 ) -> Estimate:
     """Price a chat before it is made.
@@ -168,6 +167,7 @@ def estimate_chat(
     of_input, _, written, output, of_image, places, unit = then
     at_most = most * (written if writes_cache and written > of_input else of_input) + images * of_image
     each_at_most = output * replies
+    worst: Decimal | None = None
     limit: int | None = None
     if requested is not None:
         length = min(requested, usual) if usual else requested
@@ -183,15 +183,18 @@ def estimate_chat(
         # Where it matters a limit is sent, since the one that we know of the model may be out of date.
         if each_at_most and (cap is not None or not model_limit):
             limit = longest
-            if cap is not None and (at_most + longest * each_at_most) * unit > cap:
+            worst = (at_most + longest * each_at_most) * unit
+            if cap is not None and worst > cap:
                 # A limit below the usual length would not save the request but mutilate its reply.
                 affordable = (int(cap.scaleb(places)) - at_most) // each_at_most
                 longest = limit = max(affordable, length)
+                worst = None
+    length *= replies
     return Estimate(
-        (input_tokens * now.input + images * now.image + length * replies * now.output) * now.unit,
-        (at_most + longest * each_at_most) * unit,
+        (input_tokens * now.input + images * now.image + length * now.output) * now.unit,
+        (at_most + longest * each_at_most) * unit if worst is None else worst,
         input_tokens,
-        length * replies,
+        length,
         input_tokens + (requested or 0),
         limit,
         basis,

@@ -15,6 +15,7 @@ from sekha.ledger import Budget, period_end
 from sekha.lineup import SHORTLIST, Entrant, LineUp, considered, drawn, incapable, line_up, preferred
 from sekha.pricing import Estimate
 from sekha.registry import Model, Registry
+from sekha.values import value
 from sekha.vision import nearest
 
 __all__ = [
@@ -53,7 +54,7 @@ class Candidate(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Plan:
     """Who is asked, in this order."""
 
@@ -68,19 +69,6 @@ class Plan:
     @property
     def worst_case(self) -> Decimal:
         return max(candidate.estimate.worst_case for candidate in self.candidates)
-
-    def holds(self, budgets: Sequence[Budget]) -> dict[str, Decimal]:
-        """Dollars to hold against each budget: the dearest candidate that counts against it."""
-        amounts: dict[str, Decimal] = {}
-        if not budgets:
-            return amounts
-        for candidate in self.candidates:
-            scope, worst = self.ask.scope(candidate.model), candidate.estimate.worst_case
-            for budget in budgets:
-                if budget.covers(scope):
-                    most = amounts.get(budget.name)
-                    amounts[budget.name] = worst if most is None or worst > most else most
-        return amounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,31 +174,34 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
 
 def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions, count: int) -> tuple[Candidate, ...]:
     entrants, caps = lined_up.entrants, lined_up.caps(estimates)
+    most, within = caps
     cost_aware = estimates.rules.cost_aware
     if len(entrants) > SHORTLIST:
         best = lined_up.best(estimates, caps, conditions, count)
         if best is not None:
-            chosen = [entrants[at] for at in best]
-            priced = [estimates.priced(entrants[at].model, caps.at(at), entrants[at].name) for at in best]
-            return _candidates(chosen, priced, cost_aware)
+            chosen = [
+                (entrants[at].group, _ANY, at, estimates.priced(entrants[at].model, caps.at(at), entrants[at].name))
+                for at in best
+            ]
+            return _candidates(entrants, chosen, cost_aware)
     open_circuits, throttled, _, _ = conditions
     kept: list[_Kept] = []
-    for at, entrant in enumerate(entrants):
-        model = entrant.model
-        if entrant.name in open_circuits or model.provider_id in throttled:
+    for at, (model, name, group, _, _) in enumerate(entrants):
+        if name in open_circuits or model.provider_id in throttled:
             continue
-        most = caps.at(at) if caps.within else caps.most
-        estimate = estimates.priced(model, most, entrant.name)
+        if within:
+            most = caps.at(at)
+        estimate = estimates.priced(model, most, name)
         if most is not None and estimate.worst_case > most:
             continue
         if model.context_window and estimate.context_tokens > model.context_window:
             continue
-        kept.append((entrant.group, estimate.expected if cost_aware else _ANY, at, estimate))
+        kept.append((group, estimate.expected if cost_aware else _ANY, at, estimate))
     if len(kept) > 1:
         kept.sort()
         _draw_among_equals(kept, entrants, conditions)
-    del kept[count:]
-    return _candidates([entrants[each[2]] for each in kept], [each[3] for each in kept], cost_aware)
+        del kept[count:]
+    return _candidates(entrants, kept, cost_aware)
 
 
 def _draw_among_equals(kept: list[_Kept], entrants: Sequence[Entrant], conditions: Conditions) -> None:
@@ -226,11 +217,14 @@ def _draw_among_equals(kept: list[_Kept], entrants: Sequence[Entrant], condition
         at = stop
 
 
-def _candidates(entrants: Sequence[Entrant], estimates: Sequence[Estimate], cost_aware: bool) -> tuple[Candidate, ...]:
+def _candidates(entrants: Sequence[Entrant], kept: Sequence[_Kept], cost_aware: bool) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
-    for at, entrant in enumerate(entrants):
-        why = entrant.why_cheap if cost_aware else entrant.why
-        found.append(Candidate(entrant.model, estimates[at], f"fallback {at}: {why}" if at else why))
+    for _, _, at, estimate in kept:
+        model, _, _, why, why_cheap = entrants[at]
+        reason = why_cheap if cost_aware else why
+        if found:
+            reason = f"fallback {len(found)}: {reason}"
+        found.append(Candidate(model, estimate, reason))
     return tuple(found)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
+from typing import NamedTuple
 from weakref import WeakSet
 
 from sekha.asks import Ask, Estimates, Size
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import LedgerError, NoCandidate
-from sekha.ledger import Budget, Hold, Spend, remaining
+from sekha.ledger import Budget, Hold, Scope, Spend, remaining
 from sekha.lineup import LineUp, line_up
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan, explain, plan
@@ -24,7 +25,19 @@ __all__ = ["HOLD_SECONDS", "Money", "UsualReplies", "spend_of"]
 
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
+ASKS = 1_000
+"""Asks for which it is remembered who may serve them. Callers make them, like scopes."""
+SCOPES = 1_000
+"""Scopes whose budgets are remembered. Callers make them, with up to ten kilobytes of tags each."""
 log = logging.getLogger("sekha.money")
+
+
+class _Known(NamedTuple):
+    """What all asks that are alike have in common."""
+
+    lined_up: LineUp
+    budgets: Sequence[Budget]
+    """Those that a call to any of the models would count against."""
 
 
 class Money:
@@ -32,6 +45,9 @@ class Money:
         self._open = resources
         self._counters = Counters(resources.registry)
         self._usual = UsualReplies(resources)
+        self._known: dict[Ask, _Known] = {}
+        self._budgets = {budget.name: budget for budget in resources.budgets}
+        self._covered: dict[Scope, tuple[str, ...]] = {}
         self._images_need_vision = resources.loaded.config.routing.require_vision_for_images
 
     async def aclose(self) -> None:
@@ -39,28 +55,40 @@ class Money:
 
     async def estimate_cost(self, request: ChatRequest | EmbedRequest) -> Estimates:
         """Count the request, from which its price at every model follows."""
-        if isinstance(request, ChatRequest) and are_heavy(request.messages):
-            await asyncio.to_thread(getattr, request, "pictures")
-        ask = self._ask(request)
-        lined_up = line_up(ask, self._open.registry)
-        budgets = lined_up.covered(ask, self._open.budgets) if self._open.budgets else ()
-        at = self._open.now() if budgets else None
-        left = await self._remaining(budgets, at) if at is not None else {}
+        ask = await self._ask(request)
+        known = self._known.get(ask) or await self._meet(ask)
+        resources = self._open
+        at: datetime | None = None
+        left: dict[str, Decimal] = {}
+        if known.budgets:
+            at = resources.now()
+            ledger = await resources.ledger()
+            for budget in known.budgets:
+                spent, held = await ledger.spent(budget, at=at)
+                left[budget.name] = remaining(budget, spent, held)
         usual: Mapping[str, int] = {}
         if isinstance(request, ChatRequest):
-            known = self._usual.known(lined_up)
-            usual = await self._usual.read(lined_up) if known is None else known
+            usual = self._usual.known()
             images = 0 if ask.pictures is None else len(ask.pictures.each)
             counters = self._counters.of_images if images else self._counters.of_words
-            names = lined_up.counter_names(counters)
+            names = known.lined_up.counter_names(counters)
             short = self._counters.count_short(request, names)
             counts = await self._counters.count_long(request, names) if short is None else short
             size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache)
         else:
             counters = self._counters.of_words
-            counts = await self._counters.count_texts(request.texts, lined_up.counter_names(counters))
+            counts = await self._counters.count_texts(request.texts, known.lined_up.counter_names(counters))
             size = Size(ask)
-        return Estimates(size, counters, counts, usual, self._open.rules, self._open.budgets, left, at)
+        return Estimates(
+            size=size,
+            counters=counters,
+            counts=counts,
+            usual=usual,
+            rules=resources.rules,
+            budgets=resources.budgets,
+            remaining=left,
+            at=at,
+        )
 
     async def select_provider(
         self,
@@ -81,11 +109,20 @@ class Money:
 
     async def reserve_budget(self, chosen: Plan) -> Hold:
         """Hold the worst case against every budget that the calls may count against."""
-        amounts = chosen.holds(self._open.budgets)
-        budgets = [budget for budget in self._open.budgets if budget.name in amounts]
+        amounts: dict[str, Decimal] = {}
+        scope: Scope | None = None
+        for model, estimate, _ in chosen.candidates:
+            charged_to, worst = chosen.ask.scope(model), estimate.worst_case
+            scope = scope or charged_to
+            names = self._covered.get(charged_to)
+            for name in self._covering(charged_to) if names is None else names:
+                # The dearest of the candidates that count against it.
+                most = amounts.get(name)
+                if most is None or worst > most:
+                    amounts[name] = worst
+        budgets = [self._budgets[name] for name in amounts]
         lasts = max(HOLD_SECONDS, 2 * self._open.patience_seconds(chosen))
         ledger = await self._open.ledger()
-        scope = chosen.ask.scope(chosen.first.model)
         return await ledger.reserve(budgets, amounts, at=self._open.now(), ttl_seconds=lasts, scope=scope)
 
     async def settle_cost(self, hold: Hold, outcome: Reply | Embedded | RawEmbedded | None) -> None:
@@ -97,19 +134,31 @@ class Money:
             # Embeddings were charged call by call, so that one that fails late hides nothing.
             await ledger.release(hold)
 
-    def _ask(self, request: ChatRequest | EmbedRequest) -> Ask:
-        if isinstance(request, ChatRequest):
-            return request.ask(images_need_vision=self._images_need_vision)
-        return request.ask()
+    def _covering(self, scope: Scope) -> tuple[str, ...]:
+        """Find the budgets that a call in this scope counts against, by name."""
+        if len(self._covered) >= SCOPES:
+            self._covered.clear()
+        names = self._covered[scope] = tuple(budget.name for budget in self._open.budgets if budget.covers(scope))
+        return names
 
-    async def _remaining(self, budgets: Iterable[Budget], at: datetime) -> dict[str, Decimal]:
-        """What is left in these budgets, which any of the models would count against."""
-        ledger = await self._open.ledger()
-        left: dict[str, Decimal] = {}
-        for budget in budgets:
-            spent, held = await ledger.spent(budget, at=at)
-            left[budget.name] = remaining(budget, spent, held)
-        return left
+    async def _ask(self, request: ChatRequest | EmbedRequest) -> Ask:
+        if not isinstance(request, ChatRequest):
+            return request.ask()
+        if request.image_count and are_heavy(request.messages):
+            await asyncio.to_thread(getattr, request, "pictures")
+        return request.ask(images_need_vision=self._images_need_vision)
+
+    async def _meet(self, ask: Ask) -> _Known:
+        """Work out what all asks like this one have in common."""
+        lined_up = line_up(ask, self._open.registry)
+        if ask.kind == "chat":
+            await self._usual.read(lined_up)
+        known = _Known(lined_up, lined_up.covered(ask, self._open.budgets))
+        if ask.pictures is None:  # the same images hardly ever come again
+            if len(self._known) >= ASKS:
+                self._known.clear()
+            self._known[ask] = known
+        return known
 
 
 class UsualReplies:
@@ -127,10 +176,8 @@ class UsualReplies:
         self._refreshed = 0.0
         self._refreshing: asyncio.Task[None] | None = None
 
-    def known(self, lined_up: LineUp) -> Mapping[str, int] | None:
-        """Tokens of a usual reply, for those models that have a history; None before the line-up's were read."""
-        if lined_up not in self._read:
-            return None
+    def known(self) -> Mapping[str, int]:
+        """Tokens of a usual reply, for those of the models that were read that have a history."""
         if self._open.clock.now() - self._refreshed > self.REFRESH_SECONDS and self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
         return self._tokens
@@ -140,8 +187,10 @@ class UsualReplies:
             self._refreshing.cancel()
             await asyncio.wait([self._refreshing])
 
-    async def read(self, lined_up: LineUp) -> Mapping[str, int]:
-        """Read them for the first time."""
+    async def read(self, lined_up: LineUp) -> None:
+        """Read those of a line-up's models, for the first time."""
+        if lined_up in self._read:
+            return
         async with self._reading:
             new = {
                 entrant.name: (entrant.model.provider_id, entrant.model.id)
@@ -155,7 +204,6 @@ class UsualReplies:
                 self._refreshed = self._open.clock.now()
             self._models |= new
             self._read.add(lined_up)
-            return self._tokens
 
     async def _refresh(self) -> None:
         try:

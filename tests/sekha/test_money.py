@@ -38,6 +38,23 @@ providers:
       - {{model_id: gpt-4, task: chat_small, {PRICE}}}
       - {{model_id: claude-sonnet-4-5, task: chat_small, supports_vision: true, {PRICE}}}
 """
+TWO_PROVIDERS = """
+providers:
+  - id: cheap
+    provider_type: openai
+    base_url: http://127.0.0.1:9/v1
+    models:
+      - {model_id: gpt-4o-mini, task: chat_small, price: {input_per_million: 1, output_per_million: 1}}
+  - id: dear
+    provider_type: openai
+    base_url: http://127.0.0.1:9/v1
+    models:
+      - {model_id: gpt-4o, task: chat_small, price: {input_per_million: 4, output_per_million: 4}}
+budgets:
+  - {name: all, limit: 100}
+  - {name: cheap, limit: 100, match: {provider: cheap}}
+  - {name: nobody, limit: 100, match: {task: chat_smart}}
+"""
 HELLO = ChatRequest(messages=({"role": "user", "content": "What does a hold do?"},), model="gpt-4o")
 PICTURE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
 
@@ -208,3 +225,17 @@ async def test_a_request_for_a_model_that_is_free_asks_the_ledger_nothing(tmp_pa
         await running.route(replace(HELLO, model=None))
 
     assert ledger.questions == 0
+
+
+async def test_each_budget_holds_for_the_dearest_candidate_that_counts_against_it(tmp_path: Path) -> None:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(TWO_PROVIDERS, "utf-8")
+    everyones = ChatRequest(messages=HELLO.messages, task="chat_small", max_tokens=100)
+
+    async with Runtime(Resources(load(str(file)), now=lambda: NOW)) as running:
+        chosen = await running.route(everyones)
+        hold = await running.money.reserve_budget(chosen)
+
+    worst = {each.model.provider_id: each.estimate.worst_case for each in chosen.candidates}
+    assert worst["cheap"] < worst["dear"]
+    assert hold.amounts == {"all": worst["dear"], "cheap": worst["cheap"]}

@@ -92,7 +92,7 @@ def estimates(
     at: datetime | None = None,
 ) -> Estimates:
     return Estimates(
-        Size(ask, writes_cache=True),
+        size=Size(ask, writes_cache=True),
         counters={each.id: Counter("words", exact=True) for each in models},
         counts={"words": Count(TOKENS, longest=TOKENS)},
         rules=rules,
@@ -429,19 +429,6 @@ def test_a_budget_of_a_key_stops_that_key_alone(ask: Ask, stands: bool) -> None:
             route(ask, known, budgets=[budget])
 
 
-def test_each_budget_holds_for_the_dearest_candidate_that_counts_against_it() -> None:
-    budgets = [
-        Budget(name="all", limit=Decimal(100)),
-        Budget(name="a", limit=Decimal(100), match={"provider": "a"}),
-        Budget(name="none", limit=Decimal(100), match={"provider": "z"}),
-    ]
-
-    made = route(CHAT, registry(model("a/m"), model("b/m")), budgets=budgets, a="1", b="4")
-
-    assert made.holds(budgets) == {"all": Decimal(8), "a": Decimal(2)}
-    assert made.worst_case == Decimal(8)
-
-
 @pytest.mark.parametrize(
     ("ask", "task"),
     [
@@ -589,7 +576,7 @@ def decisions(draw: st.DrawFn) -> tuple[Estimates, Registry, Conditions]:
     some = st.sampled_from(names or ["-"])
     budgets = tuple(draw(st.lists(a_budget, max_size=2, unique_by=lambda each: each.name)))
     made = Estimates(
-        Size(
+        size=Size(
             draw(asks),
             images=draw(st.integers(0, 2)),
             replies=draw(st.sampled_from([1, 1, 3])),

@@ -72,7 +72,9 @@ def registry(*models: Model) -> Registry:
 
 def estimates(request: ChatRequest, known: Registry) -> Estimates:
     counters = {model.id: Counter("words", exact=True) for model in known}
-    return Estimates(Size(request.ask(), images=request.image_count), counters, {"words": Count(10)})
+    return Estimates(
+        size=Size(request.ask(), images=request.image_count), counters=counters, counts={"words": Count(10)}
+    )
 
 
 def asked(request: ChatRequest, known: Registry, conditions: Conditions | None = None) -> list[str]:
@@ -328,7 +330,7 @@ def test_images_demand_nothing_when_the_file_says_so_but_limits_hold() -> None:
 
     def considered(request: ChatRequest) -> list[str]:
         ask = request.ask(images_need_vision=False)
-        chosen = plan(Estimates(Size(ask, images=1), counters, {"words": Count(10)}), known)
+        chosen = plan(Estimates(size=Size(ask, images=1), counters=counters, counts={"words": Count(10)}), known)
         return [candidate.model.provider_id for candidate in chosen.candidates]
 
     assert considered(chat(part(data_url(png())))) == ["blind", "seeing"]
