@@ -47,6 +47,7 @@ _KEPT_BYTES = 4 * 1024 * 1024
 _TAIL_SECONDS = 1.0
 _EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ERROR = b'"error"'
 # No usage of a chat is without it.
 _COUNTED = b"completion_tokens"
 _NO_DETAILS: dict[str, Any] = {}
@@ -261,10 +262,11 @@ class RelayStream:
             if self._done:
                 raise StopAsyncIteration
             try:
-                data = response.take()
-                if data is None:
+                if not response.parts and not response.complete:
                     response.expires_at = self._loop.time() + self._timeout_seconds
                     await response.more()
+                data = response.take()
+                if data is None:
                     continue
                 block = self._events.feed(data) if data else self._events.rest()
             except (OSError, BadResponse) as error:
@@ -300,8 +302,8 @@ class RelayStream:
 
     def _sought(self, block: bytes) -> bytes:
         """What of a block is handed on. It is taken apart only where it holds a word that means something here."""
-        if DONE in block or b'"error"' in block or _COUNTED in block:
-            found = [at for word in (DONE, b'"error"', _COUNTED) if (at := block.find(word)) >= 0]
+        if DONE in block or _ERROR in block or _COUNTED in block:
+            found = [at for word in (DONE, _ERROR, _COUNTED) if (at := block.find(word)) >= 0]
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2
             block = self._sifted(block, untouched if untouched > 1 else 0)
         self._kept.append(block)
