@@ -25,6 +25,7 @@ from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.heads import MOST_DIGITS, Head, plain_head
 from sekha.gateway.problems import Headers
+from sekha.turns import turn_of
 
 __all__ = ["HEAD_BYTES", "WRITE_SECONDS", "Connections", "HttpConnection", "HttpExchange"]
 
@@ -60,6 +61,7 @@ class Connections:
         self.idle_seconds = idle_seconds
         self.write_seconds = write_seconds
         self.loop = asyncio.get_running_loop()
+        self.turn = turn_of(self.loop)
         self.date = b""
         """The header, written once a second for everybody."""
         self.ending = False
@@ -473,7 +475,7 @@ class HttpConnection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         if not self._transport.is_closing():
-            self._transport.write(data)
+            self.all.turn.write(self._transport, data)
 
     async def drain(self) -> None:
         """Wait until the caller has taken in most of what was written."""
@@ -496,7 +498,7 @@ class HttpConnection(asyncio.Protocol):
         self._serving = None
         if not x.keeps or self.all.ending:
             self._unusable = True
-            self._transport.close()
+            self.all.turn.close(self._transport)
             return
         if self._queue:
             self._serve(self._queue.popleft())
@@ -513,7 +515,7 @@ class HttpConnection(asyncio.Protocol):
         """Let go of a caller who takes too long to send or to read, or has sent nothing for long."""
         if now > self._deadline:
             self._unusable = True
-            self._transport.close()
+            self.all.turn.close(self._transport)
             self._deadline = inf
         if self.writing_paused or self._transport.is_closing():
             self._check_reader(now)
@@ -530,7 +532,7 @@ class HttpConnection(asyncio.Protocol):
     def close_when_idle(self) -> None:
         if self._serving is None:
             self._unusable = True
-            self._transport.close()
+            self.all.turn.close(self._transport)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -551,7 +553,7 @@ class HttpConnection(asyncio.Protocol):
                 # Cut, so that what is there is not taken for the whole.
                 x.ended = True
                 self._serving = None
-                self._transport.close()
+                self.all.turn.close(self._transport)
             if task is not None:
                 self.all.finished(task)
 
@@ -562,7 +564,7 @@ class HttpConnection(asyncio.Protocol):
         if last is not None:
             last.keeps = False
         else:
-            self._transport.close()
+            self.all.turn.close(self._transport)
 
     def _refuse(self, status: int) -> None:
         """Answer what is no HTTP, or not as we take it."""
@@ -581,7 +583,7 @@ class HttpConnection(asyncio.Protocol):
         if x is None or not x.status:
             line = _STATUS_LINES[status]
             self.write(b"%b%bcontent-length: 0\r\nconnection: close\r\n\r\n" % (line, self.all.date))
-        self._transport.close()
+        self.all.turn.close(self._transport)
 
 
 @lru_cache(maxsize=256)

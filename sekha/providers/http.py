@@ -30,6 +30,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from sekha.turns import turn_of
+
 __all__ = ["AnswerCut", "BadResponse", "HttpClient", "HttpLimits", "NotSent", "Response", "Target"]
 
 _SWEEP_SECONDS = 0.1
@@ -358,11 +360,12 @@ class _Connection(asyncio.Protocol):
         self._head_bytes = 0
         self.used = True
         self.idle_since = inf
+        write = self._pool.turn.write
         if len(body) <= _JOINED_BYTES:
-            self._transport.write(b"%b%d\r\n\r\n%b" % (head, len(body), body))
+            write(self._transport, b"%b%d\r\n\r\n%b" % (head, len(body), body))
         else:
-            self._transport.write(b"%b%d\r\n\r\n" % (head, len(body)))
-            self._transport.write(body)
+            write(self._transport, b"%b%d\r\n\r\n" % (head, len(body)))
+            write(self._transport, body)
 
     def abort(self) -> None:
         self._end(ConnectionAbortedError("closed by us"))
@@ -513,6 +516,7 @@ class _Pool:
         self.connections: set[_Connection] = set()
         self.limits = limits
         self.loop = loop
+        self.turn = turn_of(loop)
         self._target = target
         self._tls = tls
         self._connecting = 0

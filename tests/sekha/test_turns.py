@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from sekha.turns import MOST_BYTES, turn_of
+
+
+class Written:
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.pieces.append(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        return cast(asyncio.Transport, self)
+
+
+async def test_what_is_written_in_one_turn_goes_out_together_and_in_order() -> None:
+    turn, one, other = turn_of(asyncio.get_running_loop()), Written(), Written()
+
+    for piece in (b"a", b"b", b"c"):
+        turn.write(one.transport, piece)
+        turn.write(other.transport, piece.upper())
+    before = one.pieces.copy()
+    await asyncio.sleep(0)
+
+    assert (before, one.pieces, other.pieces) == ([], [b"abc"], [b"ABC"])
+
+
+async def test_each_turn_writes_what_was_given_in_it() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+
+    for piece in (b"a", b"b"):
+        turn.write(socket.transport, piece)
+        await asyncio.sleep(0)
+
+    assert socket.pieces == [b"a", b"b"]
+
+
+async def test_a_socket_is_closed_behind_what_was_written_to_it() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+
+    turn.write(socket.transport, b"last")
+    turn.close(socket.transport)
+    await asyncio.sleep(0)
+
+    assert socket.pieces == [b"last"]
+    assert socket.closed
+
+
+async def test_nothing_is_written_to_a_socket_that_was_cut() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+
+    turn.write(socket.transport, b"late")
+    socket.close()
+    await asyncio.sleep(0)
+
+    assert socket.pieces == []
+
+
+async def test_much_is_written_at_once_behind_what_waited_so_that_its_writer_is_held_back_in_time() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+    much = b"x" * MOST_BYTES
+
+    turn.write(socket.transport, b"head")
+    turn.write(socket.transport, much)
+    at_once = socket.pieces.copy()
+    turn.write(socket.transport, b"tail")
+    await asyncio.sleep(0)
+
+    assert at_once == [b"head", much]
+    assert socket.pieces == [b"head", much, b"tail"]
+
+
+async def test_all_who_write_under_one_loop_share_its_turn() -> None:
+    loop = asyncio.get_running_loop()
+
+    assert turn_of(loop) is turn_of(loop)
