@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-__all__ = ["SHORTLIST", "Caps", "Entrant", "LineUp", "considered", "drawn", "incapable", "line_up", "preferred"]
+__all__ = ["SHORTLIST", "Entrant", "LineUp", "cap_at", "considered", "drawn", "incapable", "line_up", "preferred"]
 
 SHORTLIST = 5
 """Candidates that a plan has at the most."""
@@ -160,21 +160,16 @@ class _Cover:
         return np.array(self.at)
 
 
-class Caps(NamedTuple):
-    """Dollars that a call may cost."""
+Within: TypeAlias = "Sequence[tuple[Decimal, _Cover]]"
+"""Dollars that a call may cost at those entrants alone that a budget covers."""
 
-    most: Decimal | None
-    """At everybody; None for any amount."""
-    within: Sequence[tuple[Decimal, _Cover]]
-    """At those alone that a budget covers."""
 
-    def at(self, position: int) -> Decimal | None:
-        """What a call to the entrant at this position may cost."""
-        most = self.most
-        for left, cover in self.within:
-            if cover.at is not None and cover.at[position] and (most is None or left < most):
-                most = left
-        return most
+def cap_at(position: int, most: Decimal | None, within: Within) -> Decimal | None:
+    """What a call to the entrant at this position may cost, when it may cost `most` at everybody."""
+    for left, cover in within:
+        if cover.at is not None and cover.at[position] and (most is None or left < most):
+            most = left
+    return most
 
 
 class _Once(Generic[T, R]):
@@ -208,25 +203,28 @@ class LineUp:
         """The budgets that a call to any of the entrants would count against."""
         return [cover.budget for cover in self._covers(budgets) if cover.concerns(ask)]
 
-    def caps(self, estimates: Estimates) -> Caps:
-        """What a call may cost by `max_cost` and by what is left in the budgets."""
+    def caps(self, estimates: Estimates) -> tuple[Decimal | None, Within]:
+        """What a call may cost by `max_cost` and by what is left in the budgets: at everybody, and at some."""
         ask, budgets = estimates.size.ask, estimates.budgets
         most, _ = cap(ask, estimates.rules)
+        if not budgets:
+            return most, ()
         within: list[tuple[Decimal, _Cover]] = []
-        if budgets:
-            remaining = estimates.remaining
-            for cover in self._covers(budgets):
-                if cover.anyones or cover.concerns(ask):
-                    left = remaining.get(cover.budget.name, cover.budget.limit)
-                    if cover.at is not None:
-                        within.append((left, cover))
-                    elif most is None or left < most:
-                        most = left
-        return Caps(most, within)
+        remaining = estimates.remaining
+        for cover in self._covers(budgets):
+            if cover.anyones or cover.concerns(ask):
+                left = remaining.get(cover.budget.name, cover.budget.limit)
+                if cover.at is not None:
+                    within.append((left, cover))
+                elif most is None or left < most:
+                    most = left
+        return most, within
 
-    def best(self, estimates: Estimates, caps: Caps, conditions: Conditions, count: int) -> list[int] | None:
+    def best(
+        self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions, count: int
+    ) -> list[int] | None:
         """The positions of the first `count` that may serve, best first; None where machine words are too short."""
-        return self._field.best(estimates, caps, conditions, count)
+        return self._field.best(estimates, most, within, conditions, count)
 
     @cached_property
     def _field(self) -> _Field:
@@ -339,7 +337,9 @@ class _Field:
         self._shares = _Once(self._shares_of)
         self._shut: tuple[frozenset[str], tuple[str, ...], Numbers] | None = None
 
-    def best(self, estimates: Estimates, caps: Caps, conditions: Conditions, count: int) -> list[int] | None:
+    def best(
+        self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions, count: int
+    ) -> list[int] | None:
         np, size = self._np, estimates.size
         chats = size.ask.kind == "chat"
         ways, way = self._ways(estimates.counters)
@@ -373,12 +373,12 @@ class _Field:
         context = [each.tokens + (size.reply_limit or 0) if chats else each.longest for each in counts]
         if max(context) > self._smallest_window:
             np.putmask(key, self._each(context, way) > self._window, _NEVER)
-        limits = [(units, cover) for left, cover in caps.within if (units := self._units(left)) < dearest]
-        most = dearest if caps.most is None else self._units(caps.most)
-        if limits or most < dearest:
+        limits = [(units, cover) for left, cover in within if (units := self._units(left)) < dearest]
+        limit = dearest if most is None else self._units(most)
+        if limits or limit < dearest:
             worst = self._worst(size, lengths, self._each(at_most, way), plainly)
-            if most < dearest:
-                np.putmask(key, worst > most, _NEVER)
+            if limit < dearest:
+                np.putmask(key, worst > limit, _NEVER)
             for units, cover in limits:
                 np.putmask(key, (worst > units) & cover.mask, _NEVER)
         return self._in_order(key, conditions, count)

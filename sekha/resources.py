@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
@@ -27,6 +27,7 @@ __all__ = ["WALL", "Resources", "ledger_url", "utc_now"]
 WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
 PATIENT = Retries()
 _NONE_OPEN: frozenset[str] = frozenset()
+_NONE_THROTTLED: Mapping[str, float] = {}
 
 
 def utc_now() -> datetime:
@@ -67,6 +68,7 @@ class Resources:
         self._ledger: Ledger | None = ledger
         self.circuits = circuits
         self.rates = ProviderRates(self.registry, clock=clock.now, processes=processes)
+        self._limited = bool(self.rates)
         self.latencies = Latencies(clock=clock.now)
         self._opening = asyncio.Lock()
 
@@ -97,10 +99,10 @@ class Resources:
     def conditions(self, estimates: Estimates) -> Conditions:
         """What is shut or slow just now for a request of this size."""
         return Conditions(
-            open_circuits=_NONE_OPEN if self.circuits is None else self.circuits.open_now,
-            throttled=self.rates.throttled(estimates.tokens),
-            latency_seconds=self.latencies.seconds(),
-            draw=self.clock.random(),
+            _NONE_OPEN if self.circuits is None else self.circuits.open_now,
+            self.rates.throttled(estimates.tokens) if self._limited else _NONE_THROTTLED,
+            self.latencies.seconds(),
+            self.clock.random(),
         )
 
     def patience_seconds(self, chosen: Plan) -> float:

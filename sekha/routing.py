@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
 from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, dollars
 from sekha.ledger import Budget, period_end
-from sekha.lineup import SHORTLIST, Entrant, LineUp, considered, drawn, incapable, line_up, preferred
+from sekha.lineup import SHORTLIST, Entrant, LineUp, cap_at, considered, drawn, incapable, line_up, preferred
 from sekha.pricing import Estimate
 from sekha.registry import Model, Registry
 from sekha.values import value
@@ -173,26 +173,25 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
 
 
 def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions, count: int) -> tuple[Candidate, ...]:
-    entrants, caps = lined_up.entrants, lined_up.caps(estimates)
-    most, within = caps
+    entrants = lined_up.entrants
+    most, within = lined_up.caps(estimates)
     cost_aware = estimates.rules.cost_aware
     if len(entrants) > SHORTLIST:
-        best = lined_up.best(estimates, caps, conditions, count)
+        best = lined_up.best(estimates, most, within, conditions, count)
         if best is not None:
-            chosen = [
-                (entrants[at].group, _ANY, at, estimates.priced(entrants[at].model, caps.at(at), entrants[at].name))
-                for at in best
-            ]
+            chosen: list[_Kept] = []
+            for at in best:
+                model, name, group, _, _ = entrants[at]
+                chosen.append((group, _ANY, at, estimates.priced(model, cap_at(at, most, within), name)))
             return _candidates(entrants, chosen, cost_aware)
     open_circuits, throttled, _, _ = conditions
     kept: list[_Kept] = []
     for at, (model, name, group, _, _) in enumerate(entrants):
         if name in open_circuits or model.provider_id in throttled:
             continue
-        if within:
-            most = caps.at(at)
-        estimate = estimates.priced(model, most, name)
-        if most is not None and estimate.worst_case > most:
+        limit = cap_at(at, most, within) if within else most
+        estimate = estimates.priced(model, limit, name)
+        if limit is not None and estimate.worst_case > limit:
             continue
         if model.context_window and estimate.context_tokens > model.context_window:
             continue

@@ -75,6 +75,7 @@ _HOUR = 3_600_000_000
 _MOST = 2**63 - 1
 _HUGE = 2**54
 _PICOS = Decimal(10**12)
+_PICO = Decimal("1e-12")
 
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -1039,7 +1040,7 @@ def picos(amount: Decimal) -> int:
 
 
 def to_dollars(picos: int) -> Decimal:
-    return Decimal(picos).scaleb(-12)
+    return picos * _PICO
 
 
 def storable(value: str | None) -> str | None:

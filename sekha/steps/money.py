@@ -38,6 +38,8 @@ class _Known(NamedTuple):
     lined_up: LineUp
     budgets: Sequence[Budget]
     """Those that a call to any of the models would count against."""
+    counters: tuple[str, ...]
+    """What counts the words for these models."""
 
 
 class Money:
@@ -55,7 +57,12 @@ class Money:
 
     async def estimate_cost(self, request: ChatRequest | EmbedRequest) -> Estimates:
         """Count the request, from which its price at every model follows."""
-        ask = await self._ask(request)
+        if isinstance(request, ChatRequest):
+            if request.image_count and are_heavy(request.messages):
+                await asyncio.to_thread(getattr, request, "pictures")
+            ask = request.ask(images_need_vision=self._images_need_vision)
+        else:
+            ask = request.ask()
         known = self._known.get(ask) or await self._meet(ask)
         resources = self._open
         at: datetime | None = None
@@ -69,15 +76,16 @@ class Money:
         usual: Mapping[str, int] = {}
         if isinstance(request, ChatRequest):
             usual = self._usual.known()
-            images = 0 if ask.pictures is None else len(ask.pictures.each)
-            counters = self._counters.of_images if images else self._counters.of_words
-            names = known.lined_up.counter_names(counters)
+            images, counters, names = 0, self._counters.of_words, known.counters
+            if ask.pictures is not None:
+                images, counters = len(ask.pictures.each), self._counters.of_images
+                names = known.lined_up.counter_names(counters)
             short = self._counters.count_short(request, names)
             counts = await self._counters.count_long(request, names) if short is None else short
             size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache)
         else:
             counters = self._counters.of_words
-            counts = await self._counters.count_texts(request.texts, known.lined_up.counter_names(counters))
+            counts = await self._counters.count_texts(request.texts, known.counters)
             size = Size(ask)
         return Estimates(
             size=size,
@@ -141,19 +149,13 @@ class Money:
         names = self._covered[scope] = tuple(budget.name for budget in self._open.budgets if budget.covers(scope))
         return names
 
-    async def _ask(self, request: ChatRequest | EmbedRequest) -> Ask:
-        if not isinstance(request, ChatRequest):
-            return request.ask()
-        if request.image_count and are_heavy(request.messages):
-            await asyncio.to_thread(getattr, request, "pictures")
-        return request.ask(images_need_vision=self._images_need_vision)
-
     async def _meet(self, ask: Ask) -> _Known:
         """Work out what all asks like this one have in common."""
         lined_up = line_up(ask, self._open.registry)
         if ask.kind == "chat":
             await self._usual.read(lined_up)
-        known = _Known(lined_up, lined_up.covered(ask, self._open.budgets))
+        counters = lined_up.counter_names(self._counters.of_words)
+        known = _Known(lined_up, lined_up.covered(ask, self._open.budgets), counters)
         if ask.pictures is None:  # the same images hardly ever come again
             if len(self._known) >= ASKS:
                 self._known.clear()
