@@ -6,6 +6,7 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
+from types import NoneType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 __all__ = ["Notes", "Step", "Trace", "Tracer", "noted", "take_notes", "trace_of"]
@@ -81,6 +82,9 @@ class Note(NamedTuple):
 
 # Of the shape of a `Note`, which takes four times as long to make: most requests' notes are never read.
 Notes: TypeAlias = list[tuple[str, tuple[object, ...], float, float, object, str | None]]
+# What may be one and the same object without having come from anywhere.
+_ALIKE = (str, int, float, NoneType)
+_ONE_WHEN_EMPTY = (tuple, frozenset)
 _under_way: ContextVar[Notes | None] = ContextVar("sekha_notes", default=None)
 
 
@@ -97,20 +101,28 @@ def noted(steps: S, clock: Callable[[], float]) -> S:
 
 
 def trace_of(notes: Notes) -> Trace:
-    """Work out which step went before which. Noting costs a microsecond, this forty: only what is shown needs it."""
+    """Work out which step went before which. Noting costs a microsecond, this thirty: only what is shown needs it."""
+    # Most of what a step is given was given to others too, or made by one.
+    known: dict[int, list[int]] = {}
+
+    def ids_in(value: object) -> list[int]:
+        found = known.get(id(value))
+        if found is None:
+            found = known[id(value)] = _ids_in(value)
+        return found
+
     made_by: dict[int, int] = {}
     # Noted when they ended; shown as they began.
     begun = sorted(map(Note._make, notes), key=lambda note: note.started)
     for at in sorted(range(len(begun)), key=lambda at: begun[at].ended):
-        note = begun[at]
-        if not isinstance(note.result, None | bool | int | float | str):
-            for part in _parts(note.result):
-                made_by.setdefault(id(part), at)
+        if not isinstance(begun[at].result, _ALIKE):
+            for part in ids_in(begun[at].result):
+                made_by.setdefault(part, at)
 
     def before(note: Note) -> tuple[int, ...]:
-        makers = {made_by.get(id(part)) for arg in note.args for part in _parts(arg)}
+        makers = {made_by[part] for arg in note.args for part in ids_in(arg) if part in made_by}
         # Some steps hand on what they were given: only who had made it by then counts.
-        return tuple(sorted(at for at in makers if at is not None and begun[at].ended <= note.started))
+        return tuple(sorted(at for at in makers if begun[at].ended <= note.started))
 
     return Trace(tuple(Step(note.name, before(note), note.started, note.ended, note.error) for note in begun))
 
@@ -151,19 +163,21 @@ def _noting(
     return step
 
 
-def _parts(value: object) -> Iterable[object]:
-    """A value and what it directly holds, where that can be told apart by identity."""
-    yield value
-    inner: Iterable[object] = ()
-    if is_dataclass(value) and not isinstance(value, type):
-        inner = (getattr(value, each.name) for each in fields(value))
-    elif isinstance(value, list | tuple):
-        inner = value
+def _ids_in(value: object) -> list[int]:
+    """The ids of a value and of what it directly holds, where that can be told apart by identity."""
+    ids = [id(value)]
+    names = _fields_of(type(value))
+    inner = [getattr(value, name) for name in names] if names else value if isinstance(value, list | tuple) else ()
     for part in inner:
         # One empty tuple and one empty set serve all, so that they tell nothing.
-        nothing = isinstance(part, tuple | frozenset) and not part
-        if part is not None and not nothing and not isinstance(part, bool | int | float | str):
-            yield part
+        if not (isinstance(part, _ALIKE) or (isinstance(part, _ONE_WHEN_EMPTY) and not part)):
+            ids.append(id(part))
+    return ids
+
+
+@functools.lru_cache(maxsize=256)
+def _fields_of(kind: type) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(kind)) if is_dataclass(kind) else ()
 
 
 def _shortest(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
