@@ -7,7 +7,7 @@ thousand tokens, and the first count of a tokenizer reads its file: call it from
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -44,8 +44,6 @@ _FILES: Mapping[TokenizerName, str] = {
     "p50k_base": "ec7223a39ce59f226a68acc30dc1af2788490e15",
     "claude": "anthropic_tokenizer.json",
 }
-# A run of one character is one piece to tiktoken, whose merging is quadratic in a piece's length.
-_PIECE_CHARACTERS = 8192
 _PER_MESSAGE = 3
 _PER_NAME = 1
 _PER_REPLY = 3
@@ -106,16 +104,7 @@ def count_texts(texts: Sequence[str], model: str) -> list[int]:
 
 
 def count_each(texts: Sequence[str], tokenizer: TokenizerName) -> list[int]:
-    count = _counter(tokenizer)
-    return [_count(text, count) for text in texts]
-
-
-def _count(text: str, count: Callable[[str], int]) -> int:
-    return count(text) if len(text) <= _PIECE_CHARACTERS else sum(map(count, _pieces(text)))
-
-
-def _pieces(text: str) -> Iterator[str]:
-    return (text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS))
+    return list(map(_counter(tokenizer), texts))
 
 
 def decoded(tokens: Sequence[int], model: str) -> str:
@@ -158,18 +147,17 @@ def count_words(
         role = str(message.get("role", ""))
         total += _PER_MESSAGE + _count_role(role, tokenizer)
         if name := message.get("name"):
-            total += _PER_NAME + _count(str(name), count)
+            total += _PER_NAME + count(str(name))
         for call in message.get("tool_calls") or ():
             function = call.get("function") or {}
-            total += _count(f"{function.get('name', '')}{function.get('arguments', '')}", count)
+            total += count(f"{function.get('name', '')}{function.get('arguments', '')}")
         content = message.get("content")
         if isinstance(content, str):
-            repeated = role in _PROMPTS and len(content) <= _REMEMBERED_CHARACTERS
-            total += _count_prompt(content, tokenizer) if repeated else _count(content, count)
+            total += _count_prompt(content, tokenizer) if role in _PROMPTS else count(content)
         else:
             total += sum(_count_part(part, count) for part in content or ())
     if tools:
-        total += _PER_TOOLS + _count(orjson.dumps(list(tools)).decode(), count)
+        total += _PER_TOOLS + _count_prompt(orjson.dumps(list(tools)).decode(), tokenizer)
     return total
 
 
@@ -187,23 +175,27 @@ def images_in(messages: Sequence[Mapping[str, Any]]) -> list[tuple[Image | None,
 # There are a handful of roles, and one in every message.
 @lru_cache(maxsize=64)
 def _count_role(role: str, tokenizer: TokenizerName) -> int:
-    return _count(role, _counter(tokenizer))
+    return _counter(tokenizer)(role)
 
 
-# Every chat of a program begins with the same prompt, long as a rule: four kilobytes take 200 us to count.
-@lru_cache(maxsize=64)
 def _count_prompt(text: str, tokenizer: TokenizerName) -> int:
-    return _count(text, _counter(tokenizer))
+    """Count what every chat of a program begins with, long as a rule: four kilobytes take 200 us."""
+    return _count_again(text, tokenizer) if len(text) <= _REMEMBERED_CHARACTERS else _counter(tokenizer)(text)
+
+
+@lru_cache(maxsize=64)
+def _count_again(text: str, tokenizer: TokenizerName) -> int:
+    return _counter(tokenizer)(text)
 
 
 def _count_part(part: Mapping[str, Any], count: Callable[[str], int]) -> int:
     match part.get("type"):
         case "text":
-            return _count(str(part.get("text", "")), count)
+            return count(str(part.get("text", "")))
         case "image_url":
             return 0
         case _:
-            return _count(orjson.dumps(part, default=str).decode(), count)
+            return count(orjson.dumps(part, default=str).decode())
 
 
 def _image(reference: object) -> tuple[Image | None, str]:
