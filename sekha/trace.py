@@ -85,6 +85,8 @@ Notes: TypeAlias = list[tuple[str, tuple[object, ...], float, float, object, str
 # What may be one and the same object without having come from anywhere.
 _ALIKE = (str, int, float, NoneType)
 _ONE_WHEN_EMPTY = (tuple, frozenset)
+# Of each type that was met, of which there are as many as steps take and give.
+_names: dict[type[Any], tuple[str, ...]] = {}
 _under_way: ContextVar[Notes | None] = ContextVar("sekha_notes", default=None)
 
 
@@ -166,18 +168,16 @@ def _noting(
 def _ids_in(value: object) -> list[int]:
     """The ids of a value and of what it directly holds, where that can be told apart by identity."""
     ids = [id(value)]
-    names = _fields_of(type(value))
+    kind = type(value)
+    names = _names.get(kind)
+    if names is None:
+        names = _names[kind] = tuple(each.name for each in fields(kind)) if is_dataclass(kind) else ()
     inner = [getattr(value, name) for name in names] if names else value if isinstance(value, list | tuple) else ()
     for part in inner:
         # One empty tuple and one empty set serve all, so that they tell nothing.
         if not (isinstance(part, _ALIKE) or (isinstance(part, _ONE_WHEN_EMPTY) and not part)):
             ids.append(id(part))
     return ids
-
-
-@functools.lru_cache(maxsize=256)
-def _fields_of(kind: type) -> tuple[str, ...]:
-    return tuple(each.name for each in fields(kind)) if is_dataclass(kind) else ()
 
 
 def _shortest(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
