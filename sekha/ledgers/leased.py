@@ -85,7 +85,7 @@ _RECOVER_SECONDS = 3.0
 _BACK_OFF_SECONDS = 0.5
 _USUAL_SECONDS = 30.0
 _MANY = 10_000
-_RECENT = 30_000
+_RECENT = 5_000
 """Spends known to have been noted before: so many, and as many that came before them."""
 _MINUTE = timedelta(minutes=1)
 _SCOPES = 1_000
