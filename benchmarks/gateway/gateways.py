@@ -6,14 +6,17 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import processes
@@ -58,8 +61,13 @@ class Gateway:
 
 
 def ours(upstream: str, port: int, folder: Path) -> Started:
-    """With every feature on: keys, a budget, circuits, metrics, and one in ten requests recorded."""
+    """With every feature on: keys, a budget, circuits, metrics, and one in ten requests recorded into Prefect's tables.
+
+    The process that publishes them runs on the same core.
+    """
     key = new_key()
+    database = folder / "prefect.db"
+    shutil.copy(prefect_database(), database)
     # JSON is YAML.
     config = {
         "providers": [
@@ -88,14 +96,21 @@ def ours(upstream: str, port: int, folder: Path) -> Started:
         ],
         "budgets": [{"name": "bench", "limit": 1_000_000, "period": "day", "match": {"provider": "upstream"}}],
         "keys": [{"name": "bench", "hash": hash_of(key)}],
-        "recording": {"sample": 0.1},
+        # The rate would otherwise leave out most of a tenth.
+        "recording": {"sample": 0.1, "max_per_second": 1_000_000},
         "log_level": "warning",
     }
     file = folder / "sekha.yaml"
     file.write_text(json.dumps(config, indent=2))
     return Started(
         [sys.executable, "-m", "sekha", "serve", "--config", str(file), "--port", str(port)],
-        {"SEKHA_HOME": str(folder), "UPSTREAM_KEY": "none"},
+        {
+            "SEKHA_HOME": str(folder),
+            "UPSTREAM_KEY": "none",
+            "PREFECT_HOME": str(folder),
+            "PREFECT_API_URL": "",
+            "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
+        },
         {"authorization": f"Bearer {key}"},
     )
 
@@ -182,9 +197,31 @@ def installed(name: str, version: str, requirements: Sequence[str]) -> Path:
     return programs
 
 
-def run(command: Sequence[str]) -> str:
+def prefect_database() -> Path:
+    """Prefect's tables with nothing in them, made once."""
+    database = CACHE / f"bench-prefect-{version('prefect')}.db"
+    if not database.exists():
+        print(f"making {database} …", file=sys.stderr)
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=database.parent) as folder:
+            made = Path(folder) / "prefect.db"
+            upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+            url = f"sqlite+aiosqlite:///{made}"
+            run(upgrade, {"PREFECT_HOME": folder, "PREFECT_API_URL": "", "PREFECT_API_DATABASE_CONNECTION_URL": url})
+            made.rename(database)
+    return database
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
+        ended = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(str(error)) from error
     if ended.returncode:
@@ -305,6 +342,17 @@ def ask(target: Target, path: str, body: object) -> tuple[int, bytes]:
         return reply.status, reply.read()
     finally:
         connection.close()
+
+
+def recorded(target: Target) -> float:
+    """How many requests ours says that it has recorded."""
+    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=30)
+    try:
+        connection.request("GET", "/metrics", headers=dict(target.headers))
+        lines = connection.getresponse().read().decode().splitlines()
+    finally:
+        connection.close()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("sekha_recorder_recorded_total "))
 
 
 def embeds(target: Target) -> bool:
