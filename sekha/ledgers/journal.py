@@ -73,7 +73,8 @@ class Journal:
             line = orjson.dumps([min(each, _MOST) if isinstance(each, int) else each for each in record])
         line = b"%08x %b\n" % (zlib.crc32(line), line)
         if self._torn:
-            line = b"\n" + line
+            # Not the line break alone, which might be all that the torn one lacks.
+            line = b"#\n" + line
         try:
             written = os.write(self._segment, line)
         except OSError as error:

@@ -240,9 +240,9 @@ class LeasedLedger:
     """A `Ledger` that answers from memory, over one that is shared. For one event loop of one process.
 
     `reserve`, `charge`, `settle`, `release` and `spent` normally return without suspending. `spent`
-    may be half a second behind what other processes do, and `usual_output_tokens` thirty seconds;
+    may be a second behind what other processes do, and `usual_output_tokens` thirty seconds;
     `reserve` is exact. What is spent is added up for each scope and minute before it is recorded, so a
-    spend that is handed in twice is known by its id for the next thirty thousand, and no longer. A hold
+    spend that is handed in twice is known by its id among the next five thousand, and not for long after. A hold
     is settled or released where it was made; one that is open at `aclose` stays in the shared ledger
     until it expires, and anybody may settle it there. A process that forks opens its ledger afterwards,
     since a child would keep the journal's lock.

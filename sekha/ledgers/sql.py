@@ -636,8 +636,12 @@ def _close_lease(
 def _finish(
     transaction: Transaction, *, owner: str, spends: Sequence[tuple[int, Spend]], worst: Sequence[Spend]
 ) -> int:
-    rows = transaction.rows("SELECT recorded FROM ledger_journals WHERE process = ?", owner)
-    recorded = rows[0][0] if rows else 0
+    # Made and locked before it is read: the process may have died while its last commit was under way.
+    transaction.changed(
+        "INSERT INTO ledger_journals (process, recorded) VALUES (?, 0) ON CONFLICT (process) DO NOTHING", owner
+    )
+    rows = transaction.rows("SELECT recorded FROM ledger_journals WHERE process = ? FOR UPDATE", owner)
+    recorded = rows[0][0]
     # Kept from now on: whoever finds the journal again before it is removed has nothing left to record.
     _record_upto(transaction, owner, max((number for number, _ in spends), default=0))
     new = _record_all(transaction, [*(spend for number, spend in spends if number > recorded), *worst])
