@@ -19,17 +19,16 @@ class Turn:
     first one on.
     """
 
-    __slots__ = ("_loop", "_waiting")
+    __slots__ = ("_waiting",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._waiting: dict[asyncio.Transport, bytes] = {}
 
     def write(self, transport: asyncio.Transport, data: bytes) -> None:
         """Write before the loop waits again, after what was given here before."""
         waiting = self._waiting
         if not waiting:
-            self._loop.call_soon(self._end)
+            asyncio.get_running_loop().call_soon(self._end)
         before = waiting.get(transport, b"")
         if len(before) + len(data) <= MOST_BYTES:
             waiting[transport] = before + data
@@ -59,5 +58,5 @@ _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()
 def turn_of(loop: asyncio.AbstractEventLoop) -> Turn:
     """The one that everybody shares who writes under this loop."""
     if (turn := _turns.get(loop)) is None:
-        turn = _turns[loop] = Turn(loop)
+        turn = _turns[loop] = Turn()
     return turn

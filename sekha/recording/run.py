@@ -115,6 +115,11 @@ def encode(what: Run | Event) -> bytes:
     return line
 
 
+def _columns(rows: list[Any]) -> list[Any]:
+    """Rows as they are written now; the version before wrote objects, of the same fields in the same order."""
+    return [list(row.values()) if isinstance(row, dict) else row for row in rows]
+
+
 def decode(line: bytes) -> Run | Event:
     """What was encoded. Raises `ValueError` for anything else."""
     # PostgreSQL's texts and JSON hold every character but this one.
@@ -123,12 +128,15 @@ def decode(line: bytes) -> Run | Event:
         if line[:1] == b"E":
             return Event(**said)
         said["steps"] = tuple(
-            [Step(name, tuple(after), started, ended, error) for name, after, started, ended, error in said["steps"]]
+            [
+                Step(name, tuple(after), started, ended, error)
+                for name, after, started, ended, error in _columns(said["steps"])
+            ]
         )
         said["attempts"] = tuple(
             [
                 Attempt(provider_id=provider_id, model_id=model_id, seconds=seconds, error=error, detail=detail)
-                for provider_id, model_id, seconds, error, detail in said["attempts"]
+                for provider_id, model_id, seconds, error, detail in _columns(said["attempts"])
             ]
         )
         said["tags"] = tuple(said["tags"])
