@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from weakref import WeakKeyDictionary
 
 __all__ = ["Turn", "turn_of"]
+
+log = logging.getLogger("sekha.turns")
 
 MOST_BYTES = 65_536
 """What waits for one socket at the most: more is written at once, so that whoever writes is held back in time."""
@@ -34,22 +37,28 @@ class Turn:
             waiting[transport] = before + data
         else:
             waiting[transport] = b""
-            if before:
-                transport.write(before)
-            transport.write(data)
+            _write(transport, before)
+            _write(transport, data)
 
     def close(self, transport: asyncio.Transport) -> None:
         """Close it once it has sent what was written."""
-        data = self._waiting.pop(transport, b"")
-        if data and not transport.is_closing():
-            transport.write(data)
+        _write(transport, self._waiting.pop(transport, b""))
         transport.close()
 
     def _end(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for transport, data in waiting.items():
-            if data and not transport.is_closing():
-                transport.write(data)
+            _write(transport, data)
+
+
+def _write(transport: asyncio.Transport, data: bytes) -> None:
+    if data and not transport.is_closing():
+        # Whoever comes by here has no part in this connection; its owner is told by `connection_lost`.
+        try:
+            transport.write(data)
+        except Exception:
+            log.exception("a connection cannot be written to, and is cut")
+            transport.abort()
 
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()

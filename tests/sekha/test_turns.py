@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+import pytest
+
 from sekha.turns import MOST_BYTES, turn_of
 
 
@@ -20,12 +22,20 @@ class Written:
     def close(self) -> None:
         self.closed = True
 
+    def abort(self) -> None:
+        self.closed = True
+
     def is_closing(self) -> bool:
         return self.closed
 
     @property
     def transport(self) -> asyncio.Transport:
         return cast(asyncio.Transport, self)
+
+
+class Broken(Written):
+    def write(self, data: bytes) -> None:
+        raise RuntimeError("the handler is closed")
 
 
 async def test_what_is_written_in_one_turn_goes_out_together_and_in_order() -> None:
@@ -69,6 +79,30 @@ async def test_nothing_is_written_to_a_socket_that_was_cut() -> None:
     await asyncio.sleep(0)
 
     assert socket.pieces == []
+
+
+async def test_a_socket_that_cannot_be_written_to_is_cut_and_the_others_are_written_to(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    turn, broken, sound = turn_of(asyncio.get_running_loop()), Broken(), Written()
+
+    turn.write(broken.transport, b"a secret")
+    turn.write(sound.transport, b"b")
+    await asyncio.sleep(0)
+
+    assert broken.closed
+    assert sound.pieces == [b"b"]
+    assert "is cut" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_a_socket_that_cannot_be_written_to_is_closed_all_the_same() -> None:
+    turn, broken = turn_of(asyncio.get_running_loop()), Broken()
+
+    turn.write(broken.transport, b"last")
+    turn.close(broken.transport)
+
+    assert broken.closed
 
 
 async def test_much_is_written_at_once_behind_what_waited_so_that_its_writer_is_held_back_in_time() -> None:
