@@ -81,10 +81,14 @@ class Hold:
 
 @value
 class Spend:
-    """What one call really cost. Recorded once, however often the same one is handed in."""
+    """What one call really cost."""
 
     id: str = field(default_factory=lambda: str(uuid4()))
-    """Recording again under the same id changes nothing, so an unknown outcome may be retried."""
+    """What was recorded under an id is not recorded again, so an unknown outcome may be retried.
+
+    A ledger of transactions knows an id for ever, whichever process hands it in: a flow's step may run again
+    elsewhere. `LeasedLedger` adds up what is spent, and knows an id only where it was handed in, and not for long.
+    """
     scope: Scope
     cost: Decimal
     estimated: Decimal

@@ -242,10 +242,11 @@ class LeasedLedger:
     `reserve`, `charge`, `settle`, `release` and `spent` normally return without suspending. `spent`
     may be a second behind what other processes do, and `usual_output_tokens` thirty seconds;
     `reserve` is exact. What is spent is added up for each scope and minute before it is recorded, so a
-    spend that is handed in twice is known by its id among the next five thousand, and not for long after. A hold
-    is settled or released where it was made; one that is open at `aclose` stays in the shared ledger
-    until it expires, and anybody may settle it there. A process that forks opens its ledger afterwards,
-    since a child would keep the journal's lock.
+    spend that is handed in twice is known by its id in this process alone, among the next five thousand, and
+    not for long after: it is for a gateway, which answers a request where it came in. Whatever may be done again
+    by another process spends from the shared ledger itself. A hold is settled or released where it was made;
+    one that is open at `aclose` stays in the shared ledger until it expires, and anybody may settle it there.
+    A process that forks opens its ledger afterwards, since a child would keep the journal's lock.
     """
 
     def __init__(

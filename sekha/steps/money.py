@@ -229,7 +229,7 @@ class UsualReplies:
 
 
 def spend_of(outcome: Reply | Embedded | RawEmbedded, *, identity: str, at: datetime) -> Spend:
-    """What a call cost, as the ledger records it; once, however often under the same identity."""
+    """What a call cost, as the ledger records it: under one identity once, as `Spend.id` says."""
     return Spend(
         id=identity,
         scope=outcome.charged_to,

@@ -277,6 +277,21 @@ async def test_the_same_spend_is_recorded_once_however_often_it_is_charged_and_s
     assert [(line.group, line.calls) for line in await ledger.report("tag")] == [("eval", 1)]
 
 
+# A leased ledger knows only what was handed in to itself.
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
+async def test_a_step_that_is_done_again_by_another_process_is_recorded_once(place: Place, ledger: Ledger) -> None:
+    hold = await reserve(ledger, "1.00")
+    once = spend("0.30")
+    await ledger.settle(hold, once)
+
+    other = place.open()
+    await other.settle(hold, once)
+    figures = await other.spent(TEAM, at=NOW)
+    await other.aclose()
+
+    assert figures == decimals("0.30", "0")
+
+
 def test_each_spend_has_an_id_of_its_own() -> None:
     assert UUID(spend("1").id) != UUID(spend("1").id)
 
