@@ -146,7 +146,7 @@ class _Pool:
 class _Open:
     """A hold that is neither settled nor released."""
 
-    __slots__ = ("at", "expires_at", "hold", "left", "named", "scope")
+    __slots__ = ("at", "expires_at", "hold", "left", "named", "scope", "single")
 
     def __init__(self, hold: Hold, left: dict[_Pool, int], at: datetime, scope: _Scope | None) -> None:
         self.hold = hold
@@ -156,6 +156,8 @@ class _Open:
         self.expires_at = hold.expires_at
         self.named = False
         """A spend under it goes by its name."""
+        self.single = False
+        """A spend by its name, under it or another, is recorded by itself, and so is each that follows."""
 
     def record(self) -> list[object]:
         left = [[pool.index, amount] for pool, amount in self.left.items()]
@@ -499,11 +501,14 @@ class LeasedLedger:
         except LedgerUnavailable:
             written = False
         self._remember(name)
+        called = self._open.get(name)
         # By the name of a hold that stays open it may be handed in again when nothing here remembers it.
-        if written and (name not in self._open or (kind == "s" and name == hold.id)):
+        if written and (called is None or (kind == "s" and called is under and not called.single)):
             self._add(scope, spend, cost, estimated)
         else:
             self._singles.append(_Single(spend, cost, scope.pools))
+            if called is not None:
+                called.single = True
         self._written += written
         left = {} if under is None else under.left
         for pool in scope.pools:

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -188,6 +189,23 @@ async def test_calls_of_one_scope_and_minute_are_kept_in_one_row_and_reported_ea
     assert connection.execute("SELECT calls FROM ledger_spends ORDER BY at").fetchall() == [(60,), (40,)]
     connection.close()
     assert await shared.report("day", since=NOW + timedelta(seconds=60)) != []
+
+
+@pytest.mark.parametrize("held_again", [False, True])
+async def test_what_was_charged_by_a_holds_name_long_ago_is_not_recorded_again_when_it_is_settled(
+    opened: Open, held_again: bool
+) -> None:
+    ledger = opened()
+    hold, other = await reserve(ledger, "1.00"), await reserve(ledger, "0.50")
+    once = replace(spend("0.30"), id=hold.id)
+    at_once(ledger.charge(other if held_again else hold, once))
+
+    for _ in range(10_001):
+        at_once(ledger.charge(other, spend("0.00001")))
+    at_once(ledger.settle(hold, once))
+    [line] = await ledger.report("day")
+
+    assert (line.calls, line.cost) == (10_002, Decimal("0.40001"))
 
 
 async def test_calls_counted_by_us_are_kept_apart(opened: Open, url: str) -> None:
