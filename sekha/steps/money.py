@@ -15,7 +15,7 @@ from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import LedgerError, NoCandidate
 from sekha.ledger import Budget, Hold, Scope, Spend, remaining
-from sekha.lineup import LineUp, line_up
+from sekha.lineup import REMEMBERED, LineUp, line_up
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan, explain, plan
 from sekha.steps.counting import Counters
@@ -26,7 +26,7 @@ __all__ = ["HOLD_SECONDS", "Money", "UsualReplies", "spend_of"]
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
 ASKS = 1_000
-"""Asks for which it is remembered who may serve them. Callers make them, like scopes."""
+"""Asks for which it is remembered who may serve them, up to `REMEMBERED` entrants. Callers make them, like scopes."""
 SCOPES = 1_000
 """Scopes whose budgets are remembered. Callers make them, with up to ten kilobytes of tags each."""
 log = logging.getLogger("sekha.money")
@@ -48,6 +48,8 @@ class Money:
         self._counters = Counters(resources.registry)
         self._usual = UsualReplies(resources)
         self._known: dict[Ask, _Known] = {}
+        self._lined_up: set[LineUp] = set()
+        """All line-ups in there, which asks of one form share."""
         self._budgets = {budget.name: budget for budget in resources.budgets}
         self._covered: dict[Scope, tuple[str, ...]] = {}
         self._images_need_vision = resources.loaded.config.routing.require_vision_for_images
@@ -157,9 +159,12 @@ class Money:
         counters = lined_up.counter_names(self._counters.of_words)
         known = _Known(lined_up, lined_up.covered(ask, self._open.budgets), counters)
         if ask.pictures is None:  # the same images hardly ever come again
-            if len(self._known) >= ASKS:
+            entrants = sum(len(each.entrants) for each in self._lined_up | {lined_up})
+            if len(self._known) >= ASKS or (entrants > REMEMBERED and lined_up not in self._lined_up):
                 self._known.clear()
+                self._lined_up.clear()
             self._known[ask] = known
+            self._lined_up.add(lined_up)
         return known
 
 

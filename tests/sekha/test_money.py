@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from sekha.chat import ChatRequest
 from sekha.errors import LedgerUnavailable
 from sekha.ledger import Ledger, Scope, Spend
 from sekha.ledgers import open_ledger
+from sekha.lineup import REMEMBERED, LineUp
 from sekha.loading import load
 from sekha.pricing import Estimate, Usage
 from sekha.resources import Resources
@@ -225,6 +227,23 @@ async def test_a_request_for_a_model_that_is_free_asks_the_ledger_nothing(tmp_pa
         await running.route(replace(HELLO, model=None))
 
     assert ledger.questions == 0
+
+
+async def test_callers_who_prefer_every_model_in_turn_fill_no_memory(tmp_path: Path) -> None:
+    models = ", ".join(f"{{model_id: m{number}, task: chat_small, price: free}}" for number in range(250))
+    file = tmp_path / "sekha.yaml"
+    file.write_text(
+        f"providers: [{{id: here, provider_type: openai, base_url: 'http://127.0.0.1:9/v1', models: [{models}]}}]",
+        "utf-8",
+    )
+
+    async with Runtime(Resources(load(str(file)))) as running:
+        for number in range(250):
+            await running.route(replace(HELLO, model=None, preferred_model=f"m{number}"))
+        gc.collect()
+        kept = [each for each in gc.get_objects() if isinstance(each, LineUp)]
+
+    assert 0 < sum(len(each.entrants) for each in kept) <= REMEMBERED + 250
 
 
 async def test_each_budget_holds_for_the_dearest_candidate_that_counts_against_it(tmp_path: Path) -> None:
