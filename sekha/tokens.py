@@ -250,20 +250,23 @@ def _load_tiktoken(name: TokenizerName) -> Callable[[str], int]:
 
 @cache
 def _encoding(name: TokenizerName) -> Any:
-    import tiktoken
+    # One of our own: what `tiktoken.get_encoding` gives belongs to all of the program.
+    from tiktoken import Encoding
+    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS  # type: ignore[import-untyped]
 
     # tiktoken takes its files from this folder and asks the network only for one that is not there.
     previous = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(_file(name).parent)
     try:
-        encoding = tiktoken.get_encoding(name)
+        made_of = ENCODING_CONSTRUCTORS[name]()
     finally:
         if previous is None:
             del os.environ["TIKTOKEN_CACHE_DIR"]
         else:
             os.environ["TIKTOKEN_CACHE_DIR"] = previous
+    encoding = Encoding(**made_of)
     # tiktoken has made its own tables of them, and keeps these, thirty megabytes, only to be pickled.
-    encoding._mergeable_ranks = {}
+    made_of["mergeable_ranks"].clear()
     return encoding
 
 

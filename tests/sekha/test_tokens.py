@@ -4,8 +4,10 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import tiktoken
 
 from sekha.images import image_tokens
 from sekha.providers.litellm import litellm_module
@@ -143,3 +145,19 @@ def test_counting_needs_neither_litellm_nor_the_network(tmp_path) -> None:
 
     environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_an_application_may_extend_an_encoding_of_tiktokens_as_its_readme_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Path(litellm_module().__file__).parent / "litellm_core_utils" / "tokenizers"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shipped))
+    count_text("hello world", "gpt-4")
+
+    base = tiktoken.get_encoding("cl100k_base")
+    extended = tiktoken.Encoding(
+        name="cl100k_im",
+        pat_str=base._pat_str,
+        mergeable_ranks=base._mergeable_ranks,
+        special_tokens={**base._special_tokens, "<|im_start|>": 100264},
+    )
+
+    assert extended.decode(extended.encode("hello world")) == "hello world"

@@ -20,20 +20,21 @@ texts = st.lists(st.text(max_size=6) | st.text(STRANGE, max_size=6) | st.sampled
 @cache
 def at_once(model: str) -> Callable[[str], int]:
     """What splits a whole text."""
-    count_text("", model)  # reads the tokenizer's file, which tiktoken alone would fetch
     name = tokenizer_of(model).name
+    spec = find_spec("litellm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0], "litellm_core_utils", "tokenizers")
     if name == "claude":
         from tokenizers import Tokenizer
 
-        spec = find_spec("litellm")
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        folder = Path(spec.submodule_search_locations[0], "litellm_core_utils", "tokenizers")
         claude = Tokenizer.from_file(str(folder / "anthropic_tokenizer.json"))
         return lambda text: len(claude.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids)
     import tiktoken
 
-    encoding = tiktoken.get_encoding(name)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TIKTOKEN_CACHE_DIR", str(folder))  # it would fetch what is not there
+        encoding = tiktoken.get_encoding(name)
     return lambda text: len(encoding.encode_ordinary(text))
 
 
