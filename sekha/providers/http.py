@@ -491,8 +491,9 @@ class _Connection(asyncio.Protocol):
             data = response.unpack.decompress(data, max(self._limits.body_bytes - response.size, 1))
             if response.unpack.unconsumed_tail:
                 raise BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes when unpacked")
-        response.parts.append(data)
-        response.size += len(data)
+        if data:  # what unpacks to nothing yet would look like the end
+            response.parts.append(data)
+            response.size += len(data)
 
     def on_message_complete(self) -> None:
         response = self._response

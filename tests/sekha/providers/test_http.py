@@ -158,6 +158,24 @@ async def test_a_body_is_read_as_it_comes() -> None:
     assert (first, rest) == (b"one", [b"two", b""])
 
 
+async def test_a_piece_that_unpacks_to_nothing_yet_is_not_taken_for_the_end() -> None:
+    packed, more = gzip.compress(b"hello world"), asyncio.Event()
+    first, last = packed[:10], packed[10:]
+
+    async def in_two(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(first, headers=("Content-Encoding: gzip",), end=False))
+        await more.wait()
+        writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
+
+    async with Upstream(in_two) as upstream, aclosing(HttpClient()) as client:
+        response = await client.open(target(upstream), b"", timeout_seconds=PATIENCE)
+        reading = asyncio.create_task(response.block())
+        await asyncio.sleep(0)
+        more.set()
+
+        assert [await reading, await response.block()] == [b"hello world", b""]
+
+
 async def test_a_reader_that_lags_makes_the_server_wait() -> None:
     stuck = asyncio.Event()
     sent = 0
