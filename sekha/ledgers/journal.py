@@ -113,10 +113,16 @@ class Journal:
         os.close(self._lock)
 
     def remove(self) -> None:
+        """Delete the journal, so that not even a power cut brings it back. Blocks: not for the event loop."""
         for path in self._segments():
             path.unlink(missing_ok=True)
         self._lock_path.unlink(missing_ok=True)
         self.close()
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     @property
     def _lock_path(self) -> Path:

@@ -987,8 +987,10 @@ class LeasedLedger:
             calls = sum(getattr(part, "calls", 1) for part in self._unrecorded())
             log.warning("%d calls stay in the journal until they can be recorded: %s", calls, error)
             journal.close()
-        else:
-            journal.remove()
+            return
+        await asyncio.to_thread(journal.remove)
+        with suppress(LedgerError):  # a row too many, which nobody misreads
+            await self._ledger.forget(self._owner)
 
 
 def _move(part: _Tally | _Single, *, new: bool) -> None:

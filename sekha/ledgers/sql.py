@@ -331,6 +331,10 @@ class SqlLedger:
         work = partial(_finish, owner=owner, spends=spends, worst=worst)
         return await _outcome(self._database.write(work, durable=True))
 
+    async def forget(self, owner: str) -> None:
+        """Forget how much of a process's journal is on record, once there is no journal any more."""
+        await _outcome(self._database.write(partial(_forget, owner=owner), durable=False))
+
     async def standings(self, owner: str, budgets: Sequence[Budget], *, at: datetime) -> list[Standing]:
         """What each budget has spent and others hold for calls, in the period that holds `at`."""
         found = await _outcome(self._database.read(partial(_standings, owner=owner, budgets=budgets, at=at)))
@@ -647,6 +651,10 @@ def _finish(
     new = _record_all(transaction, [*(spend for number, spend in spends if number > recorded), *worst])
     transaction.changed("DELETE FROM ledger_holds WHERE id = ?", owner)
     return len(new)
+
+
+def _forget(transaction: Transaction, *, owner: str) -> None:
+    transaction.changed("DELETE FROM ledger_journals WHERE process = ?", owner)
 
 
 def _lock_slices(transaction: Transaction, owner: str, slices: Sequence[Slice]) -> set[tuple[str, str]]:

@@ -361,7 +361,6 @@ async def test_the_worst_case_is_charged_where_the_call_was_made_and_marked(
     await dying.charge(hold, spend("0.10"))
     left_behind = copied(journals, tmp_path / "left behind")
     await dying.release(hold)
-    await dying.aclose()
 
     ledger = LeasedLedger(SqlLedger(open_database(url)), left_behind, clock=lambda: NOW)
     figures = [(await ledger.spent(budget, at=NOW))[0] for budget in (narrow, other)]
@@ -426,12 +425,12 @@ async def test_what_is_on_record_is_not_recorded_again_from_the_journal(
     at_once(dying.settle(await reserve(dying, "0.01"), spend("0.01")))
     await until(shared, "0.31", "0")
     later = copied(journals, tmp_path / "later")
-    await dying.aclose()
 
     for folder in (later, left_behind):
         survivor = LeasedLedger(SqlLedger(open_database(url)), folder, clock=lambda: NOW)
         await survivor.spent(TEAM, at=NOW)
         await survivor.aclose()
+    await dying.aclose()
 
     # The rest of the hold is charged by the journal that ends while it was open.
     assert await shared.spent(TEAM, at=NOW) == decimals("1.01", "0")
@@ -710,12 +709,26 @@ async def test_journals_are_deleted_when_all_in_them_is_on_record(
             await asyncio.sleep(0.05)
     at_once(ledger.charge(hold, spend("0.001")))
     left_behind = copied(journals, tmp_path / "left behind")
-    await ledger.aclose()
     survivor = LeasedLedger(SqlLedger(open_database(url)), left_behind, clock=lambda: NOW)
+    await survivor.spent(TEAM, at=NOW)
+    await ledger.aclose()
 
     await until(survivor, "1.00", "0.699")
     assert await shared.report("provider") != []
     await survivor.aclose()
+
+
+async def test_a_process_that_ends_leaves_nothing_of_its_journal_behind(url: str, journals: Path) -> None:
+    for _ in range(3):
+        ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+        at_once(ledger.settle(await reserve(ledger, "0.10"), spend("0.10")))
+        await ledger.aclose()
+
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    rows = connection.execute("SELECT count(*) FROM ledger_journals").fetchall()
+    connection.close()
+    assert rows == [(0,)]
+    assert listed(journals) == []
 
 
 async def test_journals_are_kept_apart_by_ledger_and_not_by_password(tmp_path: Path) -> None:
