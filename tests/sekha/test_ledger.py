@@ -7,6 +7,7 @@ import resource
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_a_budget_covers_a_call_when_every_field_it_names_is_equal(match: dict[s
 def test_nothing_remains_of_an_overspent_budget() -> None:
     assert remaining(TEAM, Decimal("1.50"), Decimal("0.25")) == Decimal("0.25")
     assert remaining(TEAM, Decimal("3.00"), Decimal("0")) == 0
+
+
+async def test_replies_that_no_longer_count_are_forgotten(tmp_path: Path) -> None:
+    scope, usage = Scope(provider="p", model="m"), Usage(output_tokens=7)
+    async with opened(tmp_path / "ledger.db") as ledger:
+        hold = await ledger.reserve([], {}, at=NOW, ttl_seconds=60)
+
+        for n in range(1_000):
+            at = NOW + timedelta(microseconds=7 * n)
+            await ledger.charge(hold, replace(SPEND, id=f"spend {n}", scope=scope, usage=usage, at=at))
+
+    with sqlite3.connect(tmp_path / "ledger.db") as connection:
+        [(replies,)] = connection.execute("SELECT count(*) FROM ledger_replies").fetchall()
+    connection.close()
+    assert 200 <= replies < 260
 
 
 async def test_the_folder_of_a_ledger_is_made(tmp_path: Path) -> None:
