@@ -39,6 +39,8 @@ REST_SHARE = 0.25
 LONGEST_WAIT_SECONDS = 15.0
 LAST_SECONDS = 4.0
 REPORT = "publisher.json"
+# A line may be JSON and yet no run: where a number belongs, it says something else, or one that no date has.
+_NOT_TAKEN = (RecordError, TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,7 @@ class Publisher:
                 sink.emit(segment.events)
             except PrefectUnavailable:
                 raise
-            except RecordError as error:
+            except _NOT_TAKEN as error:
                 self._refuse(len(segment.events), error)
         if segment.torn:
             self._tell(refused=self._report.refused + segment.torn)
@@ -152,7 +154,7 @@ class Publisher:
             sink.publish(runs)
         except PrefectUnavailable:
             raise
-        except RecordError as error:
+        except _NOT_TAKEN as error:
             if len(runs) == 1:
                 self._refuse(1, error)
                 return
@@ -162,8 +164,10 @@ class Publisher:
             return
         self._tell(published=self._report.published + len(runs))
 
-    def _refuse(self, count: int, error: RecordError) -> None:
-        log.warning("%s %d left out.", error, count)
+    def _refuse(self, count: int, error: Exception) -> None:
+        # What is no error of ours may quote what was asked.
+        said = error if isinstance(error, RecordError) else f"It cannot be written ({type(error).__name__})."
+        log.warning("%s %d left out.", said, count)
         self._tell(refused=self._report.refused + count)
 
     def _tell(self, **changes: Any) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import pytest
 
 from sekha.errors import PrefectUnavailable, RecordError
+from sekha.recording.prefect_database import DatabaseSink
+from sekha.recording.prefect_sqlite import SqliteTables
 from sekha.recording.publisher import NOWHERE, Publisher, read_report
 from sekha.recording.run import Event, Run, encode, new_run_id
 from sekha.recording.spool import SpoolReader
 from sekha.segments import SegmentWriter
+from tests.sekha.recording.conftest import Tables
 
 Makes: TypeAlias = Callable[..., Run]
 
@@ -97,6 +103,24 @@ def test_one_run_that_is_never_taken_keeps_no_other_out(tmp_path: Path, make_run
 
     assert sink.runs == runs[:4] + runs[5:]
     assert (read_report(tmp_path).published, read_report(tmp_path).refused) == (9, 1)
+
+
+@pytest.mark.parametrize("changes", [{"started_at": "yesterday"}, {"ended_at": 1e300}, {"clock_offset": None}])
+def test_a_run_that_no_table_can_hold_is_refused_and_keeps_no_other_out(
+    tmp_path: Path, make_run: Makes, tables: Tables, changes: dict[str, Any]
+) -> None:
+    runs = [make_run() for _ in range(3)]
+    spooled(tmp_path / "spool", *runs)
+    [segment] = SpoolReader(tmp_path / "spool").ready()
+    lines = segment.read_bytes().splitlines(keepends=True)
+    said = json.loads(lines[1][1:]) | changes
+    segment.write_bytes(b"".join([lines[0], b"R%b\n" % json.dumps(said).encode(), lines[2]]))
+
+    Publisher(tmp_path / "spool", lambda: DatabaseSink(SqliteTables(tables.file), None), wait=Waits()).run()
+
+    assert set(tables.run_ids()) == {runs[0].id, runs[2].id}
+    report = read_report(tmp_path / "spool")
+    assert (report.published, report.refused) == (2, 1)
 
 
 def test_a_sink_that_bears_little_is_given_one_run_at_a_time(tmp_path: Path, make_run: Makes) -> None:

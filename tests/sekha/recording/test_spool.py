@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sekha.calling import Attempt
 from sekha.recording.run import CONTENT_BYTES, Event, Run, decode, encode, new_run_id
 from sekha.recording.spool import SpoolReader
 from sekha.segments import SegmentWriter, waiting_in
@@ -53,6 +54,51 @@ def test_content_larger_than_prefect_takes_is_left_out(make_run: Makes) -> None:
 
     assert len(line) < 3_000
     assert b"left_out" in line
+
+
+OLDER_LINE = (
+    'R{"id":"019abc00-0000-7000-8000-000000000001","flow":"chat","name":"auto → openai/gpt-5-mini",'
+    '"started_at":1763900000.25,"ended_at":1763900001.5,"outcome":"fallback","error":null,"message":"",'
+    '"steps":[{"name":"estimate_cost","after":[],"started":1.0,"ended":1.25,"error":null},'
+    '{"name":"call_provider","after":[0],"started":1.25,"ended":2.0,"error":null}],'
+    '"clock_offset":1763899999.25,"parameters":{"model":"auto"},"content":null,"tags":["team:search"],'
+    '"provider_id":"openai","model_id":"gpt-5-mini","estimated_cost":"0.000055","cost":"0.00005",'
+    '"attempts":[{"provider_id":"ollama","model_id":"llama3","seconds":0.5,"error":"provider_timeout",'
+    '"detail":"no answer in time"},'
+    '{"provider_id":"openai","model_id":"gpt-5-mini","seconds":0.25,"error":null,"detail":""}]}'
+)
+"""As the version before wrote it, whose spool may be waiting when this one starts."""
+
+
+def test_a_line_of_the_version_before_is_read() -> None:
+    run = decode(OLDER_LINE.encode())
+
+    assert run == Run(
+        id="019abc00-0000-7000-8000-000000000001",
+        flow="chat",
+        name="auto → openai/gpt-5-mini",
+        started_at=1763900000.25,
+        ended_at=1763900001.5,
+        outcome="fallback",
+        steps=(Step("estimate_cost", (), 1.0, 1.25), Step("call_provider", (0,), 1.25, 2.0)),
+        clock_offset=1763899999.25,
+        parameters={"model": "auto"},
+        tags=("team:search",),
+        provider_id="openai",
+        model_id="gpt-5-mini",
+        estimated_cost=Decimal("0.000055"),
+        cost=Decimal("0.00005"),
+        attempts=(
+            Attempt(
+                provider_id="ollama",
+                model_id="llama3",
+                seconds=0.5,
+                error="provider_timeout",
+                detail="no answer in time",
+            ),
+            Attempt(provider_id="openai", model_id="gpt-5-mini", seconds=0.25),
+        ),
+    )
 
 
 def test_run_ids_are_uuids_that_sort_by_time() -> None:
