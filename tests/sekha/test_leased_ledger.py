@@ -9,8 +9,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,15 +20,18 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
+import psycopg
 import pytest
 
 from sekha.errors import BudgetExceeded, LedgerUnavailable
 from sekha.ledger import Budget, Hold, Ledger, Scope, Spend
 from sekha.ledgers import open_database, open_leased, open_ledger
+from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
 from sekha.ledgers.leased import LeasedLedger
-from sekha.ledgers.sql import SqlLedger
+from sekha.ledgers.sql import Database, SqlLedger, Transaction, picos
 from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.pricing import Usage
+from tests.fixtures.full import room_for
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -437,6 +442,67 @@ async def test_what_is_on_record_is_not_recorded_again_from_the_journal(
     assert [line.calls for line in await shared.report("day")] == [4]
 
 
+class HeldBack:
+    """A database whose durable work is done and not committed until `may_commit`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.done = threading.Event()
+        self.may_commit = threading.Event()
+        self.may_commit.set()
+
+    def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:
+        def held_back(transaction: Transaction) -> T:
+            result = work(transaction)
+            if durable and not self.may_commit.is_set():
+                self.done.set()
+                self.may_commit.wait(20)
+            return result
+
+        return self._database.write(held_back, durable=durable)
+
+    def read(self, work: Callable[[Transaction], T]) -> Future[T]:
+        return self._database.read(work)
+
+    def close(self) -> None:
+        self._database.close()
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_what_a_dead_process_was_just_committing_is_waited_for_and_not_recorded_again(
+    postgres_url: str, journals: Path, tmp_path: Path, before: int
+) -> None:
+    database = HeldBack(open_database(postgres_url))
+    dying = LeasedLedger(SqlLedger(database), journals, clock=lambda: NOW)
+    hold = await reserve(dying, "1.00")
+    for _ in range(before):
+        at_once(dying.charge(hold, spend("0.10")))
+        await dying.report("day")
+    database.may_commit.clear()
+    at_once(dying.charge(hold, spend("0.20")))
+    assert await asyncio.to_thread(database.done.wait, 10)
+
+    survivor = LeasedLedger(
+        SqlLedger(open_database(postgres_url)), copied(journals, tmp_path / "left behind"), clock=lambda: NOW
+    )
+    recovered = asyncio.create_task(survivor.report("day"))
+    await until_one_waits_for_another(postgres_url)
+    database.may_commit.set()
+    [line] = await recovered
+
+    assert (line.calls, line.cost) == (before + 2, Decimal("1.00"))
+    await survivor.aclose()
+    await dying.aclose()
+
+
+async def until_one_waits_for_another(url: str) -> None:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%ledger_journals%'"
+    with psycopg.connect(url, autocommit=True) as connection:
+        async with asyncio.timeout(10):
+            while connection.execute(waiting).fetchone() == (0,):  # noqa: ASYNC110 - a database has no event
+                await asyncio.sleep(0.01)
+
+
 async def test_a_journal_of_the_sekha_before_is_finished(url: str, journals: Path, shared: Ledger) -> None:
     scope = '["openai","openai/m","chat_small","research","eval"]'
     records = [
@@ -447,7 +513,7 @@ async def test_a_journal_of_the_sekha_before_is_finished(url: str, journals: Pat
         '["f",5]',
         f'["c","abc-1","two","2026-11-23T14:30:00+00:00",{scope},200000000000,100000000000,5,7,0,0,0,false]',
     ]
-    abandoned(journals, *records)
+    leave_behind(journals, *records)
 
     survivor = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
     await survivor.spent(TEAM, at=NOW)
@@ -459,7 +525,7 @@ async def test_a_journal_of_the_sekha_before_is_finished(url: str, journals: Pat
 
 
 def test_a_journal_of_a_newer_sekha_is_left_alone(url: str, journals: Path) -> None:
-    abandoned(journals, '["v",99,0]')
+    leave_behind(journals, '["v",99,0]')
 
     async def work() -> None:
         ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
@@ -745,7 +811,29 @@ async def test_journals_are_kept_apart_by_ledger_and_not_by_password(tmp_path: P
     assert len(listed(tmp_path / "journals")) == 3
 
 
-def abandoned(journals: Path, *records: str) -> None:
+@pytest.mark.parametrize("lacking", [1, 2, 40])
+def test_a_record_that_the_disk_took_in_part_is_none_and_what_follows_keeps_its_number(
+    journals: Path, lacking: int
+) -> None:
+    def record(cost: int) -> tuple[object, ...]:
+        return spend_record("c", "hold", spend("0"), scope_record(SCOPE), cost, cost)
+
+    journal = Journal(journals, "dying")
+    begun = journal.size
+    journal.write(record(1))
+    length = journal.size - begun
+
+    with room_for(journal.size + length - lacking), pytest.raises(LedgerUnavailable, match="full"):
+        journal.write(record(2))
+    journal.write(record(3))
+    journal.close()
+    [found] = abandoned(journals)
+    found.close()
+
+    assert [(number, picos(each.cost)) for number, each in found.spends] == [(1, 1), (2, 3)]
+
+
+def leave_behind(journals: Path, *records: str) -> None:
     """Leave a journal behind as a process that was killed."""
     journals.mkdir()
     (journals / "abc.lock").touch()

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import pickle
-import resource
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sekha.errors import ConfigError, LedgerError, LedgerUnavailable
-from sekha.ledger import Budget, Ledger, Period, Scope, Spend, period_end, period_start, remaining
+from sekha.ledger import Budget, GroupBy, Hold, Ledger, Period, Scope, Spend, period_end, period_start, remaining
 from sekha.ledgers import open_ledger
 from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.pricing import Usage
+from tests.fixtures.full import room_for
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
 TEAM = Budget(name="team", limit=Decimal("2.00"), period="day")
@@ -177,45 +178,79 @@ async def test_a_ledger_of_a_newer_sekha_names_the_way_out_and_is_left_alone(tmp
     assert not newer.value.retryable
 
 
-async def test_a_ledger_of_an_older_sekha_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    with sqlite3.connect(path) as connection:
-        connection.executescript("""
-            CREATE TABLE ledger_version (version BIGINT NOT NULL);
-            INSERT INTO ledger_version VALUES (2);
-            CREATE TABLE ledger_spends (
-                id TEXT PRIMARY KEY, at BIGINT NOT NULL, provider TEXT, model TEXT, task TEXT, key TEXT,
-                cost BIGINT NOT NULL, estimated BIGINT NOT NULL,
-                input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL,
-                images BIGINT NOT NULL, counted BIGINT NOT NULL
-            );
-            CREATE INDEX ledger_spends_at ON ledger_spends (at);
-            CREATE INDEX ledger_spends_replies ON ledger_spends (provider, model, at, output_tokens)
-                WHERE output_tokens > 0;
-            CREATE TABLE ledger_tags (spend TEXT NOT NULL, tag TEXT NOT NULL);
-            CREATE INDEX ledger_tags_spend ON ledger_tags (spend);
-            CREATE TABLE ledger_totals (
-                match TEXT NOT NULL, span TEXT NOT NULL, spent BIGINT NOT NULL, PRIMARY KEY (match, span)
-            );
-            CREATE INDEX ledger_totals_span ON ledger_totals (span);
-            CREATE TABLE ledger_holds (
-                id TEXT NOT NULL, match TEXT NOT NULL, period TEXT NOT NULL, amount BIGINT NOT NULL,
-                expires_at BIGINT NOT NULL, idle BIGINT NOT NULL DEFAULT 0, recalled_at BIGINT NOT NULL DEFAULT 0,
-                PRIMARY KEY (id, match, period)
-            );
-        """)
-        connection.executemany(
-            "INSERT INTO ledger_spends VALUES (?, ?, 'p', 'm', 't', 'k', ?, ?, 5, ?, 0, 0, 0)",
-            [(f"spend {n}", 1_795_000_000_000_000 + n, 10**9, 10**9, n) for n in range(300)],
-        )
-    connection.close()
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+async def test_a_ledger_of_an_older_sekha_is_brought_up_to_date_with_all_that_is_in_it(
+    request: pytest.FixtureRequest, tmp_path: Path, database: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db" if database == "sqlite" else request.getfixturevalue("postgres_url")
+    at = int(NOW.timestamp()) * 1_000_000
+    spends = ", ".join(
+        f"('spend {n}', {at + n}, 'p', 'm', 't', 'k', 1000000000, 1000000000, 5, {n}, 0, 0, 0)" for n in range(300)
+    )
+    ledger_of_version_2(
+        url,
+        f"INSERT INTO ledger_spends VALUES {spends}",
+        "INSERT INTO ledger_tags VALUES ('spend 7', 'eval')",
+        "INSERT INTO ledger_totals VALUES ('{}', 'day 2026-11-23 00:00', 300000000000)",
+        f"INSERT INTO ledger_holds VALUES ('held', '{{}}', 'day', 500000000000, {at + 60_000_000}, 0, 0)",
+    )
+    groups: tuple[GroupBy, ...] = ("key", "tag")
+    amounts = {"team": Decimal("0.50")}
+    hold = Hold(id="held", budgets=(TEAM,), amounts=amounts, expires_at=NOW + timedelta(seconds=60), ttl_seconds=60)
 
-    async with opened(path) as ledger:
+    async with opened(url) as ledger:
         usual = await ledger.usual_output_tokens("p", "m")
-        report = await ledger.report("key")
+        reports = [await ledger.report(by) for by in groups]
+        before = await ledger.spent(TEAM, at=NOW)
+        await ledger.charge(hold, replace(SPEND, id="spend 7"))
+        await ledger.settle(hold, SPEND)
+        after = await ledger.spent(TEAM, at=NOW)
 
     assert usual == 289
-    assert [(line.group, line.calls, line.cost) for line in report] == [("k", 300, Decimal("0.3"))]
+    assert [[(line.group, line.calls, line.cost) for line in report] for report in reports] == [
+        [("k", 300, Decimal("0.3"))],
+        [("", 299, Decimal("0.299")), ("eval", 1, Decimal("0.001"))],
+    ]
+    assert (before, after) == ((Decimal("0.30"), Decimal("0.50")), (Decimal("0.40"), Decimal(0)))
+
+
+def ledger_of_version_2(url: str, *rows: str) -> None:
+    """Make a ledger of version 2, in which each call has a row of its own."""
+    tables = """
+        CREATE TABLE ledger_version (version BIGINT NOT NULL);
+        INSERT INTO ledger_version VALUES (2);
+        CREATE TABLE ledger_spends (
+            id TEXT PRIMARY KEY, at BIGINT NOT NULL, provider TEXT, model TEXT, task TEXT, key TEXT,
+            cost BIGINT NOT NULL, estimated BIGINT NOT NULL,
+            input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL,
+            images BIGINT NOT NULL, counted BIGINT NOT NULL
+        );
+        CREATE INDEX ledger_spends_at ON ledger_spends (at);
+        CREATE INDEX ledger_spends_replies ON ledger_spends (provider, model, at, output_tokens)
+            WHERE output_tokens > 0;
+        CREATE TABLE ledger_tags (spend TEXT NOT NULL, tag TEXT NOT NULL);
+        CREATE INDEX ledger_tags_spend ON ledger_tags (spend);
+        CREATE TABLE ledger_totals (
+            match TEXT NOT NULL, span TEXT NOT NULL, spent BIGINT NOT NULL, PRIMARY KEY (match, span)
+        );
+        CREATE INDEX ledger_totals_span ON ledger_totals (span);
+        CREATE TABLE ledger_holds (
+            id TEXT NOT NULL, match TEXT NOT NULL, period TEXT NOT NULL, amount BIGINT NOT NULL,
+            expires_at BIGINT NOT NULL, idle BIGINT NOT NULL DEFAULT 0, recalled_at BIGINT NOT NULL DEFAULT 0,
+            PRIMARY KEY (id, match, period)
+        );
+        CREATE INDEX ledger_holds_match ON ledger_holds (match, period, expires_at, amount);
+        CREATE INDEX ledger_holds_expires_at ON ledger_holds (expires_at)
+    """
+    statements = (*tables.split(";"), *rows)
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as file:
+            for statement in statements:
+                file.execute(statement)
+    else:
+        with psycopg.connect(url) as server:
+            for statement in statements:
+                server.execute(statement.encode())
 
 
 async def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -268,14 +303,3 @@ async def test_a_ledger_without_room_is_unavailable_and_then_works_again(tmp_pat
 
         assert unsettled == (Decimal(0), Decimal(1))
         assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), Decimal(0))
-
-
-@contextmanager
-def room_for(bytes_in_a_file: int) -> Iterator[None]:
-    """Let no file grow beyond this size, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_in_a_file, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
