@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol, cast
@@ -11,6 +11,7 @@ from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
+from sekha.messages import as_object, as_objects, kind_of, parts_of
 from sekha.pricing import Usage
 from sekha.providers.base import RawStream
 from sekha.registry import Task
@@ -68,6 +69,8 @@ class ChatRequest:
     """The images, once they were read."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.messages, (tuple, list)):
+            raise InvalidRequest(f"`messages` must be a list, not {kind_of(self.messages)}.", field="messages")
         if not self.messages:
             raise InvalidRequest("`messages` is empty: send at least one.", field="messages")
         parts: list[Mapping[str, Any]] = []
@@ -76,20 +79,15 @@ class ChatRequest:
             # A dict first: to ask an abstract class costs more than all the rest.
             if not isinstance(message, (dict, Mapping)) or not isinstance(message.get("role"), str):
                 raise InvalidRequest(f"`messages[{at}]` needs a `role` and `content`.", field=f"messages[{at}]")
-            content = message.get("content")
-            if not isinstance(content, str) and isinstance(content, (list, tuple)):
-                parts += (part for part in content if isinstance(part, Mapping))
+            if type(message.get("content")) is not str or "tool_calls" in message:
+                parts += parts_of(message, f"messages[{at}]")
             if "cache_control" in message:
                 marks.append(message["cache_control"])
-        for part in (*(self.options.get("tools") or ()), *parts):
-            if isinstance(part, Mapping) and "cache_control" in part:
+        for part in (*_tools_in(self.options), *parts):
+            if "cache_control" in part:
                 marks.append(part["cache_control"])
         # Looked through once, for all that is asked about them.
         self._parts, self._marks, self._pictures = parts, marks, []  # type: ignore[misc]
-        for name in ("max_tokens", *REPLY_LIMITS, "n"):
-            value = self.options.get(name)
-            if value is not None:
-                _check_count(name, value)
         if self.max_tokens is not None:
             _check_count("max_tokens", self.max_tokens)
         if self.max_cost is not None and self.max_cost < 0:
@@ -185,6 +183,22 @@ class Reply:
     charged_to: Scope
     raw: bytes | None = field(default=None, repr=False)
     """`body` as the provider wrote it, where it came in OpenAI's shape."""
+
+
+def _tools_in(options: object) -> Sequence[Mapping[str, Any]]:
+    """The tools of a request. Refuses what is not as counting, pricing and routing take it."""
+    if not isinstance(options, (dict, Mapping)):
+        raise InvalidRequest(f"`options` must be an object, not {kind_of(options)}.", field="options")
+    if not options:
+        return ()
+    as_object(options.get("stream_options"), "stream_options")
+    modalities = options.get("modalities")
+    if modalities is not None and not isinstance(modalities, (list, tuple)):
+        raise InvalidRequest(f"`modalities` must be a list, not {kind_of(modalities)}.", field="modalities")
+    for name in (*REPLY_LIMITS, "n"):
+        if (value := options.get(name)) is not None:
+            _check_count(name, value)
+    return as_objects(options.get("tools"), "tools")
 
 
 def _check_count(name: str, value: object) -> None:

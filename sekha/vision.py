@@ -17,7 +17,7 @@ from sekha.images import DETAILS, Image, data_in_url, read_image
 if TYPE_CHECKING:
     from sekha.registry import ProviderKind, VisionLimits
 
-__all__ = ["Breach", "Picture", "Pictures", "Scheme", "are_heavy", "nearest", "pictures_in", "schemes_of"]
+__all__ = ["Breach", "Picture", "Pictures", "Scheme", "are_heavy", "nearest", "pictures_in", "schemes_of", "url_of"]
 
 Scheme: TypeAlias = Literal["http", "https"]
 HEAVY = 100_000
@@ -117,7 +117,15 @@ def pictures_in(messages: Sequence[Mapping[str, Any]]) -> Pictures | None:
 def are_heavy(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether reading their images would hold up everybody else."""
     found = _references(messages)
-    return bool(found) and sum(len(_url_of(reference)) for _, reference in found) > HEAVY
+    return bool(found) and sum(len(url_of(reference, field)) for field, reference in found) > HEAVY
+
+
+def url_of(reference: object, field: str) -> str:
+    """The URL under which an image stands in a request. Raises `InvalidRequest` where there is none."""
+    url = reference.get("url") if isinstance(reference, Mapping) else reference
+    if not isinstance(url, str) or not url:
+        raise InvalidRequest(f"`{field}` needs a `url`: `https://…`, or `data:image/png;base64,…`.", field=field)
+    return url
 
 
 def schemes_of(kind: ProviderKind, model_id: str) -> tuple[Scheme, ...]:
@@ -158,11 +166,9 @@ def _references(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, object
 
 
 def _picture(field: str, reference: object) -> Picture:
-    url, detail = _url_of(reference), "auto"
+    url, detail = url_of(reference, field), "auto"
     if isinstance(reference, Mapping):
         detail = _detail(field, reference.get("detail"))
-    if not url:
-        raise InvalidRequest(f"`{field}` needs a `url`: `https://…`, or `data:image/png;base64,…`.", field=field)
     if (data := data_in_url(url, field=field)) is not None:
         return Picture(field, detail, read_image(data, field=field), len(data))
     scheme = url.partition(":")[0].lower()
@@ -170,11 +176,6 @@ def _picture(field: str, reference: object) -> Picture:
         said = f"begins with {scheme[:16]!r}" if ":" in url else "has no scheme"
         raise InvalidRequest(f"`{field}` {said}: an image's URL is `https://…`, `http://…` or `data:…`.", field=field)
     return Picture(field, detail, None, scheme="http" if scheme == "http" else "https")
-
-
-def _url_of(reference: object) -> str:
-    url = reference.get("url") if isinstance(reference, Mapping) else reference
-    return url if isinstance(url, str) else ""
 
 
 def _detail(field: str, detail: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from sekha.errors import InvalidRequest, did_you_mean
+from sekha.messages import kind_of
 
 __all__ = ["dollars", "flag", "kind_of", "name_in", "number", "object_in", "only", "text", "whole"]
 
@@ -89,20 +90,3 @@ def dollars(given: Mapping[str, Any], name: str) -> Decimal | None:
             return amount
     instead = "" if type(value) in (int, float, str) else f", not {kind_of(value)}"
     raise InvalidRequest(f"`{name}` must be dollars, such as 0.01{instead}.", field=name)
-
-
-def kind_of(value: object) -> str:
-    """What a value is, in JSON's words."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "text"
-        case list():
-            return "a list"
-        case _:
-            return "an object"

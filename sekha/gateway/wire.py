@@ -36,7 +36,7 @@ __all__ = [
 _OURS = frozenset(
     {"model", "messages", "task", "require_vision", "max_cost", "preferred_model", "stream", "store", "metadata"}
 )
-_RARE = _OURS - {"model", "messages", "stream"} | {"n", "tools", "modalities"}
+_RARE = _OURS - {"model", "messages", "stream"} | {"n"}
 """What few requests have, and what is looked at only in those."""
 _EMBEDDING_OURS = frozenset({"model", "input", "max_cost", "store", "metadata", "task"})
 _MOST_INPUTS = 2048
@@ -59,8 +59,8 @@ class ChatAsked:
     @property
     def wants_usage(self) -> bool:
         """Whether a streamed answer is to end with its usage."""
-        options = self.request.options.get("stream_options")
-        return isinstance(options, Mapping) and options.get("include_usage") is True
+        options = self.request.options.get("stream_options") or {}
+        return options.get("include_usage") is True
 
 
 def chat_asked(body: bytes, *, by: Pass = EVERYBODY) -> ChatAsked:
@@ -80,9 +80,6 @@ def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatReque
             else f"`messages` must be a list, not {kind_of(messages)}.",
             field="messages",
         )
-    for at, message in enumerate(messages):
-        if type(message) is not dict or type(message.get("content")) is not str or "tool_calls" in message:
-            _check_message(message, f"messages[{at}]")
     options = {name: value for name, value in given.items() if name not in _OURS}
     return ChatRequest(
         messages=tuple(messages),
@@ -103,10 +100,6 @@ def _rare(given: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         if metadata is not None:
             options["metadata"] = metadata
     whole(options, "n", 1, MOST_REPLIES)
-    if (tools := options.get("tools")) is not None:
-        _objects(tools, "tools")
-    if (modalities := options.get("modalities")) is not None and type(modalities) is not list:
-        raise InvalidRequest(f"`modalities` must be a list, not {kind_of(modalities)}.", field="modalities")
     return {
         "task": _task(given),
         "preferred_model": name_in(given, "preferred_model"),
@@ -189,44 +182,6 @@ def tags_of(metadata: object) -> frozenset[str]:
                 field="metadata",
             )
     return frozenset(f"{name}:{value}" for name, value in metadata.items())
-
-
-def _check_message(message: object, where: str) -> None:
-    """Refuse what is no message, before anybody counts or prices it."""
-    if type(message) is not dict:
-        raise InvalidRequest(f"`{where}` must be an object with a `role` and `content`.", field=where)
-    content = message.get("content")
-    if type(content) is list:
-        for at, part in enumerate(_objects(content, f"{where}.content")):
-            _check_part(part, f"{where}.content[{at}]")
-    elif content is not None and type(content) is not str:
-        raise InvalidRequest(
-            f"`{where}.content` must be text or a list of parts, not {kind_of(content)}.", field=f"{where}.content"
-        )
-    if (calls := message.get("tool_calls")) is not None:
-        for at, call in enumerate(_objects(calls, f"{where}.tool_calls")):
-            if type(called := call.get("function") or {}) is not dict:
-                name = f"{where}.tool_calls[{at}].function"
-                raise InvalidRequest(f"`{name}` must be an object, not {kind_of(called)}.", field=name)
-
-
-def _check_part(part: Mapping[str, Any], where: str) -> None:
-    if (said := part.get("text")) is not None and type(said) is not str:
-        raise InvalidRequest(f"`{where}.text` must be text, not {kind_of(said)}.", field=f"{where}.text")
-    if part.get("type") == "image_url" or "image_url" in part:
-        image = part.get("image_url")
-        if type(image.get("url") if type(image) is dict else image) is not str:
-            name = f"{where}.image_url"
-            raise InvalidRequest(f'`{name}` must be `{{"url": "…"}}`, an address or a `data:` URL.', field=name)
-
-
-def _objects(given: object, where: str) -> list[dict[str, Any]]:
-    if type(given) is not list:
-        raise InvalidRequest(f"`{where}` must be a list, not {kind_of(given)}.", field=where)
-    for at, each in enumerate(given):
-        if type(each) is not dict:
-            raise InvalidRequest(f"`{where}[{at}]` must be an object, not {kind_of(each)}.", field=f"{where}[{at}]")
-    return given
 
 
 def _texts(given: object, model: str | None) -> tuple[str, ...]:
