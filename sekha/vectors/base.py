@@ -26,6 +26,7 @@ __all__ = [
     "Not",
     "Record",
     "Scalar",
+    "TextHit",
     "Vector",
     "VectorStore",
 ]
@@ -69,6 +70,16 @@ class Hit:
     @property
     def similarity(self) -> float:
         return 1.0 - self.distance
+
+
+@dataclass(frozen=True, slots=True)
+class TextHit:
+    """One result of a search by words. `score` is above zero, and comparable within one answer only."""
+
+    uuid: str
+    score: float
+    text: str = field(repr=False)
+    properties: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +167,14 @@ class VectorStore(Protocol):
         max_distance: float | None = None,
     ) -> list[Hit]:
         """The nearest records, nearest first, ties by uuid. An empty collection has no hits."""
+        ...
+
+    async def search_text(self, name: str, query: str, limit: int, *, where: Filter | None = None) -> list[TextHit]:
+        """The records that hold any word of the query, best first by BM25 (k1 1.2, b 0.75), ties by uuid.
+
+        Words are runs of letters and digits, whatever their case; nothing in a query is an operator.
+        One without a word finds nothing, and of a long one the first 64 different words count.
+        """
         ...
 
     def scan(

@@ -1,10 +1,12 @@
-"""What every store accepts: names, uuids, flat properties, and vectors that have a direction."""
+"""What every store accepts: names, uuids, flat properties, words, and vectors that have a direction."""
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Final
 from uuid import UUID
 
@@ -24,6 +26,7 @@ __all__ = [
     "check_compared",
     "properties_as_json",
     "unit",
+    "words",
 ]
 
 NAME: Final = re.compile(r"[A-Z][_0-9A-Za-z]{0,254}")
@@ -31,6 +34,9 @@ NAME: Final = re.compile(r"[A-Z][_0-9A-Za-z]{0,254}")
 
 NORM_TOLERANCE: Final = 5e-7
 """How far a vector of unit length in float32 may be from it."""
+
+MOST_WORDS: Final = 64
+"""Words of one query that are looked up, since each takes its time."""
 
 _CANONICAL: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _INT64: Final = range(-(2**63), 2**63)
@@ -102,6 +108,18 @@ def unit(collection: str, dimension: int, vectors: Sequence[tuple[str | None, Ve
     return rows
 
 
+def words(query: str) -> list[str]:
+    """The different words of a query as they stand there, the first `MOST_WORDS` of them."""
+    found: dict[str, str] = {}
+    for inside, characters in groupby(query, _in_a_word):
+        word = "".join(characters)
+        if inside and any(character.isalnum() for character in word):
+            found.setdefault(word.lower(), word)
+            if len(found) == MOST_WORDS:
+                break
+    return list(found.values())
+
+
 def canonical(uuid: str) -> str:
     try:
         return uuid if _CANONICAL.fullmatch(uuid) else str(UUID(uuid))
@@ -111,6 +129,11 @@ def canonical(uuid: str) -> str:
 
 def canonical_all(uuids: Iterable[str]) -> list[str]:
     return [canonical(uuid) for uuid in uuids]
+
+
+def _in_a_word(character: str) -> bool:
+    # Marks are how many scripts write their vowels. The one left out only says how an emoji is drawn.
+    return character.isalnum() or (unicodedata.category(character) in ("Mn", "Mc") and character != "\ufe0f")
 
 
 def _unfit(value: object) -> str | None:

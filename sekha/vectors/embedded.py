@@ -8,6 +8,7 @@ deletion leaves a tombstone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 import time
@@ -22,8 +23,9 @@ import numpy.typing as npt
 import orjson
 
 from sekha.vectors import embedded_tables as tables
-from sekha.vectors.base import Collection, Filter, Hit, Record, Vector
-from sekha.vectors.checks import canonical, canonical_all, check_alias, check_collection, unit
+from sekha.vectors import embedded_text
+from sekha.vectors.base import Collection, Filter, Hit, Record, TextHit, Vector
+from sekha.vectors.checks import canonical, canonical_all, check_alias, check_collection, unit, words
 from sekha.vectors.embedded_file import StoreFile
 from sekha.vectors.embedded_filter import sql
 from sekha.vectors.embedded_matrix import Ids, Matrices, Matrix, View, best, rounding
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_PASS_AFTER_SEARCHES: Final = 32
 """Making a first pass takes about as long as this many exact searches."""
+PAUSE_SECONDS: Final = 0.02
+"""How long other processes are given to write, between two steps of a long catching up."""
 
 
 class SnapshotTooOldError(Exception):
@@ -147,6 +151,25 @@ class EmbeddedStore:
             except SnapshotTooOldError:
                 continue
             return hits if max_distance is None else [hit for hit in hits if hit.distance <= max_distance]
+
+    async def search_text(self, name: str, query: str, limit: int, *, where: Filter | None = None) -> list[TextHit]:
+        """The records that hold any word of the query, best first by BM25, ties by uuid.
+
+        The words of what was written since the last such search are taken in first, so the first of all
+        takes longer: some seconds for 100,000 records. Raises `StoreError` when SQLite has no FTS5.
+        """
+        wanted, among = words(query), sql(where) if where is not None else None
+        # An alias may move meanwhile; the search goes on in the collection where it began.
+        physical, current = await self._file.read(lambda db: _words_of(db, name))
+        if not wanted or limit < 1:
+            return []
+        while not current:
+            current = await self._file.write(lambda db: embedded_text.take_in(db, tables.resolve(db, physical)))
+            if not current:
+                await asyncio.sleep(PAUSE_SECONDS)
+        return await self._file.read(
+            lambda db: embedded_text.search(db, tables.resolve(db, physical), wanted, limit, among)
+        )
 
     async def warm(self, name: str) -> None:
         """Load a collection's vectors and prepare its first pass, so that no search has to wait for it."""
@@ -276,6 +299,11 @@ def _take_in(db: sqlite3.Connection, stored: Stored, matrix: Matrix) -> None:
         )
         matrix.remove(_ids(gone))
         matrix.deletions = stored.deletions
+
+
+def _words_of(db: sqlite3.Connection, name: str) -> tuple[str, bool]:
+    stored = tables.resolve(db, name)
+    return stored.name, embedded_text.is_current(db, stored)
 
 
 def _matching(db: sqlite3.Connection, stored: Stored, where: Filter) -> Ids:

@@ -202,6 +202,11 @@ class StoreFile:
             return StoreUnavailable(str(self.path), _UNAVAILABLE[code])
         if code in _BROKEN:
             return StoreError(f"Store {str(self.path)!r} {_BROKEN[code]}")
+        if str(error).startswith("no such module"):
+            return StoreError(
+                f"Store {str(self.path)!r} cannot be searched by words: the SQLite {sqlite3.sqlite_version} of this "
+                "Python was built without FTS5. Use a Python whose SQLite has it, or `store: {kind: weaviate}`."
+            )
         return StoreError(f"Store {str(self.path)!r} failed: {error}.")
 
 

@@ -56,6 +56,14 @@ class Stored:
         return f"vectors_{self.id}"
 
     @property
+    def words(self) -> str:
+        return f"words_{self.id}"
+
+    @property
+    def outdated(self) -> str:
+        return f"outdated_{self.id}"
+
+    @property
     def collection(self) -> Collection:
         return Collection(self.name, self.dimension, self.fingerprint)
 
@@ -120,6 +128,8 @@ def drop(db: sqlite3.Connection, name: str) -> int | None:
     if row is None:
         return None
     (number,) = row
+    db.execute(f"DROP TABLE IF EXISTS words_{number}")
+    db.execute(f"DROP TABLE IF EXISTS outdated_{number}")
     db.execute(f"DROP TABLE vectors_{number}")
     db.execute(f"DROP TABLE records_{number}")
     db.execute("DELETE FROM collections WHERE id = ?", (number,))

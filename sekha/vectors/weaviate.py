@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar, assert_never
@@ -23,7 +23,7 @@ import orjson
 from authlib.deprecate import AuthlibDeprecationWarning  # type: ignore[import-untyped]  # it has no stubs
 
 from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, StoreError, StoreUnavailable
-from sekha.vectors.base import AllOf, AnyOf, Collection, Compare, Filter, Hit, Not, Record, Scalar, Vector
+from sekha.vectors.base import AllOf, AnyOf, Collection, Compare, Filter, Hit, Not, Record, Scalar, TextHit, Vector
 from sekha.vectors.checks import (
     NAME,
     canonical,
@@ -33,6 +33,7 @@ from sekha.vectors.checks import (
     check_compared,
     properties_as_json,
     unit,
+    words,
 )
 from sekha.vectors.weaviate_properties import KINDS, OURS, Kind, indexed, indexed_value, kind_of, name_of, needed
 
@@ -40,11 +41,19 @@ with warnings.catch_warnings():
     # The client imports a part of Authlib that only logins by OpenID use, and that is about to move.
     warnings.simplefilter("ignore", AuthlibDeprecationWarning)
     import weaviate
-    from weaviate.classes.config import Configure, ConsistencyLevel, DataType, Property, Tokenization, VectorDistances
+    from weaviate.classes.config import (
+        Configure,
+        ConsistencyLevel,
+        DataType,
+        Property,
+        StopwordsPreset,
+        Tokenization,
+        VectorDistances,
+    )
     from weaviate.classes.data import DataObject
     from weaviate.classes.init import AdditionalConfig, Auth, GrpcConfig, Timeout
+    from weaviate.classes.query import BM25Operator, MetadataQuery
     from weaviate.classes.query import Filter as Where
-    from weaviate.classes.query import MetadataQuery
     from weaviate.exceptions import (
         InsufficientPermissionsError,
         UnexpectedStatusCodeError,
@@ -69,7 +78,9 @@ MESSAGE_RECORDS: Final = 1000
 MESSAGE_BYTES: Final = 32 * 2**20
 UUIDS_AT_ONCE: Final = 1000
 
+
 _T = TypeVar("_T")
+_H = TypeVar("_H", Hit, TextHit)
 _Condition: TypeAlias = Any
 """A filter of the client's; True matches everything, False nothing."""
 
@@ -296,19 +307,13 @@ class WeaviateStore:
         max_distance: float | None = None,
     ) -> list[Hit]:
         """The nearest records, nearest first, ties by uuid. Finds what HNSW finds, nearly always the nearest."""
-        names = frozenset[str]() if where is None else needed(where)
-        index = self._seen.get(name)
-        hits = None
-        if index is not None and names <= index.declared:
-            try:
-                hits = await self._nearest(name, index, vector, limit, where)
-            except StoreUnavailable:
-                raise
-            except StoreError:
-                pass  # An alias may point elsewhere by now, or a collection be made anew.
-        if hits is None:
-            hits = await self._nearest(name, await self._look_up(name), vector, limit, where)
+        hits = await self._searched(name, where, lambda index: self._nearest(name, index, vector, limit, where))
         return hits if max_distance is None else [hit for hit in hits if hit.distance <= max_distance]
+
+    async def search_text(self, name: str, query: str, limit: int, *, where: Filter | None = None) -> list[TextHit]:
+        """The records that hold any word of the query, best first by BM25, ties by uuid."""
+        wanted = words(query)
+        return await self._searched(name, where, lambda index: self._worded(name, index, wanted, limit, where))
 
     async def scan(
         self,
@@ -433,7 +438,9 @@ class WeaviateStore:
                 Property(name="properties", data_type=DataType.TEXT, index_filterable=False, index_searchable=False),
                 *(_filterable(name, kind) for name, kind in OURS.items()),
             ],
-            inverted_index_config=Configure.inverted_index(index_null_state=True),
+            inverted_index_config=Configure.inverted_index(
+                bm25_k1=1.2, bm25_b=0.75, stopwords_preset=StopwordsPreset.NONE, index_null_state=True
+            ),
             replication_config=Configure.replication(factor=self._replication),
             multi_tenancy_config=Configure.multi_tenancy(enabled=False),
         )
@@ -499,30 +506,78 @@ class WeaviateStore:
             if not answer.matches:
                 return int(deleted)
 
+    async def _searched(
+        self, name: str, where: Filter | None, search: Callable[[_Index], Awaitable[list[_H]]]
+    ) -> list[_H]:
+        """Search by what is remembered of a name; when that fails, by what the server says of it."""
+        names = frozenset[str]() if where is None else needed(where)
+        index = self._seen.get(name)
+        if index is not None and names <= index.declared:
+            try:
+                return await search(index)
+            except StoreUnavailable:
+                raise
+            except StoreError:
+                pass  # An alias may point elsewhere by now, or a collection be made anew.
+        return await search(await self._look_up(name))
+
     async def _nearest(self, name: str, index: _Index, vector: Vector, limit: int, where: Filter | None) -> list[Hit]:
         collection = index.collection
         query = unit(collection.name, collection.dimension, [(None, vector)])[0]
         condition = True if where is None else _condition(where, index.declared)
         if limit < 1 or condition is False:
             return []
-        if limit > MOST_HITS:
-            raise StoreError(f"Weaviate returns at most {MOST_HITS} hits, and {limit} were asked for.")
         # By its own name and not by the collection's, so that the server resolves an alias.
         search = self._handle(name).query.near_vector
+
+        async def ask(asked: int) -> Any:
+            return await search(
+                query,
+                limit=asked,
+                filters=None if condition is True else condition,
+                return_properties=["text", "properties"],
+                return_metadata=MetadataQuery(distance=True),
+            )
+
+        return await self._first(ask, limit, _hit, lambda hit: hit.distance)
+
+    async def _worded(
+        self, name: str, index: _Index, wanted: Sequence[str], limit: int, where: Filter | None
+    ) -> list[TextHit]:
+        condition = True if where is None else _condition(where, index.declared)
+        if not wanted or limit < 1 or condition is False:
+            return []
+        search = self._handle(name).query.bm25
+
+        async def ask(asked: int) -> Any:
+            return await search(
+                " ".join(wanted),
+                query_properties=["text"],
+                operator=BM25Operator.or_(minimum_match=1),
+                limit=asked,
+                filters=None if condition is True else condition,
+                return_properties=["text", "properties"],
+                return_metadata=MetadataQuery(score=True),
+            )
+
+        return await self._first(ask, limit, _text_hit, lambda hit: -hit.score)
+
+    async def _first(
+        self,
+        ask: Callable[[int], Awaitable[Any]],
+        limit: int,
+        as_hit: Callable[[Any], _H],
+        rank: Callable[[_H], float],
+    ) -> list[_H]:
+        """The hits of the lowest ranks, ties by uuid."""
+        if limit > MOST_HITS:
+            raise StoreError(f"Weaviate returns at most {MOST_HITS} hits, and {limit} were asked for.")
         asked = min(limit + 1, MOST_HITS)
         while True:
-            answer = await self._query(
-                search(
-                    query,
-                    limit=asked,
-                    filters=None if condition is True else condition,
-                    return_properties=["text", "properties"],
-                    return_metadata=MetadataQuery(distance=True),
-                )
-            )
-            hits = sorted(map(_hit, answer.objects), key=lambda hit: (hit.distance, hit.uuid))
+            answer = await self._query(ask(asked))
+            hits = sorted(map(as_hit, answer.objects), key=lambda hit: (rank(hit), hit.uuid))
             # The server breaks ties as it likes, so all of a tie has to be here before it is cut.
-            cut = len(hits) == asked < MOST_HITS and hits[-1].distance == hits[limit - 1].distance
+            cut = len(hits) == asked < MOST_HITS and rank(hits[-1]) == rank(hits[limit - 1])
             if not cut:
                 return hits[:limit]
             asked = min(2 * asked, MOST_HITS)
@@ -582,6 +637,11 @@ def _hit(found: Any) -> Hit:
     kept = found.properties
     distance = min(max(found.metadata.distance, 0.0), 2.0)
     return Hit(str(found.uuid), distance, kept["text"], orjson.loads(kept["properties"]))
+
+
+def _text_hit(found: Any) -> TextHit:
+    kept = found.properties
+    return TextHit(str(found.uuid), found.metadata.score, kept["text"], orjson.loads(kept["properties"]))
 
 
 # --- filters -------------------------------------------------------------------------------

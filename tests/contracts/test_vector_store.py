@@ -9,6 +9,8 @@ from uuid import UUID
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sekha.errors import AliasMoved, CollectionConflict, CollectionMissing, StoreError, VectorRefused
 from sekha.vectors.base import AllOf, AnyOf, Collection, Compare, Filter, Not, Record, Scalar, VectorStore
@@ -37,6 +39,11 @@ def uuid(number: int) -> str:
 def record(number: int, vector: list[float] | None = None, text: str = "", **properties: Scalar) -> Record:
     numbers = np.array(vector or [1, number, 0, 0], dtype=np.float32)
     return Record(uuid(number), text or f"text {number}", numbers, properties)
+
+
+async def worded(store: VectorStore, query: str, limit: int = 100, where: Filter | None = None) -> list[int]:
+    """The numbers of the records that a search by words finds, in its order."""
+    return [UUID(hit.uuid).int >> 96 for hit in await store.search_text("Docs_4", query, limit, where=where)]
 
 
 async def scanned(store: VectorStore, name: str, **options: object) -> list[str]:
@@ -103,6 +110,8 @@ async def test_every_call_on_an_unknown_collection_says_so(store: VectorStore) -
         store.delete_where("Nothing", Compare("n", "eq", 1)),
         store.count("Nothing"),
         store.search("Nothing", vector, 1),
+        store.search_text("Nothing", "words", 1),
+        store.search_text("Nothing", "", 1),
         scanned(store, "Nothing"),
         store.point_alias("Current", "Nothing"),
     ):
@@ -131,11 +140,13 @@ async def test_an_alias_cannot_drop_a_collection(store: VectorStore) -> None:
 async def test_a_collection_made_anew_is_empty(store: VectorStore) -> None:
     await store.upsert("Docs_4", [record(1)])
     await store.search("Docs_4", np.ones(4, dtype=np.float32), 1)
+    await store.search_text("Docs_4", "text", 1)
     await store.drop_collection("Docs_4")
 
     await store.ensure_collection(DOCS)
 
     assert await store.search("Docs_4", np.ones(4, dtype=np.float32), 1) == []
+    assert await store.search_text("Docs_4", "text", 1) == []
     assert await store.count("Docs_4") == 0
 
 
@@ -388,6 +399,190 @@ async def test_records_from_before_a_property_was_known_do_not_have_it(store: Ve
 async def test_an_alias_that_not_every_store_takes_is_refused(store: VectorStore, name: str) -> None:
     with pytest.raises(StoreError, match="cannot name an alias"):
         await store.point_alias(name, "Docs_4")
+
+
+# --- search by words -----------------------------------------------------------------------
+
+
+async def test_any_word_of_the_query_may_match_and_rarer_ones_count_for_more(store: VectorStore) -> None:
+    await store.upsert(
+        "Docs_4",
+        [
+            record(1, text="how the ledger reserves money", source="a.md"),
+            record(2, text="how the gateway answers"),
+            record(3, text="how the spool is drained"),
+            record(4, text="of something else altogether"),
+        ],
+    )
+
+    hits = await store.search_text("Docs_4", "how is a ledger kept", 10)
+
+    assert {hit.uuid for hit in hits} == {uuid(1), uuid(2), uuid(3)}
+    assert {hit.uuid for hit in hits[:2]} == {uuid(1), uuid(3)}
+    assert hits[-1].score > 0
+    assert sorted((hit.score for hit in hits), reverse=True) == [hit.score for hit in hits]
+    (first,) = [hit for hit in hits if hit.uuid == uuid(1)]
+    assert (first.text, first.properties) == ("how the ledger reserves money", {"source": "a.md"})
+    assert "ledger" not in repr(first)
+
+
+async def test_a_word_counts_for_more_where_it_is_repeated_and_where_less_else_is_said(store: VectorStore) -> None:
+    await store.upsert(
+        "Docs_4",
+        [
+            record(1, text="alpha and nine other words that only make this one longer"),
+            record(2, text="alpha beta"),
+            record(3, text="alpha alpha"),
+            *(record(number, text="gamma delta") for number in range(4, 12)),
+        ],
+    )
+
+    assert await worded(store, "alpha") == [3, 2, 1]
+
+
+async def test_equal_scores_are_ordered_by_uuid_however_many_there_are(store: VectorStore) -> None:
+    await store.upsert("Docs_4", [record(number, text=f"alpha w{number}") for number in (45, *range(40, 0, -1))])
+    await store.upsert("Docs_4", [record(number, text="beta gamma") for number in range(50, 150)])
+
+    assert await worded(store, "alpha", 3) == [1, 2, 3]
+    assert await worded(store, "alpha") == [*range(1, 41), 45]
+
+
+async def test_no_more_are_found_than_asked_for(store: VectorStore) -> None:
+    await store.upsert("Docs_4", [record(number) for number in range(5)])
+
+    assert len(await worded(store, "text", 4)) == 4
+    assert await worded(store, "text", 0) == []
+
+
+@pytest.mark.parametrize("query", ["", "  ", "nowhere", "?!", '"', "'", "*", "-", "😀 …", "\x00", "\ud800"])
+async def test_what_holds_no_word_of_any_record_finds_nothing(store: VectorStore, query: str) -> None:
+    await store.upsert("Docs_4", [record(1, text="text 😀 … ?! \" * ' -")])
+
+    assert await worded(store, query) == []
+
+
+async def test_an_empty_collection_has_no_words(store: VectorStore) -> None:
+    assert await worded(store, "words") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("Der GROẞE Äpfel ÉTAGE", "äpfel"),
+        ("Der große Äpfel étage", "ÉTAGE"),
+        ("Москва", "МОСКВА"),
+        ("version 3.11 of it", "11"),
+        ("call `ensure_collection()`", "collection"),
+        ("tea-time", "time"),
+        ("naïve", "NAÏVE"),
+        ("हिन्दी भाषा", "हिन्दी"),
+        ("数据库 是", "数据库"),
+        ("x😀y", "Y"),
+    ],
+)
+async def test_words_are_found_whatever_their_case_and_script(store: VectorStore, text: str, query: str) -> None:
+    await store.upsert("Docs_4", [record(1, text=text), record(2, text="something else")])
+
+    assert await worded(store, query) == [1]
+
+
+@pytest.mark.parametrize("query", ["the", "to be or not to be"])
+async def test_words_that_are_everywhere_are_words_too(store: VectorStore, query: str) -> None:
+    await store.upsert("Docs_4", [record(1, text="the one to be, or not")])
+
+    assert await worded(store, query) == [1]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "alpha AND nothing",
+        "NOT alpha",
+        "alpha NEAR/2 beta",
+        "NEAR(alpha beta)",
+        "text:alpha",
+        "rank:alpha",
+        "-text:alpha",
+        "{text} : alpha",
+        "^alpha",
+        '"alpha',
+        '"alpha beta"gamma"',
+        "alpha'; DROP TABLE records_1; --",
+        "alph* alpha*",
+        "(((alpha",
+        "alpha\x00\x00beta",
+        "\ud800alpha\udfff",
+        "alpha + \\ ,;%_?",
+        "alpha " * 5000,
+        "alpha " + " ".join(f"w{number}" for number in range(5000)),
+        "alpha " + "x" * 100_000,
+    ],
+)
+async def test_nothing_in_a_query_is_an_operator(store: VectorStore, query: str) -> None:
+    await store.upsert("Docs_4", [record(1, text="alpha omega"), record(2, text="quite something")])
+
+    assert await worded(store, query) == [1]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.text() | st.sampled_from(["NEAR(", '"', "*", " OR ", " AND ", "alpha", "^", "text:"])))
+async def test_any_text_can_be_asked_for(store: VectorStore, parts: list[str]) -> None:
+    await store.upsert("Docs_4", [record(1, text="alpha NEAR beta")])
+
+    assert await worded(store, "".join(parts)) in ([], [1])
+
+
+async def test_a_filter_leaves_the_best_of_what_it_matches(store: VectorStore) -> None:
+    await store.upsert(
+        "Docs_4", [record(number, text="alpha " + "x " * number, source=f"s{number % 3}") for number in range(30)]
+    )
+
+    assert await worded(store, "alpha", 3, Compare("source", "eq", "s2")) == [2, 5, 8]
+    assert await worded(store, "alpha", 3, Not(Compare("source", "in", ("s2", "s0")))) == [1, 4, 7]
+    assert await worded(store, "alpha", 3, Compare("nowhere", "eq", "s2")) == []
+    assert len(await worded(store, "alpha", 100, Compare("nowhere", "eq", None))) == 30
+    with pytest.raises(StoreError, match="'source'"):
+        await worded(store, "alpha", 3, Compare("source", "in", "s2"))
+
+
+async def test_words_follow_what_is_written_changed_and_deleted(store: VectorStore) -> None:
+    await store.upsert("Docs_4", [record(1, text="alpha"), record(2, text="alpha beta"), record(3, text="alpha")])
+    assert await worded(store, "alpha") == [1, 3, 2]
+
+    await store.upsert("Docs_4", [record(4, text="alpha"), record(1, text="gamma")])
+    await store.upsert("Docs_4", [record(2, [0, 0, 0, 1], text="delta alpha", source="a.md")])
+    await store.delete("Docs_4", [uuid(3)])
+
+    assert await worded(store, "alpha") == [4, 2]
+    assert await worded(store, "gamma") == [1]
+    assert await worded(store, "beta") == []
+    (hit,) = await store.search_text("Docs_4", "delta", 1)
+    assert (hit.text, hit.properties) == ("delta alpha", {"source": "a.md"})
+
+
+async def test_words_that_come_back_are_found_again(store: VectorStore) -> None:
+    for text in ("alpha", "beta", "gamma", "alpha"):
+        await store.upsert("Docs_4", [record(1, text=text), record(2, text="omega")])
+        assert await worded(store, text) == [1]
+    await store.delete("Docs_4", [uuid(1)])
+    assert await worded(store, "alpha") == []
+
+    await store.upsert("Docs_4", [record(1, text="alpha")])
+
+    assert await worded(store, "alpha") == [1]
+
+
+async def test_words_are_searched_through_an_alias_that_moves(store: VectorStore) -> None:
+    await store.ensure_collection(Collection("Docs_2", 2))
+    await store.upsert("Docs_2", [Record(uuid(7), "alpha in two", np.ones(2, dtype=np.float32))])
+    await store.upsert("Docs_4", [record(1, text="alpha in four")])
+    await store.point_alias("Current", "Docs_4")
+    assert [hit.uuid for hit in await store.search_text("Current", "alpha", 5)] == [uuid(1)]
+
+    await store.point_alias("Current", "Docs_2")
+
+    assert [hit.uuid for hit in await store.search_text("Current", "alpha", 5)] == [uuid(7)]
 
 
 # --- scan ----------------------------------------------------------------------------------
