@@ -141,7 +141,17 @@ class StoreSection(Section):
     url: str | None = Field(None, pattern=r"^https?://", description="Weaviate: its HTTP address.")
     grpc_port: int = Field(50051, ge=1, le=65_535, description="Weaviate: its gRPC port.")
     api_key: SecretStr | None = Field(None, description="Weaviate: `${NAME}` or `${block:NAME}`.")
-    replication: int = Field(1, ge=1, description="Weaviate: copies of each object.")
+    replication: int = Field(1, ge=1, description="Weaviate: copies of each object, for collections made from now on.")
+    consistency: Literal["one", "quorum", "all"] = Field(
+        "quorum", description="Weaviate: how many copies have to answer a read or a write."
+    )
+    quantizer: Literal["none", "rq-8"] = Field(
+        "none",
+        description="Weaviate: how vectors lie in memory, for collections made from now on. "
+        "`rq-8` takes a quarter, and ranks the nearest anew by the whole vectors.",
+    )
+    query_timeout_secs: float = Field(15, gt=0, description="Weaviate: seconds for a search or a look, tries included.")
+    insert_timeout_secs: float = Field(60, gt=0, description="Weaviate: seconds for one message of writes or deletes.")
 
 
 class LedgerSection(Section):

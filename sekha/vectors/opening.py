@@ -19,6 +19,13 @@ async def open_store(loaded: Loaded) -> VectorStore:
 
         key = store.api_key.get_secret_value() if store.api_key else None
         return await WeaviateStore.open(
-            store.url, grpc_port=store.grpc_port, api_key=key, replication=store.replication
+            store.url,
+            grpc_port=store.grpc_port,
+            api_key=key,
+            replication=store.replication,
+            consistency=store.consistency,
+            quantizer=store.quantizer,
+            query_seconds=store.query_timeout_secs,
+            insert_seconds=store.insert_timeout_secs,
         )
     return await asyncio.to_thread(EmbeddedStore.open, loaded.path(store.path))

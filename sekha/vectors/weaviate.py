@@ -14,7 +14,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias, TypeVar, assert_never
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar, assert_never
 from urllib.parse import urlsplit
 
 import httpx
@@ -77,7 +77,12 @@ MOST_HITS: Final = 10_000
 MESSAGE_RECORDS: Final = 1000
 MESSAGE_BYTES: Final = 32 * 2**20
 UUIDS_AT_ONCE: Final = 1000
+RESCORED: Final = 20
+"""Of the hits among quantized vectors, how many at the least are ranked anew by the whole ones."""
 
+
+Consistency: TypeAlias = Literal["one", "quorum", "all"]
+Quantizer: TypeAlias = Literal["none", "rq-8"]
 
 _T = TypeVar("_T")
 _H = TypeVar("_H", Hit, TextHit)
@@ -109,6 +114,8 @@ class WeaviateStore:
         url: str,
         *,
         replication: int,
+        consistency: Consistency,
+        quantizer: Quantizer,
         message_bytes: int,
         query_seconds: float,
         insert_seconds: float,
@@ -116,6 +123,8 @@ class WeaviateStore:
         self._client = client
         self._url = url
         self._replication = replication
+        self._consistency = ConsistencyLevel[consistency.upper()]
+        self._quantizer = quantizer
         self._message_bytes = message_bytes
         self._query_seconds = query_seconds
         self._insert_seconds = insert_seconds
@@ -131,6 +140,8 @@ class WeaviateStore:
         grpc_port: int = 50051,
         api_key: str | None = None,
         replication: int = 1,
+        consistency: Consistency = "quorum",
+        quantizer: Quantizer = "none",
         open_seconds: float = 30.0,
         query_seconds: float = 15.0,
         insert_seconds: float = 60.0,
@@ -178,6 +189,8 @@ class WeaviateStore:
             client,
             shown,
             replication=replication,
+            consistency=consistency,
+            quantizer=quantizer,
             message_bytes=min(MESSAGE_BYTES, int(meta.get("grpcMaxMessageSize", MESSAGE_BYTES)) // 2),
             query_seconds=query_seconds,
             insert_seconds=insert_seconds,
@@ -396,7 +409,7 @@ class WeaviateStore:
         """What the client reaches a class through; takes no request."""
         if name not in self._handles:
             collection = self._client.collections.use(name)
-            self._handles[name] = collection.with_consistency_level(ConsistencyLevel.QUORUM)
+            self._handles[name] = collection.with_consistency_level(self._consistency)
         return self._handles[name]
 
     async def _look_up(self, name: str) -> _Index:
@@ -431,7 +444,7 @@ class WeaviateStore:
             ).decode(),
             vector_config=Configure.Vectors.self_provided(
                 vector_index_config=Configure.VectorIndex.hnsw(distance_metric=VectorDistances.COSINE),
-                quantizer=Configure.VectorIndex.Quantizer.none(),
+                quantizer=_quantizer(self._quantizer),
             ),
             properties=[
                 Property(name="text", data_type=DataType.TEXT, tokenization=Tokenization.WORD, index_filterable=False),
@@ -441,7 +454,8 @@ class WeaviateStore:
             inverted_index_config=Configure.inverted_index(
                 bm25_k1=1.2, bm25_b=0.75, stopwords_preset=StopwordsPreset.NONE, index_null_state=True
             ),
-            replication_config=Configure.replication(factor=self._replication),
+            # A copy that was away is brought up to date behind the scenes, not only where a read notices.
+            replication_config=Configure.replication(factor=self._replication, async_enabled=self._replication > 1),
             multi_tenancy_config=Configure.multi_tenancy(enabled=False),
         )
         try:
@@ -613,6 +627,16 @@ def _described(name: str, description: str | None) -> Collection | None:
         return Collection(name, int(said["dimension"]), str(said["fingerprint"]))
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _quantizer(quantizer: Quantizer) -> Any:
+    match quantizer:
+        case "none":
+            return Configure.VectorIndex.Quantizer.none()
+        case "rq-8":
+            return Configure.VectorIndex.Quantizer.rq(bits=8, rescore_limit=RESCORED)
+        case _:
+            assert_never(quantizer)
 
 
 def _filterable(name: str, kind: Kind) -> Any:

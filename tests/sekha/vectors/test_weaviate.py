@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sekha.vectors.base import AllOf, AnyOf, Collection, Compare, Filter, Not, R
 from sekha.vectors.opening import open_store
 from sekha.vectors.weaviate import WeaviateStore
 from tests.fixtures.missing import missing
-from tests.fixtures.weaviate import Server, WeaviateServer, empty_store
+from tests.fixtures.weaviate import Server, WeaviateServer, asked, empty_store
 
 DOCS = Collection("Docs_4", 4, "hash:4")
 QUERY = np.array([1, 0, 0, 0], dtype=np.float32)
@@ -57,17 +58,22 @@ def record(number: int, text: str = "text", **properties: Scalar) -> Record:
 
 @asynccontextmanager
 async def answering(meta: dict[str, str]) -> AsyncIterator[tuple[str, int]]:
-    """A server that says what it is, and its gRPC port, that takes connections and nothing else."""
+    """A server that says what it is and no more, and its gRPC port, that takes connections and nothing else."""
 
     async def said(_: web.Request) -> web.Response:
         return web.json_response(meta)
+
+    async def never(_: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
     app = web.Application()
     app.router.add_get("/v1/meta", said)
-    runner = web.AppRunner(app)
+    app.router.add_get("/v1/schema/{name}", never)
+    runner = web.AppRunner(app, shutdown_timeout=0, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as grpc:
@@ -95,6 +101,12 @@ def bare_client(server: Server) -> Any:
     )
 
 
+def made(server: Server, name: str = "Docs_4") -> dict[str, Any]:
+    """The class of a collection as the server has it, with the defaults that the client leaves out."""
+    described: dict[str, Any] = json.loads(asked(server, f"/schema/{name}") or b"")
+    return described
+
+
 async def numbers(store: WeaviateStore, where: Filter) -> set[int]:
     """The records that match, as a search and a count agree on."""
     found = {int(hit.uuid[:8], 16) for hit in await store.search("Docs_4", QUERY, 100, where=where)}
@@ -117,6 +129,39 @@ async def test_a_configuration_opens_it(weaviate_server: Server, tmp_path: Path)
     assert isinstance(store, WeaviateStore)
     assert 0 <= await store.health() < 5
     await store.aclose()
+
+
+@pytest.mark.parametrize(("quantizer", "quantized"), [("none", set()), ("rq-8", {"rq"})])
+async def test_a_configuration_says_how_collections_are_made(
+    weaviate_server: Server, tmp_path: Path, quantizer: str, quantized: set[str]
+) -> None:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(
+        f"store: {{kind: weaviate, url: '{weaviate_server.url}', grpc_port: {weaviate_server.grpc_port}, "
+        f"api_key: '${{KEY}}', quantizer: {quantizer}, consistency: all}}\n"
+    )
+    async with empty_store(weaviate_server):
+        store = await open_store(load(file, environ={"KEY": weaviate_server.api_key or "none"}))
+
+        await store.ensure_collection(DOCS)
+
+        assert await store.upsert("Docs_4", [record(number) for number in range(30)]) == {}
+        assert await store.count("Docs_4") == 30
+        await store.aclose()
+        index = made(weaviate_server)["vectorConfig"]["default"]["vectorIndexConfig"]
+        assert {name for name in ("bq", "pq", "rq", "sq") if index[name]["enabled"]} == quantized
+
+
+async def test_a_configuration_says_how_long_to_wait(tmp_path: Path) -> None:
+    async with answering({"version": "1.36.0"}) as (url, grpc_port):
+        file = tmp_path / "sekha.yaml"
+        file.write_text(f"store: {{kind: weaviate, url: '{url}', grpc_port: {grpc_port}, query_timeout_secs: 0.2}}\n")
+        store = await open_store(load(file))
+
+        with pytest.raises(StoreUnavailable, match=r"no answer within 0\.2 s"):
+            await store.describe("Docs_4")
+
+        await store.aclose()
 
 
 @pytest.mark.parametrize("key", [None, "open sesame"])
@@ -205,14 +250,14 @@ async def test_a_class_that_is_not_ours_is_left_alone(store: WeaviateStore, weav
 
 
 async def test_everything_that_servers_differ_in_is_said(store: WeaviateStore, weaviate_server: Server) -> None:
-    async with bare_client(weaviate_server) as client:
-        config = (await client.collections.use("Docs_4").config.get()).to_dict()
+    config = made(weaviate_server)
 
     vector = config["vectorConfig"]["default"]
     assert vector["vectorIndexType"] == "hnsw"
-    assert vector["vectorIndexConfig"]["distanceMetric"] == "cosine"
-    assert "quantizer" not in vector["vectorIndexConfig"]
+    assert vector["vectorIndexConfig"]["distance"] == "cosine"
+    assert not any(vector["vectorIndexConfig"][quantizer]["enabled"] for quantizer in ("bq", "pq", "rq", "sq"))
     assert vector["vectorizer"] == {"none": {}}
+    assert config["replicationConfig"]["factor"] == 1
     properties = {each["name"]: each for each in config["properties"]}
     assert properties["source"]["tokenization"] == "field"
     assert properties["source"]["indexFilterable"] is True
