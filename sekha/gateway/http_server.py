@@ -35,7 +35,6 @@ WRITE_SECONDS = 60.0
 """Within these a caller takes in some of what waits for him, or is cut: for him a provider works and money is held."""
 _UNREAD_BYTES = 256 * 1024
 """Of a body that nobody has asked for yet; whoever sends more has to wait."""
-_JOINED_BYTES = 64 * 1024
 _FIELD = b": ".join
 _CR, _LF = b"\r\n"
 _SWEEP_SECONDS = 1.0
@@ -212,11 +211,8 @@ class HttpExchange(Exchange):
             body = b""
         if connection.writing_paused:
             await connection.drain()
-        if len(body) <= _JOINED_BYTES:
-            connection.write(head + body)
-        else:
-            connection.write(head)
-            connection.write(body)
+        connection.write(head)
+        connection.write(body)
         self._end()
 
     async def begin(self, headers: Headers) -> None:

@@ -38,7 +38,6 @@ _SWEEP_SECONDS = 0.1
 # A kept connection that the other side had closed is noticed within a round trip. What is lost later than
 # this may have been worked on, and paid for, so it is not sent again.
 _STALE_SECONDS = 1.0
-_JOINED_BYTES = 64 * 1024
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -361,11 +360,8 @@ class _Connection(asyncio.Protocol):
         self.used = True
         self.idle_since = inf
         write = self._pool.turn.write
-        if len(body) <= _JOINED_BYTES:
-            write(self._transport, b"%b%d\r\n\r\n%b" % (head, len(body), body))
-        else:
-            write(self._transport, b"%b%d\r\n\r\n" % (head, len(body)))
-            write(self._transport, body)
+        write(self._transport, b"%b%d\r\n\r\n" % (head, len(body)))
+        write(self._transport, body)
 
     def abort(self) -> None:
         self._end(ConnectionAbortedError("closed by us"))
