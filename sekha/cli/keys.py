@@ -6,7 +6,6 @@ import click
 
 from sekha.cli.invocation import Invocation, json_option
 from sekha.cli.terminal import note, say, write_json
-from sekha.keys import hash_of, new_key
 
 __all__ = ["keys"]
 
@@ -31,6 +30,8 @@ def create(invocation: Invocation, name: str) -> None:
       sekha keys create research
       sekha keys create nightly-jobs --json
     """
+    from sekha.keys import hash_of, new_key
+
     key = new_key()
     if invocation.as_json:
         return write_json({"name": name, "key": key, "hash": hash_of(key)})

@@ -28,6 +28,14 @@ async def test_two_keys_have_nothing_in_common(sekha: Command) -> None:
     assert first.json["hash"] != second.json["hash"]
 
 
+async def test_no_other_command_waits_for_what_makes_keys(sekha: Command) -> None:
+    looked = await sekha("--help", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+
+    imported = [line.rpartition("|")[2].strip() for line in looked.err.splitlines()]
+    assert "sekha.cli.keys" in imported
+    assert "sekha.keys" not in imported
+
+
 async def test_the_printed_line_lets_its_key_in_and_nobody_else(sekha: Command, serving: Serves) -> None:
     made = await sekha("keys", "create", "research")
     lines = made.err.splitlines()
