@@ -9,18 +9,18 @@ from sekha.embedding import EmbedSteps
 from sekha.search import Found, SearchRequest, SearchSteps
 from sekha.search import search as search_in_order
 from tasks.calls import embed_texts
-from tasks.keeping import prepare_query, search_space
 from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
 from tasks.receipts import with_receipt
 from tasks.resources import opened
 from tasks.results import RESULT
+from tasks.searching import find_spaces, merge_found, search_space
 from tasks.whole import given_whole
 
 __all__ = ["STEPS", "search"]
 
 STEPS = given_whole(
     SearchSteps(
-        prepare=prepare_query,
+        find_spaces=find_spaces,
         embedding=EmbedSteps(
             estimate=estimate_cost,
             select=select_provider,
@@ -29,6 +29,7 @@ STEPS = given_whole(
             settle=settle_cost,
         ),
         look_up=search_space,
+        merge=merge_found,
     )
 )
 
@@ -41,6 +42,6 @@ def run_name() -> str:
 
 @flow(name="search", flow_run_name=run_name, persist_result=True, result_serializer=RESULT)
 async def search(request: SearchRequest, config: str | None = None) -> Found:
-    """Embed a question as its collection was embedded, and look up what is nearest."""
+    """Ask every space of a collection, each under its own model, and merge what they found."""
     async with opened(config):
         return await with_receipt(search_in_order(request, STEPS))

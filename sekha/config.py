@@ -78,6 +78,16 @@ class ModelSection(Section):
     dimension: int | None = Field(
         None, ge=1, le=65_536, description="Numbers in a vector. Required for embedding models."
     )
+    revision: str | None = Field(
+        None, min_length=1, description="Of an embedding model, where the same name has come to give other vectors."
+    )
+    same_as: str | None = Field(
+        None,
+        pattern=r"^[^/\s:]+/[^\s:]+(:[^\s:]+)?$",
+        description="`family/model` whose vectors these are, when a gateway gives an embedding model another name.",
+    )
+    query_prefix: str = Field("", description="What the model wants before a question: `search_query: `.")
+    document_prefix: str = Field("", description="What it wants before a text to be found: `search_document: `.")
     supports_vision: bool = Field(False, description="Whether the model takes images.")
     supports_audio: bool = Field(False, description="Whether the model takes audio.")
     supports_function_calling: bool = Field(False, description="Whether the model calls tools.")

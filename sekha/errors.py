@@ -3,7 +3,7 @@
     SekhaError
     ├── ConfigError                 edit sekha.yaml (or the block that holds it)
     │   ├── ConfigMissing           no file where one was named
-    │   └── SpaceMismatch           one index asked to hold two models' vectors
+    │   └── SpaceMismatch           a collection is embedded by models that are no longer listed
     ├── RequestRefused              change the request
     │   ├── InvalidRequest          a field is missing, malformed or contradictory
     │   ├── UnknownModel            no model, provider or task of that name
@@ -35,6 +35,10 @@
     │   ├── CollectionConflict      it exists with another dimension or metric
     │   ├── VectorRefused           wrong length, NaN, infinite or zero
     │   ├── AliasMoved              an alias no longer points where the caller expected
+    │   ├── StoreNotEmpty           a restore would replace what is there
+    │   ├── StoreInUse              a restore needs the file for itself
+    │   ├── BackupMissing           no backup of that name
+    │   ├── BackupBroken            what is read back is not what was written
     │   └── StoreUnavailable        busy, unreachable or full
     ├── LedgerError                 look at the ledger
     │   └── LedgerUnavailable       busy or unreachable
@@ -186,7 +190,7 @@ class ConfigMissing(ConfigError):
 
 
 class SpaceMismatch(ConfigError):
-    """A collection's index holds another model's vectors, and two models never share one."""
+    """A collection holds the vectors of models that the file no longer lists, so no question can be put to it."""
 
     code = "space_mismatch"
 
@@ -196,9 +200,9 @@ class SpaceMismatch(ConfigError):
             [
                 Problem(
                     "",
-                    f"it holds vectors of {stored!r} and the configuration now says {wanted!r}. Two "
-                    f"models' vectors cannot be compared: go back to {stored!r} under `collections:`, "
-                    "or give the new model a collection of its own name.",
+                    f"it holds vectors of {stored!r}, which no model under `providers:` makes; the configuration "
+                    f"says {wanted!r} now, and two models' vectors cannot be compared. List the model again (with "
+                    "`same_as:` if it has another name by now), or ingest the documents once more.",
                 )
             ],
         )

@@ -84,13 +84,16 @@ def _embedding_models(ask: Ask, registry: Registry) -> tuple[Model, ...]:
         found = registry.default_for("embedding")[:1]
         if not found:
             return ()
-        return tuple(model for model in registry.models if _same_space(model, found[0]))
+        return _comparable(found[0], registry.models)
     found = tuple(model for model in registry.named(ask.model) if model.dimension is not None)
-    return tuple(model for model in found if _same_space(model, found[0]))
+    # Whoever names a provider means that one alone.
+    anywhere = any(model.id == ask.model for model in found)
+    return _comparable(found[0], registry.models if anywhere else found) if found else ()
 
 
-def _same_space(model: Model, other: Model) -> bool:
-    return (model.id, model.dimension) == (other.id, other.dimension)
+def _comparable(first: Model, models: Sequence[Model]) -> tuple[Model, ...]:
+    """The models that make the same vectors as the first, under whatever name."""
+    return tuple(model for model in models if model.dimension and model.fingerprint == first.fingerprint)
 
 
 def incapable(ask: Ask, model: Model) -> str | None:

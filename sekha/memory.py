@@ -15,7 +15,6 @@ from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import (
     BadReply,
     BudgetExceeded,
-    CollectionConflict,
     ContextExceeded,
     CostRefused,
     InvalidRequest,
@@ -25,6 +24,7 @@ from sekha.errors import (
     StoreError,
     VectorRefused,
 )
+from sekha.indexes import Indexes
 from sekha.memo import TEXT_BYTES, Memo, cut, exchange, streamed_in, vectors_in
 from sekha.registry import Registry, Space
 from sekha.vectors.base import Collection, Record, Vector, VectorStore
@@ -84,7 +84,7 @@ class _Page:
         text, _ = cut(self.text, len(self.text.encode()) // 2)
         return replace(self, text=text, was_cut=True)
 
-    def record(self, space: Space, vector: Vector) -> Record:
+    def record(self, index: Collection, vector: Vector) -> Record:
         memo = self.memo
         return Record(
             uuid=self.uuid,
@@ -99,7 +99,7 @@ class _Page:
                 "run_id": memo.id,
                 "tags": ", ".join(memo.tags),
                 "cut": self.was_cut,
-                "embedding_fingerprint": space.fingerprint,
+                "embedding_fingerprint": index.fingerprint,
             },
         )
 
@@ -128,12 +128,19 @@ class Memory:
     """Keeps memos in a collection. Keeping one twice changes nothing, and pays for no vector twice."""
 
     def __init__(
-        self, registry: Registry, collection: str, *, store: Callable[[], Awaitable[VectorStore]], embed: Embed
+        self,
+        registry: Registry,
+        collection: str,
+        *,
+        store: Callable[[], Awaitable[VectorStore]],
+        indexes: Indexes,
+        embed: Embed,
     ) -> None:
         """Raises `UnknownModel` when there is no model to embed under."""
         self._registry = registry
         self._space = registry.space(collection)
         self._store = store
+        self._indexes = indexes
         self._embed = embed
         self._left_out: set[str] = set()
 
@@ -156,8 +163,8 @@ class Memory:
         try:
             # The store comes first: when it is down, nobody pays for vectors that it cannot take.
             store = await self._store()
-            await store.ensure_collection(_index(self._space))
-            there = await store.get(self._space.name, [page.uuid for page in pages])
+            index = await self._indexes.for_writing(self._space)
+            there = await store.get(index.name, [page.uuid for page in pages])
         except SekhaError as error:
             result.waiting += [page.memo for page in pages]
             result.why = error
@@ -165,19 +172,23 @@ class Memory:
         result.kept += len(there)
         missing = [page for page in pages if page.uuid not in there]
         failures, patience = 0, 3 if one_by_one else 1
+
+        async def embed_and_store(some: Sequence[_Page], result: Kept) -> None:
+            await self._embed_and_store(index, some, result)
+
         for batch in _by_payer(missing, 1 if one_by_one else TEXTS_AT_ONCE):
             waited = len(result.waiting)
             if failures < patience:
-                await self._keep_batch(batch, self._embed_and_store, result)
+                await self._keep_batch(batch, embed_and_store, result)
                 failures += len(result.waiting) > waited
             else:
                 result.waiting += [page.memo for page in batch]
 
-    async def _embed_and_store(self, pages: Sequence[_Page], result: Kept) -> None:
-        first = pages[0].memo
+    async def _embed_and_store(self, index: Collection, pages: Sequence[_Page], result: Kept) -> None:
+        first, prefix = pages[0].memo, self._space.model.document_prefix
         embedded = await self._embed(
             EmbedRequest(
-                texts=tuple(page.text for page in pages),
+                texts=tuple(prefix + page.text for page in pages),
                 model=self._space.asked_as,
                 bulk=True,
                 tags=frozenset(first.tags),
@@ -185,8 +196,8 @@ class Memory:
             )
         )
         found = zip(pages, embedded.vectors, strict=True)
-        parts = [_Vectors(page.memo, (page.record(self._space, vector),)) for page, vector in found]
-        await self._upsert(self._space, parts, result)
+        parts = [_Vectors(page.memo, (page.record(index, vector),)) for page, vector in found]
+        await self._upsert(index, parts, result)
 
     async def _page(self, memo: Memo, result: Kept) -> _Page | None:
         try:
@@ -203,8 +214,7 @@ class Memory:
     # --- vectors, which their caller has paid for ---
 
     async def _keep_vectors(self, memos: Sequence[Memo], result: Kept) -> None:
-        # Not by the name of its index, which says nothing of the model.
-        found: dict[str, tuple[Space, list[_Vectors]]] = {}
+        found: dict[str, tuple[Space, list[tuple[Memo, Vector]]]] = {}
         for memo in memos:
             try:
                 vectors = await asyncio.to_thread(vectors_in, memo)
@@ -215,29 +225,23 @@ class Memory:
             if space is None:
                 result.left_out += 1
                 continue
-            found.setdefault(space.fingerprint, (space, []))[1].append(self._records(memo, space, vectors))
+            found.setdefault(space.fingerprint, (space, []))[1].append((memo, vectors))
         for space, parts in found.values():
             await self._keep_in(space, parts, result)
 
-    async def _keep_in(self, space: Space, parts: Sequence[_Vectors], result: Kept) -> None:
-        async def upsert(some: Sequence[_Vectors], result: Kept) -> None:
-            await self._upsert(space, some, result)
-
+    async def _keep_in(self, space: Space, found: Sequence[tuple[Memo, Vector]], result: Kept) -> None:
         try:
-            await (await self._store()).ensure_collection(_index(space))
-        except CollectionConflict as error:
-            if space.fingerprint != self._space.fingerprint:
-                self._leave_out(space.model.name, str(error))
-                result.left_out += len(parts)
-                return
-            result.waiting += [part.memo for part in parts]
-            result.why = error
+            index = await self._indexes.for_writing(space)
         except SekhaError as error:
-            result.waiting += [part.memo for part in parts]
+            result.waiting += [memo for memo, _ in found]
             result.why = error
-        else:
-            for batch in _batches(parts):
-                await self._keep_batch(batch, upsert, result)
+            return
+
+        async def upsert(some: Sequence[_Vectors], result: Kept) -> None:
+            await self._upsert(index, some, result)
+
+        for batch in _batches([self._records(memo, index, vectors) for memo, vectors in found]):
+            await self._keep_batch(batch, upsert, result)
 
     def _space_of(self, memo: Memo, dimension: int) -> Space | None:
         """Where vectors of this model and length lie; None when that is nowhere."""
@@ -245,23 +249,21 @@ class Memory:
         model = next((model for model in self._registry if model.name == name), None)
         if model is None or model.dimension != dimension:
             self._leave_out(name, f"vectors of {dimension} numbers are not what the file declares of it.")
-        elif dimension != self._space.dimension:
-            return Space(self._space.collection, model)
-        elif model.id == self._space.model.id:
-            return self._space
+        elif model.document_prefix:
+            self._leave_out(name, "the file wants a `document_prefix` before its texts, and callers embed without it.")
         else:
-            self._leave_out(name, f"{self._space.name!r} holds vectors of {self._space.fingerprint!r}.")
+            return Space(self._space.collection, model)
         return None
 
     def _leave_out(self, model: str, why: str) -> None:
         if model not in self._left_out:
             self._left_out.add(model)
-            log.warning("Vectors of %s are not remembered: %s Two models' vectors never share an index.", model, why)
+            log.warning("Vectors of %s are not remembered: %s", model, why)
 
-    def _records(self, memo: Memo, space: Space, vectors: Vector) -> _Vectors:
+    def _records(self, memo: Memo, index: Collection, vectors: Vector) -> _Vectors:
         texts = [cut(text, TEXT_BYTES) for text in memo.texts]
         pages = [_Page(memo, self._uuid(f"{memo.id}/{at}"), *each) for at, each in enumerate(texts)]
-        return _Vectors(memo, tuple(page.record(space, vector) for page, vector in zip(pages, vectors, strict=True)))
+        return _Vectors(memo, tuple(page.record(index, vector) for page, vector in zip(pages, vectors, strict=True)))
 
     # --- both ---
 
@@ -301,19 +303,20 @@ class Memory:
         else:
             result.failed.append(Failed(part.memo, error.code))
 
-    async def _upsert(self, space: Space, parts: Sequence[_Vectors], result: Kept) -> None:
+    async def _upsert(self, index: Collection, parts: Sequence[_Vectors], result: Kept) -> None:
         store = await self._store()
         records = [record for part in parts for record in part.records]
         refused: dict[str, str] = {}
         for at in range(0, len(records), RECORDS_AT_ONCE):
-            refused |= await store.upsert(space.name, records[at : at + RECORDS_AT_ONCE])
+            refused |= await store.upsert(index.name, records[at : at + RECORDS_AT_ONCE])
+        self._indexes.written(index)
         for part in parts:
             why = next((refused[record.uuid] for record in part.records if record.uuid in refused), None)
             if why is None:
                 result.kept += 1
             else:
                 result.waiting.append(part.memo)
-                result.why = StoreError(f"Collection {space.name!r} does not take it: {why}")
+                result.why = StoreError(f"Collection {index.name!r} does not take it: {why}")
 
     def _uuid(self, name: str) -> str:
         """The same for the same run, so that what is delivered again replaces."""
@@ -336,10 +339,6 @@ def _is_about_one(error: SekhaError) -> bool:
     if isinstance(error, NoCandidate):
         return not error.retryable
     return isinstance(error, ProviderRejected | VectorRefused | InvalidRequest)
-
-
-def _index(space: Space) -> Collection:
-    return Collection(space.name, space.dimension, space.fingerprint)
 
 
 def _batches(parts: Sequence[_Vectors]) -> Iterator[list[_Vectors]]:

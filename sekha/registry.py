@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -64,6 +65,12 @@ class Model:
     context_window: int | None = None
     max_output_tokens: int | None = None
     dimension: int | None = None
+    makes: str = ""
+    """What its vectors are, wherever they are made: `openai/text-embedding-3-small`. Empty where it makes none."""
+    query_prefix: str = ""
+    """What stands before a question that it embeds."""
+    document_prefix: str = ""
+    """What stands before a text that it embeds to be found."""
     vision: bool = False
     audio: bool = False
     function_calling: bool = False
@@ -75,6 +82,17 @@ class Model:
     def name(self) -> str:
         """The name that no other model has: `openai/gpt-5-mini`."""
         return f"{self.provider_id}/{self.id}"
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be equal for two vectors to be comparable: `openai/text-embedding-3-small:1536:unit`.
+
+        Provider family, model and revision; dimension; `unit`, since every store keeps vectors at unit length;
+        and a hash of the prefix under which texts are embedded, where there is one.
+        """
+        prefix = self.document_prefix
+        marked = f":{hashlib.sha256(prefix.encode()).hexdigest()[:8]}" if prefix else ""
+        return f"{self.makes or self.id}:{self.dimension}:unit{marked}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +132,9 @@ class Space:
         return self.model.dimension
 
     @property
-    def name(self) -> str:
-        """The store's name for it: `Documents_768`."""
-        return f"{self.collection[:1].upper()}{self.collection[1:]}_{self.dimension}"
-
-    @property
     def fingerprint(self) -> str:
         """What must be equal for two vectors to be comparable."""
-        return f"{self.model.id}:{self.dimension}"
+        return self.model.fingerprint
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,10 @@ class Registry:
                 return Space(collection, model, shared=name != model.name)
         raise UnknownModel(name or "embedding", [model.id for model in self.for_task("embedding")])
 
+    def embedder(self, fingerprint: str) -> Model | None:
+        """The model that goes first of those that make such vectors; None when the file lists none."""
+        return next((model for model in self.for_task("embedding") if model.fingerprint == fingerprint), None)
+
     def default_for(self, role: str) -> tuple[Model, ...]:
         """The model that goes first for a role of `default_models`, else all of its task."""
         if name := self.default_models.get(role):
@@ -255,6 +272,9 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         max_output_tokens=_first(entry.max_output_tokens for entry in same)
         or (known.max_output_tokens if known else None),
         dimension=_first(entry.dimension for entry in same),
+        makes=_vectors_of(same, section) if "embedding" in tasks else "",
+        query_prefix=next((entry.query_prefix for entry in same if entry.query_prefix), ""),
+        document_prefix=next((entry.document_prefix for entry in same if entry.document_prefix), ""),
         vision="vision" in tasks or any(entry.supports_vision for entry in same),
         audio="audio" in tasks or any(entry.supports_audio for entry in same),
         function_calling=any(entry.supports_function_calling for entry in same),
@@ -266,6 +286,20 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
             unknown_is_free=unknown_is_free,
         ),
     )
+
+
+def _vectors_of(same: Sequence[ModelSection], section: ProviderSection) -> str:
+    """Family, model and revision: one name for one model's vectors, however a gateway calls the model."""
+    if declared := next((entry.same_as for entry in same if entry.same_as), None):
+        return declared
+    name = same[0].model_id.removesuffix(":latest")
+    if section.provider_type in ("openrouter", "litellm"):
+        # They name a model by who makes it: `openai/text-embedding-3-small`, `openrouter/openai/…`.
+        name = name.removeprefix("openrouter/")
+    else:
+        name = f"{section.provider_type}/{name}"
+    revision = next((entry.revision for entry in same if entry.revision), None)
+    return f"{name}@{revision}" if revision else name
 
 
 def _vision_limits(declared: VisionCapabilities | None, schemes: tuple[Scheme, ...]) -> VisionLimits:

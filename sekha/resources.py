@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from sekha.calling import Clock, Retries
 from sekha.circuits import Circuits
 from sekha.config import Config
+from sekha.indexes import Indexes
 from sekha.latency import Latencies
 from sekha.ledger import Budget, Ledger
 from sekha.loading import Loaded
@@ -71,6 +72,7 @@ class Resources:
         self._limited = bool(self.rates)
         self.latencies = Latencies(clock=clock.now)
         self._opening = asyncio.Lock()
+        self.indexes = Indexes(self.store, now=clock.now)
 
     async def store(self) -> VectorStore:
         async with self._opening:

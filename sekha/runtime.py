@@ -14,9 +14,11 @@ from sekha.ingest import IngestReport, IngestRequest, IngestSteps, Progress, ing
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan
 from sekha.search import Found, SearchRequest, SearchSteps, search
+from sekha.steps.backing import Backing
 from sekha.steps.calls import Calls
 from sekha.steps.keeping import Keeping
 from sekha.steps.money import Money
+from sekha.steps.searching import Searching
 
 __all__ = ["Runtime"]
 
@@ -33,6 +35,8 @@ class Runtime:
         self.money = Money(resources)
         self.calls = Calls(resources)
         self.keeping = Keeping(resources)
+        self.backing = Backing(resources)
+        self.searching = Searching(resources)
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,7 +119,10 @@ class Runtime:
     @property
     def search_steps(self) -> SearchSteps:
         return SearchSteps(
-            prepare=self.keeping.prepare_query, embedding=self.embed_steps, look_up=self.keeping.search_space
+            find_spaces=self.searching.find_spaces,
+            embedding=self.embed_steps,
+            look_up=self.searching.search_space,
+            merge=self.searching.merge_found,
         )
 
     @property

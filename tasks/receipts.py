@@ -114,6 +114,7 @@ def _receipt(outcome: Reply | IngestReport | Found) -> str:
             return f"{_table(('', ''), rows)}\n\nChosen: {outcome.reason}.\n\n{_attempts(outcome.attempts)}"
         case Found():
             rows += [("Searched", outcome.space), ("Found", f"{len(outcome.hits):,}")]
+            rows += [("Left out", f"{each.space}: {each.why}") for each in outcome.left_out]
             return _table(("", ""), rows)
         case IngestReport():
             rows += [

@@ -166,10 +166,12 @@ def _model_table(listed: list[Model], config: Config) -> Table:
 
 
 def _collection_table(registry: Registry) -> Table:
+    from sekha.spaces import index_for
+
     table = columns("collection", "kept as", "embedded by")
     for name in registry.collections:
         space = registry.space(name)
-        table.add_row(name, space.name, space.asked_as)
+        table.add_row(name, index_for(space, ()).name, space.asked_as)
     return table
 
 
@@ -226,6 +228,8 @@ def _without_effect(config: Config) -> list[str]:
 def _picture(loaded: Loaded, registry: Registry) -> dict[str, Any]:
     config = loaded.config
     written = _written_keys(loaded)
+    from sekha.spaces import index_for
+
     return {
         "source": loaded.source,
         "providers": [
@@ -245,7 +249,7 @@ def _picture(loaded: Loaded, registry: Registry) -> dict[str, Any]:
         "routing": config.routing.model_dump(),
         "unknown_price": config.unknown_price,
         "collections": [
-            {"name": name, "space": space.name, "model": space.model.name, "dimension": space.dimension}
+            {"name": name, "space": index_for(space, ()).name, "model": space.model.name, "dimension": space.dimension}
             for name in registry.collections
             for space in (registry.space(name),)
         ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from sekha.ingest import Changes, Chunks, IngestReport, IngestRequest, LeftOut
     from sekha.loading import Loaded
     from sekha.routing import Plan
-    from sekha.search import Found, SearchRequest
-    from sekha.vectors.base import Filter, Hit
+    from sekha.search import Found, FoundHit, SearchRequest
+    from sekha.vectors.base import Filter
 
 __all__ = ["heading_of", "ingest", "search", "snippet"]
 
@@ -100,6 +99,9 @@ def ingest(invocation: Invocation, /, path: str, dry_run: bool, flow: bool, **fi
 @click.option(
     "--limit", "-l", type=click.IntRange(1, 10_000), default=5, show_default=True, help="Results at the most."
 )
+@click.option("--dimension", type=click.IntRange(min=1), help="Only the spaces of this dimension.  [default: all]")
+@click.option("--hybrid", is_flag=True, help="Look for the question's words too.")
+@click.option("--explain", is_flag=True, help="Say by which ranks each result came where it is.")
 @click.option("--min-similarity", type=click.FloatRange(-1, 1), help="Leave out what is less similar; 1 is the same.")
 @click.option("--source", "sources", multiple=True, help="Only from this document; may be repeated.")
 @click.option("--max-cost", type=DOLLARS, help="US dollars that it may cost at the most.")
@@ -114,12 +116,18 @@ def search(
     query: str,
     collection: str,
     limit: int,
+    dimension: int | None,
+    hybrid: bool,
+    explain: bool,
     min_similarity: float | None,
     sources: tuple[str, ...],
     max_cost: Decimal | None,
     flow: bool,
 ) -> None:
     """Find what is nearest to a question, nearest first.
+
+    A collection that was embedded by several models is asked under each of them, and what they
+    find is merged by rank: no two models measure similarity alike.
 
     \b
     Examples:
@@ -132,7 +140,9 @@ def search(
     request = SearchRequest(
         query=query,
         collection=collection,
+        dimension=dimension,
         limit=limit,
+        hybrid=hybrid,
         where=_from(sources),
         min_similarity=min_similarity,
         max_cost=max_cost,
@@ -140,8 +150,8 @@ def search(
     with waiting("searching"):
         found: Found = in_flow("search", request, name_of(invocation)) if flow else run_async(_found(loaded, request))
     if invocation.as_json:
-        return write_json({**vars(found), "hits": [_hit_values(hit) for hit in found.hits]})
-    return _show_found(found)
+        return write_json(_found_values(found))
+    return _show_found(found, explain=explain)
 
 
 # --- ingest --------------------------------------------------------------------------------
@@ -268,23 +278,41 @@ async def _found(loaded: Loaded, request: SearchRequest) -> Found:
         return await sekha.search(request)
 
 
-def _hit_values(hit: Hit) -> dict[str, Any]:
-    return {**asdict(hit), "similarity": hit.similarity}
+def _found_values(found: Found) -> dict[str, Any]:
+    answers = [{name: value for name, value in vars(answer).items() if name != "hits"} for answer in found.answers]
+    return {**vars(found), "answers": answers}
 
 
-def _show_found(found: Found) -> None:
+def _show_found(found: Found, *, explain: bool) -> None:
     if not found.hits:
         note(f"Nothing found in {found.space}.", "yellow")
     for at, hit in enumerate(found.hits):
         if at:
             say()
-        say(f"{hit.similarity:.3f}  {heading_of(hit)}", "bold")
+        say(f"{hit.score:.3f}  {heading_of(hit)}", "bold")
         say(snippet(hit.text), indent=7)
-    tokens = f"{found.usage.input_tokens:,} tokens"
-    note(f"{found.space} · {found.provider_id}/{found.model_id} · {tokens} · {dollars(found.cost)}")
+        if explain:
+            say(_why(hit), "dim", indent=7)
+    for answer in found.answers:
+        size = f" · {answer.size:,} records" if answer.size else ""
+        tokens = f"{answer.usage.input_tokens:,} tokens"
+        who = f"{answer.provider_id}/{answer.model_id}"
+        note(f"{answer.space}{size} · {who} · {tokens} · {dollars(answer.cost)}")
+    for each in found.left_out:
+        note(f"{each.space} was left out: {each.why}", "yellow")
 
 
-def heading_of(hit: Hit) -> str:
+def _why(hit: FoundHit) -> str:
+    """By which ranks it came where it is: `Documents_768, rank 2 of 1,400 · vector 3 · words 1 · similarity 0.71`."""
+    of = f" of {hit.ranks.of:,}" if hit.ranks.of else ""
+    parts = [f"{hit.space}, rank {hit.ranks.rank}{of}"]
+    parts += [f"vector {hit.ranks.by_vector}"] if hit.ranks.by_vector else []
+    parts += [f"words {hit.ranks.by_words}"] if hit.ranks.by_words else []
+    parts += [] if hit.similarity is None else [f"similarity {hit.similarity:.3f}"]
+    return " · ".join(parts)
+
+
+def heading_of(hit: FoundHit) -> str:
     """Where a hit stands: `README.md › Install › Linux`."""
     source, heading = str(hit.properties.get("source", "")), str(hit.properties.get("heading") or "")
     return printable(f"{source} › {heading}" if heading else source)

@@ -175,7 +175,7 @@ class _Job:
         self._blank()
         self._line("Search", f"{question}{self._whose}")
         for hit in value.hits:
-            self._more(f"{hit.similarity:.2f}  {heading_of(hit)}")
+            self._more(f"{hit.score:.2f}  {heading_of(hit)}")
         if not value.hits:
             self._more("nothing found")
         self._cost(f"{value.space} · {value.usage.input_tokens:,} tokens", value.cost, "search", found)

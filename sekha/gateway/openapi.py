@@ -167,6 +167,7 @@ def _operation(
 _TEXT: Json = {"type": "string"}
 _NAME: Json = {"type": "string", "maxLength": 256}
 _COUNT: Json = {"type": "integer", "minimum": 0}
+_RANK: Json = {"type": "integer", "minimum": 1}
 _DOLLARS: Json = {"type": "number", "minimum": 0}
 _SECONDS: Json = {"type": "number", "minimum": 0}
 _FLAG: Json = {"type": "boolean"}
@@ -463,14 +464,29 @@ _SCHEMAS: dict[str, Json] = {
                 _or_null({"type": "string", "pattern": "^([A-Za-z][_0-9A-Za-z]{0,200})?$"}),
                 "Left out: the one that remembers, where `memory:` is configured, or else `documents`.",
             ),
-            "dimension": _DIMENSION,
+            "dimension": _says(_DIMENSION, "Of the spaces to search; left out, all that the collection has."),
             "limit": _or_null({"type": "integer", "minimum": 1, "maximum": 10_000}),
             "where": _or_null(_ref("Filter")),
-            "min_similarity": _or_null({"type": "number", "minimum": -1, "maximum": 1}),
+            "min_similarity": _says(
+                _or_null({"type": "number", "minimum": -1, "maximum": 1}),
+                "Below it nothing is returned. Each model has its own scale of similarity.",
+            ),
+            "hybrid": _says(_or_null(_FLAG), "Whether the question's words are looked for too, by BM25."),
+            "explain": _says(_or_null(_FLAG), "Whether each result says by which ranks it came where it is."),
             "max_cost": _MAX_COST,
             "metadata": _METADATA,
         },
-        optional=("collection", "dimension", "limit", "where", "min_similarity", "max_cost", "metadata"),
+        optional=(
+            "collection",
+            "dimension",
+            "limit",
+            "where",
+            "min_similarity",
+            "hybrid",
+            "explain",
+            "max_cost",
+            "metadata",
+        ),
         additionalProperties=False,
     ),
     "Filter": _says(
@@ -507,13 +523,55 @@ _SCHEMAS: dict[str, Json] = {
                     {
                         "uuid": {"type": "string", "format": "uuid"},
                         "content": _TEXT,
-                        "score": _says({"type": "number", "minimum": -1.001, "maximum": 1.001}, "Cosine similarity."),
+                        "score": _says(
+                            {"type": "number", "minimum": -1.001, "maximum": 1.001},
+                            "By which results are ordered: the similarity, or across spaces a sum of reciprocal ranks.",
+                        ),
+                        "similarity": _says(
+                            _or_null({"type": "number", "minimum": -1.001, "maximum": 1.001}),
+                            "Cosine similarity in its own space; null for what only its words found.",
+                        ),
+                        "space": _says(_TEXT, "The index that it was found in."),
                         "dimension": {"type": "integer", "minimum": 1},
                         "properties": {"type": "object", "additionalProperties": _SCALAR},
-                    }
+                        "ranks": _object(
+                            {
+                                "rank": _says(_RANK, "In its own space, those not counted that an earlier one has."),
+                                "of": _says(_COUNT, "Records in that space."),
+                                "by_vector": _or_null(_RANK),
+                                "by_words": _or_null(_RANK),
+                            }
+                        ),
+                    },
+                    optional=("ranks",),
                 )
             ),
-            "sekha": _ref("Note"),
+            "sekha": {
+                "allOf": [
+                    _ref("Note"),
+                    _object(
+                        {
+                            "spaces": _list(
+                                _object(
+                                    {
+                                        "space": _TEXT,
+                                        "dimension": _RANK,
+                                        "size": _says(_COUNT, "Records it may find; 0 where nobody had to know."),
+                                        "seconds": {"type": "number", "minimum": 0},
+                                        "provider_id": _TEXT,
+                                        "model_id": _TEXT,
+                                        "cost": _DOLLARS,
+                                    }
+                                )
+                            ),
+                            "left_out": _says(
+                                _list(_object({"space": _TEXT, "why": _TEXT})),
+                                "Spaces that could not be asked, so that what only they have was not found.",
+                            ),
+                        }
+                    ),
+                ]
+            },
         }
     ),
     "Sums": _object(
@@ -689,7 +747,7 @@ _PATHS: dict[str, Json] = {
         "post": _operation(
             "search",
             "Search a collection",
-            "The question is embedded as the collection was, and what is nearest comes first.",
+            "The question is embedded once for each of the collection's spaces, and what they find is merged by rank.",
             tag="search",
             body="SearchRequest",
             example={"query": "How do I renew?", "limit": 5},

@@ -197,7 +197,13 @@ class Remembering:
         Raises `UnknownModel` when there is no model to embed under.
         """
         resources = serving.resources
-        memory = Memory(resources.registry, self._collection, store=resources.store, embed=_embedding(serving))
+        memory = Memory(
+            resources.registry,
+            self._collection,
+            store=resources.store,
+            indexes=resources.indexes,
+            embed=_embedding(serving),
+        )
         self._tending = [asyncio.create_task(self._tend(line, memory)) for line in self._lines]
 
     async def aclose(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal, TypeGuard, get_args
 
 from sekha.errors import InvalidRequest
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.fields import dollars, kind_of, number, object_in, only, text, whole
+from sekha.gateway.fields import dollars, flag, kind_of, number, object_in, only, text, whole
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.pages import say
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
@@ -19,7 +20,18 @@ from sekha.vectors.base import AllOf, AnyOf, Compare, Filter, Not, Scalar
 
 __all__ = ["FIELDS", "OPERATORS", "search"]
 
-FIELDS = ("query", "collection", "dimension", "limit", "where", "min_similarity", "max_cost", "metadata")
+FIELDS = (
+    "query",
+    "collection",
+    "dimension",
+    "limit",
+    "where",
+    "min_similarity",
+    "hybrid",
+    "explain",
+    "max_cost",
+    "metadata",
+)
 Operator = Literal["eq", "ne", "lt", "le", "gt", "ge", "in"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
@@ -29,12 +41,14 @@ _MOST_PARTS = 256
 
 
 async def search(serving: Serving, x: Exchange) -> None:
-    """Search a collection, under the model that it is kept under."""
+    """Search a collection, each of its spaces under its own model."""
     serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
     by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
     by.check(serving.resources.registry, None, "embedding")
-    request = _asked(object_in(body), serving, by.key)
+    given = object_in(body)
+    request = _asked(given, serving, by.key)
+    explain = flag(given, "explain", default=False)
     under_way = x.under_way = UnderWay(serving, "search", request, by)
     try:
         found = await search_in_order(request, serving.search)
@@ -49,13 +63,31 @@ async def search(serving: Serving, x: Exchange) -> None:
                 {
                     "uuid": hit.uuid,
                     "content": hit.text,
-                    "score": hit.similarity,
-                    "dimension": found.dimension,
+                    "score": hit.score,
+                    "similarity": hit.similarity,
+                    "space": hit.space,
+                    "dimension": hit.dimension,
                     "properties": dict(hit.properties),
+                    **({"ranks": asdict(hit.ranks)} if explain else {}),
                 }
                 for hit in found.hits
             ],
-            "sekha": sekha_note(found, under_way.run_id),
+            "sekha": sekha_note(found, under_way.run_id)
+            | {
+                "spaces": [
+                    {
+                        "space": answer.space,
+                        "dimension": answer.dimension,
+                        "size": answer.size,
+                        "seconds": round(answer.seconds, 6),
+                        "provider_id": answer.provider_id,
+                        "model_id": answer.model_id,
+                        "cost": float(answer.cost),
+                    }
+                    for answer in found.answers
+                ],
+                "left_out": [{"space": each.space, "why": each.why} for each in found.left_out],
+            },
         },
     )
     under_way.answered(found)
@@ -70,7 +102,6 @@ def _asked(given: Mapping[str, Any], serving: Serving, key: str | None) -> Searc
             "`collection` must begin with a letter, and go on with letters, digits and underscores.",
             field="collection",
         )
-    _same_dimension(whole(given, "dimension", 1, MOST_DIMENSIONS), collection, serving)
     query = text(given, "query")
     if query is None:
         raise InvalidRequest("`query` is missing: say what to look for.", field="query")
@@ -78,24 +109,15 @@ def _asked(given: Mapping[str, Any], serving: Serving, key: str | None) -> Searc
     return SearchRequest(
         query=query,
         collection=collection,
+        dimension=whole(given, "dimension", 1, MOST_DIMENSIONS),
         limit=whole(given, "limit", 1, _MOST_RESULTS) or 10,
         where=None if where is None else _Filters().read(where, "where"),
         min_similarity=number(given, "min_similarity", -1, 1),
+        hybrid=flag(given, "hybrid", default=False),
         max_cost=dollars(given, "max_cost"),
         tags=tags_of(given.get("metadata")),
         key=key,
     )
-
-
-def _same_dimension(wanted: int | None, collection: str, serving: Serving) -> None:
-    if wanted is None:
-        return
-    kept = serving.resources.registry.space(collection).dimension
-    if wanted != kept:
-        raise InvalidRequest(
-            f"Collection {collection!r} is kept with {kept} dimensions, not {wanted}. Leave `dimension` out.",
-            field="dimension",
-        )
 
 
 class _Filters:

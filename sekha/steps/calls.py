@@ -238,7 +238,8 @@ class Calls:
 
     async def embed_batch(self, batch: Batch, chosen: Plan, hold: Hold) -> BatchEmbedded:
         """Embed one batch of an ingest, and charge it at once: a run that dies later has recorded it."""
-        texts = tuple(chunk.text for chunk in batch.chunks)
+        prefix = chosen.first.model.document_prefix
+        texts = tuple(prefix + chunk.text for chunk in batch.chunks)
         embedded = await self._embed(texts, chosen, hold, f"{batch.number}.")
         return BatchEmbedded(
             batch=batch,

@@ -1,4 +1,4 @@
-"""Collections: reading documents, seeing what changed, storing vectors, searching them."""
+"""Collections: reading documents, seeing what changed, storing vectors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from sekha.documents import Chunk, checked, read_folder, split
-from sekha.embedding import Embedded, EmbedRequest
-from sekha.errors import CollectionMissing, SpaceMismatch
+from sekha.embedding import EmbedRequest
+from sekha.errors import CollectionMissing
 from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, LeftOut, Stale, Stored
-from sekha.registry import Space
 from sekha.resources import Resources
-from sekha.search import Found, SearchRequest
-from sekha.vectors.base import AllOf, Collection, Compare, Record
+from sekha.vectors.base import AllOf, Compare, Record
 
 __all__ = ["Keeping"]
 
@@ -53,18 +51,18 @@ class Keeping:
     async def find_changes(self, request: IngestRequest, read: Chunks) -> Changes:
         """Compare the chunks with what is stored, by their UUIDs and content hashes."""
         space = self._open.registry.space(request.collection)
-        await self._same_space(space)
+        index = await self._open.indexes.holding(space)
         by_uuid = {chunk.uuid_in(request.collection): chunk for chunk in read.chunks}
-        stored = await self._stored(space, list(by_uuid))
+        stored = await self._stored(index.name, list(by_uuid))
         changed = tuple(
-            chunk for uuid, chunk in by_uuid.items() if stored.get(uuid) != (chunk.content_hash, space.fingerprint)
+            chunk for uuid, chunk in by_uuid.items() if stored.get(uuid) != (chunk.content_hash, index.fingerprint)
         )
         size = request.batch_size
         return Changes(
             collection=request.collection,
-            space=space.name,
+            space=index.name,
             to_embed=EmbedRequest(
-                texts=tuple(chunk.text for chunk in changed),
+                texts=tuple(space.model.document_prefix + chunk.text for chunk in changed),
                 model=space.asked_as,
                 max_cost=request.max_cost,
                 bulk=True,
@@ -74,7 +72,7 @@ class Keeping:
                 Batch(number=number, chunks=changed[at : at + size])
                 for number, at in enumerate(range(0, len(changed), size))
             ),
-            stale=await self._stale(space, by_uuid, stored),
+            stale=await self._stale(index.name, by_uuid, stored),
             unchanged=len(by_uuid) - len(changed),
         )
 
@@ -82,7 +80,7 @@ class Keeping:
         """Keep one batch in the collection for its dimension."""
         space = self._open.registry.space(changes.collection)
         store = await self._open.store()
-        await store.ensure_collection(Collection(space.name, space.dimension, space.fingerprint))
+        index = await self._open.indexes.for_writing(space)
         chunks = embedded.batch.chunks
         records = [
             Record(
@@ -94,13 +92,14 @@ class Keeping:
                     "chunk": chunk.index,
                     "heading": chunk.heading,
                     "content_hash": chunk.content_hash,
-                    "embedding_fingerprint": space.fingerprint,
+                    "embedding_fingerprint": index.fingerprint,
                     "source_updated_at": chunk.updated_at,
                 },
             )
             for chunk, vector in zip(chunks, embedded.vectors, strict=True)
         ]
-        refused = await store.upsert(space.name, records)
+        refused = await store.upsert(index.name, records)
+        self._open.indexes.written(index)
         failures = tuple(
             Failure(source=chunk.source, chunks=1, error=refused[record.uuid])
             for chunk, record in zip(chunks, records, strict=True)
@@ -113,55 +112,12 @@ class Keeping:
         store = await self._open.store()
         return sum([await store.delete_where(changes.space, _behind(stale)) for stale in changes.stale])
 
-    async def prepare_query(self, request: SearchRequest) -> EmbedRequest:
-        """Phrase the question for the model under which the collection is read."""
-        space = self._open.registry.space(request.collection)
-        await self._same_space(space, must_exist=True)
-        return EmbedRequest(
-            texts=(request.query,),
-            model=space.asked_as,
-            max_cost=request.max_cost,
-            tags=request.tags,
-            key=request.key,
-        )
-
-    async def search_space(self, request: SearchRequest, embedded: Embedded) -> Found:
-        """Look up the nearest neighbours of the question in its space."""
-        space = self._open.registry.space(request.collection)
-        far = None if request.min_similarity is None else 1.0 - request.min_similarity
-        store = await self._open.store()
-        hits = await store.search(space.name, embedded.vectors[0], request.limit, where=request.where, max_distance=far)
-        return Found(
-            hits=tuple(hits),
-            collection=request.collection,
-            space=space.name,
-            dimension=space.dimension,
-            provider_id=embedded.provider_id,
-            model_id=embedded.model_id,
-            usage=embedded.usage,
-            estimated_cost=embedded.estimated_cost,
-            cost=embedded.cost,
-            attempts=embedded.attempts,
-        )
-
-    async def _same_space(self, space: Space, *, must_exist: bool = False) -> None:
-        """Refuse an index that holds another model's vectors."""
-        store = await self._open.store()
-        try:
-            there = await store.describe(space.name)
-        except CollectionMissing:
-            if must_exist:
-                raise
-            return
-        if there.fingerprint != space.fingerprint:
-            raise SpaceMismatch(space.name, stored=there.fingerprint, wanted=space.fingerprint)
-
-    async def _stored(self, space: Space, uuids: Sequence[str]) -> dict[str, tuple[object, object]]:
+    async def _stored(self, index: str, uuids: Sequence[str]) -> dict[str, tuple[object, object]]:
         store = await self._open.store()
         found: dict[str, tuple[object, object]] = {}
         for at in range(0, len(uuids), 1000):
             try:
-                page = await store.get(space.name, uuids[at : at + 1000])
+                page = await store.get(index, uuids[at : at + 1000])
             except CollectionMissing:
                 return {}
             for uuid, record in page.items():
@@ -169,7 +125,7 @@ class Keeping:
                 found[uuid] = (properties.get("content_hash"), properties.get("embedding_fingerprint"))
         return found
 
-    async def _stale(self, space: Space, chunks: Mapping[str, Chunk], stored: Container[str]) -> tuple[Stale, ...]:
+    async def _stale(self, index: str, chunks: Mapping[str, Chunk], stored: Container[str]) -> tuple[Stale, ...]:
         """The sources that have more chunks stored than their documents have now.
 
         Positions may have gaps where an earlier run failed, so nothing short of counting finds them all.
@@ -179,7 +135,7 @@ class Keeping:
         store = await self._open.store()
 
         async def among(sources: Sequence[str]) -> list[Stale]:
-            counted = await store.count(space.name, Compare("source", "in", tuple(sources)))
+            counted = await store.count(index, Compare("source", "in", tuple(sources)))
             if counted == sum(there[source] for source in sources):
                 return []
             if len(sources) == 1:

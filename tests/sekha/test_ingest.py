@@ -23,10 +23,10 @@ from sekha.errors import (
     InvalidRequest,
     ProviderAuthFailed,
     ProviderUnavailable,
-    SpaceMismatch,
 )
 from sekha.ingest import IngestReport, IngestRequest
 from sekha.testing import StandIn
+from sekha.vectors.base import Collection
 from tests.fixtures.pipeline import TWO_PROVIDERS, Opens, Pipeline
 
 EACH = Decimal("0.01")
@@ -71,7 +71,8 @@ async def test_documents_are_kept_with_where_they_come_from(pipeline: Opens) -> 
         store = await opened.runtime.resources.store()
         (hit,) = (await opened.runtime.search("text 1", limit=1)).hits
         assert hit.properties["heading"] == "1"
-        assert (await store.describe("Documents_8")).fingerprint == "vectors:8"
+        assert (await store.describe("Documents_8")).fingerprint == "openai/vectors:8:unit"
+        assert await store.alias_target("Documents") == "Documents_8"
 
 
 async def test_the_money_on_record_is_that_of_the_calls_that_were_made(pipeline: Opens) -> None:
@@ -363,11 +364,48 @@ async def test_another_models_vectors_are_never_mixed_into_an_index(pipeline: Op
         await ingest(opened, sections("a.md", 2))
 
     async with pipeline(TWO_PROVIDERS.replace("vectors", "others")) as opened:
-        with pytest.raises(SpaceMismatch) as caught:
-            await ingest(opened, sections("a.md", 2))
+        report = await ingest(opened, sections("a.md", 2))
 
-        assert (caught.value.stored, caught.value.wanted) == ("vectors:8", "others:8")
-        assert embedded(opened) == []
+        store = await opened.runtime.resources.store()
+        assert (report.space, report.embedded) == ("Documents_8_others", 2)
+        assert {each.name: each.fingerprint for each in await store.list_collections()} == {
+            "Documents_8": "openai/vectors:8:unit",
+            "Documents_8_others": "openai/others:8:unit",
+        }
+        assert await store.alias_target("Documents") == "Documents_8"
+
+
+async def test_a_model_that_a_gateway_gave_another_name_goes_on_in_its_index(pipeline: Opens) -> None:
+    renamed = TWO_PROVIDERS.replace("model_id: vectors,", "model_id: gw-vectors, same_as: openai/vectors,")
+    async with pipeline() as opened:
+        await ingest(opened, sections("a.md", 2))
+
+    async with pipeline(renamed.replace("{model: vectors}", "{model: gw-vectors}")) as opened:
+        report = await ingest(opened, sections("a.md", 2))
+
+        assert (report.space, report.unchanged) == ("Documents_8", 2)
+
+
+async def test_an_index_that_the_first_version_made_goes_on(pipeline: Opens) -> None:
+    async with pipeline() as opened:
+        store = await opened.runtime.resources.store()
+        await store.ensure_collection(Collection("Documents_8", 8, "vectors:8"))
+
+        first = await ingest(opened, sections("a.md", 2))
+        again = await ingest(opened, sections("a.md", 2))
+
+        assert (first.space, first.embedded, again.unchanged) == ("Documents_8", 2, 2)
+
+
+async def test_a_text_is_embedded_behind_the_prefix_that_its_model_wants(pipeline: Opens) -> None:
+    prefixes = "document_prefix: 'passage: ', query_prefix: 'query: '"
+    config = TWO_PROVIDERS.replace("dimension: 8,", f"dimension: 8, {prefixes},")
+    async with pipeline(config) as opened:
+        await ingest(opened, Document(source="a.md", text="Cats sleep."))
+        await opened.runtime.search("Who sleeps?")
+
+        assert opened.actors["first"].embedded == [("passage: Cats sleep.",), ("query: Who sleeps?",)]
+        assert (await stored(opened))["a.md", 0] == "Cats sleep."
 
 
 @pytest.mark.parametrize(

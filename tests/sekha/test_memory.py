@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from decimal import Decimal
@@ -20,6 +21,7 @@ from sekha.errors import (
     SekhaError,
     StoreUnavailable,
 )
+from sekha.indexes import Indexes
 from sekha.ledger import Scope
 from sekha.loading import load
 from sekha.memo import Memo, decode, encode
@@ -87,7 +89,7 @@ def memory(tmp_path: Path, embedder: Embedder, store: EmbeddedStore) -> Memory:
     async def opened() -> EmbeddedStore:
         return store
 
-    return Memory(registry, "conversations", store=opened, embed=embedder)
+    return Memory(registry, "conversations", store=opened, indexes=Indexes(opened, now=time.monotonic), embed=embedder)
 
 
 def chat(question: str, *, key: str | None = None, said: bytes = b"") -> Memo:
@@ -235,16 +237,15 @@ async def test_a_vector_that_no_index_takes_is_given_up_and_its_neighbours_are_k
     assert await questions(store) == Counter(["Good."])
 
 
-async def test_of_two_models_of_one_length_only_the_first_has_an_index(memory: Memory, store: EmbeddedStore) -> None:
+async def test_two_models_of_one_length_have_an_index_each(memory: Memory, store: EmbeddedStore) -> None:
     said = {"data": [{"embedding": [0.5] * 32}]}
     memos = [vectors(f"By {name}.", said=said, provider_id="far", model_id=name) for name in ("one", "two", "one")]
 
-    together = await memory.keep(memos)
-    later = await memory.keep(memos[1:2])
+    result = await memory.keep(memos)
 
-    assert (together.kept, together.left_out) == (2, 1)
-    assert (later.kept, later.left_out) == (0, 1)
+    assert (result.kept, result.left_out) == (3, 0)
     assert await questions(store, "Conversations_32") == Counter({"By one.": 1})
+    assert await questions(store, "Conversations_32_two") == Counter({"By two.": 1})
 
 
 async def test_vectors_are_told_apart_by_their_index(memory: Memory, store: EmbeddedStore) -> None:
@@ -274,7 +275,9 @@ async def test_while_the_store_is_down_nobody_is_asked(tmp_path: Path, embedder:
     async def down() -> EmbeddedStore:
         raise StoreUnavailable("vectors.db", "it is locked")
 
-    result = await Memory(registry, "conversations", store=down, embed=embedder).keep([chat("One.")])
+    indexes = Indexes(down, now=time.monotonic)
+
+    result = await Memory(registry, "conversations", store=down, indexes=indexes, embed=embedder).keep([chat("One.")])
 
     assert names(result.waiting) == ["One."]
     assert embedder.asked == []

@@ -105,10 +105,34 @@ def test_the_default_goes_first_and_without_one_all_of_the_task_stand() -> None:
     assert names(found.default_for("embedding")) == ["a/e"]
 
 
-def test_a_space_is_named_for_its_collection_and_dimension() -> None:
+def test_a_space_is_a_collections_vectors_of_one_model() -> None:
     space = registry(provider("a", vectors("e", 768)), collections={"documents": {"model": "e"}}).space("documents")
 
-    assert (space.name, space.dimension, space.fingerprint, space.shared) == ("Documents_768", 768, "e:768", True)
+    assert (space.collection, space.dimension, space.shared) == ("documents", 768, True)
+    assert space.fingerprint == "openai/e:768:unit"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "fields", "fingerprint"),
+    [
+        ("openai", "e3", {}, "openai/e3:8:unit"),
+        ("openrouter", "openai/e3", {}, "openai/e3:8:unit"),
+        ("litellm", "openrouter/openai/e3", {}, "openai/e3:8:unit"),
+        ("ollama", "nomic:latest", {}, "ollama/nomic:8:unit"),
+        ("ollama", "nomic", {"revision": "v1.5"}, "ollama/nomic@v1.5:8:unit"),
+        ("openai", "gw-embeddings", {"same_as": "openai/e3"}, "openai/e3:8:unit"),
+        ("ollama", "nomic", {"query_prefix": "query: "}, "ollama/nomic:8:unit"),
+        ("ollama", "nomic", {"document_prefix": "passage: "}, "ollama/nomic:8:unit:707ad539"),
+    ],
+)
+def test_a_fingerprint_says_whose_vectors_can_be_compared(
+    kind: str, name: str, fields: dict[str, Any], fingerprint: str
+) -> None:
+    given = {"id": "a", "provider_type": kind, "models": [{**vectors(name), **fields}]}
+
+    (only,) = registry(given)
+
+    assert only.fingerprint == fingerprint
 
 
 def test_a_collection_under_a_full_name_belongs_to_that_provider_alone() -> None:
@@ -122,7 +146,7 @@ def test_a_collection_under_a_full_name_belongs_to_that_provider_alone() -> None
 def test_a_collection_that_the_file_does_not_name_lives_under_the_default_model() -> None:
     found = registry(provider("a", vectors("e"), vectors("f", 4)), default_models={"embedding": "f"})
 
-    assert found.space("notes").name == "Notes_4"
+    assert found.space("notes").model.name == "a/f"
 
 
 def test_no_embedding_model_is_no_space() -> None:
