@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from sekha.breaker import CLOSED, Circuit
-from sekha.ledgers.sql import Database, Transaction
+from sekha.ledgers.database import Database, Transaction
 
 __all__ = ["SharedCircuits", "Step"]
 

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from sekha.errors import ConfigError, Problem
 from sekha.ledger import Ledger
-from sekha.ledgers.sql import Database, SqlLedger
+from sekha.ledgers.database import Database
+from sekha.ledgers.sql import SqlLedger
 
 if TYPE_CHECKING:
     from sekha.ledgers.leased import LeasedLedger

@@ -27,7 +27,7 @@ import orjson
 
 from sekha.errors import LedgerError, LedgerUnavailable
 from sekha.ledger import Budget, Scope, Spend
-from sekha.ledgers.sql import picos, storable, to_dollars
+from sekha.ledgers.encoding import picos, storable, to_dollars
 from sekha.pricing import Usage
 
 __all__ = ["Abandoned", "Journal", "abandoned", "scope_record", "spend_record"]

@@ -39,22 +39,13 @@ import orjson
 
 from sekha.errors import LedgerError, LedgerUnavailable
 from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start
+from sekha.ledgers.encoding import meaning, picos, to_dollars
+from sekha.ledgers.holds import exceeded
 from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
-from sekha.ledgers.sql import (
-    SHARE,
-    Batch,
-    Coverage,
-    Leased,
-    Slice,
-    SqlLedger,
-    Standing,
-    Tally,
-    Wanted,
-    exceeded,
-    meaning,
-    picos,
-    to_dollars,
-)
+from sekha.ledgers.slices import SHARE, Leased, Slice, Standing, Wanted
+from sekha.ledgers.spends import Batch, Tally
+from sekha.ledgers.sql import SqlLedger
+from sekha.ledgers.totals import Coverage
 
 __all__ = ["BEHIND_SECONDS", "LEASE_SECONDS", "LeasedLedger"]
 

@@ -11,7 +11,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from sekha.errors import ConfigError, LedgerError, LedgerUnavailable, Problem
-from sekha.ledgers.sql import Transaction, Value, expand, migrate
+from sekha.ledgers.database import Transaction, Value, expand, migrate
 
 __all__ = ["PostgresDatabase"]
 

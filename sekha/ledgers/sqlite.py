@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sekha.errors import LedgerError, LedgerUnavailable
-from sekha.ledgers.sql import Transaction, Value, expand, migrate
+from sekha.ledgers.database import Transaction, Value, expand, migrate
 from sekha.wal import use_wal
 
 __all__ = ["SqliteDatabase"]

@@ -28,7 +28,7 @@ from sekha.errors import (
     StreamBroken,
 )
 from sekha.ledgers import open_database
-from sekha.ledgers.sql import Database, Transaction
+from sekha.ledgers.database import Database, Transaction
 from sekha.ledgers.sqlite import SqliteDatabase
 
 T = TypeVar("T")

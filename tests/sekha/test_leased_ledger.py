@@ -26,9 +26,11 @@ import pytest
 from sekha.errors import BudgetExceeded, LedgerUnavailable
 from sekha.ledger import Budget, Hold, Ledger, Scope, Spend
 from sekha.ledgers import open_database, open_leased, open_ledger
+from sekha.ledgers.database import Database, Transaction
+from sekha.ledgers.encoding import picos
 from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
 from sekha.ledgers.leased import LeasedLedger
-from sekha.ledgers.sql import Database, SqlLedger, Transaction, picos
+from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.pricing import Usage
 from tests.fixtures.full import room_for
