@@ -113,7 +113,7 @@ class Journal:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Delete the journal, so that not even a power cut brings it back. Blocks: not for the event loop."""
+        """Delete the journal, so that not even a power cut brings it back."""
         for path in self._segments():
             path.unlink(missing_ok=True)
         self._lock_path.unlink(missing_ok=True)

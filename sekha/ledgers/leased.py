@@ -979,7 +979,8 @@ class LeasedLedger:
             log.warning("%d calls stay in the journal until they can be recorded: %s", calls, error)
             journal.close()
             return
-        await asyncio.to_thread(journal.remove)
+        # At once: a spend that came meanwhile would be written to it, and gone.
+        journal.remove()
         with suppress(LedgerError):  # a row too many, which nobody misreads
             await self._ledger.forget(self._owner)
 
