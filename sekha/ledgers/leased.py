@@ -22,30 +22,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Future
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 from uuid import uuid4
 
-import orjson
-
 from sekha.errors import LedgerError, LedgerUnavailable
-from sekha.ledger import Budget, GroupBy, Hold, Period, Scope, Spend, Spent, period_end, period_start
+from sekha.ledger import Budget, GroupBy, Hold, Scope, Spend, Spent, period_end, period_start
 from sekha.ledgers.encoding import meaning, picos, to_dollars
 from sekha.ledgers.holds import exceeded
 from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
+from sekha.ledgers.pools import FIRST, LAST, Pool
 from sekha.ledgers.slices import SHARE, Leased, Slice, Standing, Wanted
-from sekha.ledgers.spends import Batch, Tally
 from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.totals import Coverage
+from sekha.ledgers.unrecorded import KnownScope, Sealed, Unrecorded
 
 __all__ = ["BEHIND_SECONDS", "LEASE_SECONDS", "LeasedLedger"]
 
@@ -61,8 +58,6 @@ _SKEW = timedelta(seconds=5)
 """A slice is left alone so long before it expires, since other machines' clocks may be ahead."""
 _BEAT_SECONDS = 0.25
 """What is spent is recorded with each beat."""
-_BATCH = 1_000
-"""Rows that are recorded together."""
 _IDLE_BEATS = 4
 _WATCHED_BEATS = 20
 _REFRESH_BEATS = 2
@@ -78,60 +73,9 @@ _USUAL_SECONDS = 30.0
 _MANY = 10_000
 _RECENT = 5_000
 """Spends known to have been noted before: so many, and as many that came before them."""
-_MINUTE = timedelta(minutes=1)
 _SCOPES = 1_000
 """Remembered at once. Callers make them, with up to ten kilobytes of tags each."""
 _NEVER = float("inf")
-_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
-
-
-class _Pool:
-    """One budget's slice in this process, in picos, and what is known of the budget."""
-
-    __slots__ = (
-        "asked", "budget", "debt", "elsewhere", "end", "exact_until", "free", "held", "index", "limit", "match",
-        "pending", "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
-    )  # fmt: skip
-
-    def __init__(self, index: int, budget: Budget) -> None:
-        self.index = index
-        self.budget = budget
-        self.match = meaning(budget)
-        self.period: Period = budget.period
-        # What is leased is always `free + held + unrecorded`; the shared ledger has at least as much.
-        self.free = 0
-        self.held = 0
-        self.unrecorded = 0
-        self.debt = 0
-        """Spent beyond all that was leased: what is freed goes there first."""
-        self.written: tuple[int, int] | None = (0, 0)
-        """In use and idle, as the shared ledger has it; None when nobody knows."""
-        self.limit = 0
-        """The limit under which `free` was leased."""
-        self.since = _LAST
-        """When the period began in which it was leased."""
-        self.until = _FIRST
-        self.slice = 0
-        """How much of it to keep when it is not in use."""
-        self.exact_until = 0.0
-        self.used = self.asked = -_MANY
-        """The last beats when it was held from, and when its spending was asked for."""
-        # What the budget has spent in the period from `start` to `end`.
-        self.start, self.end = _LAST, _LAST
-        self.spent = 0
-        self.pending = 0
-        self.elsewhere = 0
-        self.refreshed = 0.0
-
-    @property
-    def leased(self) -> bool:
-        return bool(self.free or self.held or self.unrecorded or self.written != (0, 0))
-
-    def overspend(self, amount: int) -> None:
-        """Take what no hold covers out of the slice, as far as it goes."""
-        idle = min(self.free, amount)
-        self.free -= idle
-        self.debt += amount - idle
 
 
 class _Open:
@@ -139,7 +83,7 @@ class _Open:
 
     __slots__ = ("at", "expires_at", "hold", "left", "named", "scope", "single")
 
-    def __init__(self, hold: Hold, left: dict[_Pool, int], at: datetime, scope: _Scope | None) -> None:
+    def __init__(self, hold: Hold, left: dict[Pool, int], at: datetime, scope: KnownScope | None) -> None:
         self.hold = hold
         self.left = left
         self.at = at
@@ -155,59 +99,7 @@ class _Open:
         return ["h", self.hold.id, self.at, left, self.scope and self.scope.record, self.named]
 
 
-class _Single:
-    """A spend that is recorded by itself, under its own id."""
-
-    __slots__ = ("cost", "pools", "spend")
-
-    def __init__(self, spend: Spend, cost: int, pools: Sequence[_Pool]) -> None:
-        self.spend = spend
-        self.cost = cost
-        self.pools = pools
-
-    @property
-    def at(self) -> datetime:
-        return self.spend.at
-
-
-class _Tally(Tally):
-    """What is spent in one scope and minute, and not yet handed on to be recorded."""
-
-    __slots__ = ("begins", "ends", "pools")
-
-    def __init__(self, name: str, scope: Scope, spend: Spend, begins: datetime, pools: Sequence[_Pool]) -> None:
-        super().__init__(name, scope, spend.at, counted=spend.usage.counted)
-        self.begins = begins
-        self.ends = begins + _MINUTE
-        self.pools = pools
-
-
-class _Scope:
-    """What is known of a scope for all calls in it."""
-
-    __slots__ = ("name", "pools", "record", "tally")
-
-    def __init__(self, name: str, record: orjson.Fragment, pools: Sequence[_Pool]) -> None:
-        self.name = name
-        self.record = record
-        self.pools = pools
-        self.tally: _Tally | None = None
-        """Where the last spend was added to."""
-
-
-class _Sealed(NamedTuple):
-    """What was spent until some moment. Its parts stay together, so that it is on record as a whole or not at all."""
-
-    batch: Batch
-    tallies: Sequence[_Tally]
-    singles: Sequence[_Single]
-
-    @property
-    def parts(self) -> Iterator[_Tally | _Single]:
-        return chain(self.tallies, self.singles)
-
-
-_Known: TypeAlias = tuple[Budget, _Pool, int]
+_Known: TypeAlias = tuple[Budget, Pool, int]
 """A budget, its pool and its limit in picos."""
 
 
@@ -217,7 +109,7 @@ class _Want:
     __slots__ = ("at", "bounds", "future", "hold", "needs", "scope", "since")
 
     def __init__(
-        self, hold: Hold, needs: dict[_Pool, int], *, bounds: dict[_Pool, _Known], at: datetime, scope: Scope | None
+        self, hold: Hold, needs: dict[Pool, int], *, bounds: dict[Pool, _Known], at: datetime, scope: Scope | None
     ) -> None:
         self.hold = hold
         self.needs = needs
@@ -264,22 +156,19 @@ class LeasedLedger:
         self._owner = uuid4().hex
         self._holds = 0
         # What is known.
-        self._pools: list[_Pool] = []
-        self._by_meaning: dict[tuple[str, str], _Pool] = {}
+        self._pools: list[Pool] = []
+        self._by_meaning: dict[tuple[str, str], Pool] = {}
         self._known: dict[int, _Known] = {}
-        self._coverage: Coverage[_Pool] = Coverage()
-        self._scopes: dict[Scope, _Scope] = {}
+        self._coverage: Coverage[Pool] = Coverage()
+        self._scopes: dict[Scope, KnownScope] = {}
         self._scopes_known = 0
         self._lasting: dict[float, timedelta] = {}
         self._usual: dict[tuple[str, str], tuple[int | None, float]] = {}
         self._usual_asked: set[tuple[str, str]] = set()
         # What is under way.
         self._open: dict[str, _Open] = {}
-        self._next_expiry = _LAST
-        self._tallies: dict[str, _Tally] = {}
-        self._singles: list[_Single] = []
-        self._sealed: deque[_Sealed] = deque()
-        """What was handed on and is not yet on record, the oldest first."""
+        self._next_expiry = LAST
+        self._unrecorded = Unrecorded()
         self._behind_since = _NEVER
         self._recent: dict[str, None] = {}
         self._less_recent: dict[str, None] = {}
@@ -295,7 +184,6 @@ class LeasedLedger:
         self._recovered = False
         self._down: LedgerError | None = None
         self._retry_at = 0.0
-        self._written = 0
         self._recorded = 0
         self._replaced: list[tuple[int, list[Path]]] = []
         self._syncing: Future[None] | None = None
@@ -316,7 +204,7 @@ class LeasedLedger:
         if behind > self._behind_seconds:
             raise LedgerUnavailable(str(self._folder), f"spending has waited to be recorded for {behind:.0f} s")
         held: dict[str, Decimal] = {}
-        needs: dict[_Pool, int] = {}
+        needs: dict[Pool, int] = {}
         ready = not self._closing
         for budget in budgets:
             amount = amounts.get(budget.name)
@@ -423,8 +311,8 @@ class LeasedLedger:
         key = meaning(budget), budget.period
         pool = self._by_meaning.get(key)
         if pool is None:
-            pool = _Pool(len(self._pools), budget)
-            journal.write(_pool_record(pool))
+            pool = Pool(len(self._pools), budget)
+            journal.write(pool.record())
             self._pools.append(pool)
             self._by_meaning[key] = pool
             self._coverage.add(budget.match, pool)
@@ -435,14 +323,14 @@ class LeasedLedger:
         known = self._known[id(budget)] = budget, pool, picos(budget.limit)
         return known
 
-    def _scope(self, scope: Scope) -> _Scope:
+    def _scope(self, scope: Scope) -> KnownScope:
         """Get to know a scope."""
         if len(self._scopes) >= _SCOPES:
             self._scopes.clear()
         # One that is known again goes by another name: other budgets may cover it by now.
         self._scopes_known += 1
         name = f"{self._owner}.{self._scopes_known:x}"
-        known = self._scopes[scope] = _Scope(name, scope_record(scope), self._coverage.of(scope))
+        known = self._scopes[scope] = KnownScope(name, scope_record(scope), self._coverage.of(scope))
         return known
 
     def _last(self, ttl_seconds: float) -> timedelta:
@@ -452,8 +340,8 @@ class LeasedLedger:
         return lasts
 
     def _want(self, hold: Hold, at: datetime, scope: Scope | None) -> _Want:
-        needs: dict[_Pool, int] = {}
-        bounds: dict[_Pool, _Known] = {}
+        needs: dict[Pool, int] = {}
+        bounds: dict[Pool, _Known] = {}
         for budget in hold.budgets:
             if budget.name not in hold.amounts:
                 continue
@@ -467,7 +355,7 @@ class LeasedLedger:
             needs[pool], bounds[pool] = need, known
         return _Want(hold, needs, bounds=bounds, at=at, scope=scope)
 
-    def _take(self, hold: Hold, needs: dict[_Pool, int], at: datetime, scope: Scope | None) -> None:
+    def _take(self, hold: Hold, needs: dict[Pool, int], at: datetime, scope: Scope | None) -> None:
         known = None if scope is None else self._scopes.get(scope) or self._scope(scope)
         under = _Open(hold, needs, at, known)
         (self._journal or self._start()).write(under.record())
@@ -495,12 +383,11 @@ class LeasedLedger:
         called = self._open.get(name)
         # By the name of a hold that stays open it may be handed in again when nothing here remembers it.
         if written and (called is None or (kind == "s" and called is under and not called.single)):
-            self._add(scope, spend, cost, estimated)
+            self._unrecorded.add(scope, spend, cost, estimated)
         else:
-            self._singles.append(_Single(spend, cost, scope.pools))
+            self._unrecorded.add_single(scope, spend, cost, written=written)
             if called is not None:
                 called.single = True
-        self._written += written
         left = {} if under is None else under.left
         for pool in scope.pools:
             pool.unrecorded += cost
@@ -514,49 +401,6 @@ class LeasedLedger:
             if paid < cost:
                 pool.overspend(cost - paid)
         return written
-
-    def _add(self, scope: _Scope, spend: Spend, cost: int, estimated: int) -> None:
-        """Add a spend to what its scope spent in the same minute."""
-        at, usage, tally = spend.at, spend.usage, scope.tally
-        if tally is None or not tally.begins <= at < tally.ends or tally.counted is not usage.counted:
-            tally = scope.tally = self._tally(scope, spend)
-        tally.calls += 1
-        tally.cost += cost
-        tally.estimated += estimated
-        tally.input_tokens += usage.input_tokens
-        if usage.output_tokens:
-            tally.output_tokens += usage.output_tokens
-            tally.replies.append((at, usage.output_tokens))
-        if usage.cached_tokens:
-            tally.cached_tokens += usage.cached_tokens
-        if usage.images:
-            tally.images += usage.images
-
-    def _tally(self, scope: _Scope, spend: Spend) -> _Tally:
-        begins = spend.at.astimezone(UTC).replace(second=0, microsecond=0)
-        name = f"{scope.name}{'~' if spend.usage.counted else '-'}{begins:%Y%m%d%H%M}"
-        tally = self._tallies.get(name)
-        if tally is None:
-            if len(self._tallies) >= _BATCH:
-                self._seal()
-            tally = self._tallies[name] = _Tally(name, spend.scope, spend, begins, scope.pools)
-        return tally
-
-    def _seal(self) -> None:
-        """Close what was spent until now, to be recorded together."""
-        if not self._tallies and not self._singles:
-            return
-        tallies, self._tallies = list(self._tallies.values()), {}
-        singles, self._singles = self._singles, []
-        for scope in self._scopes.values():
-            scope.tally = None
-        batch = Batch(self._written, tallies, [one.spend for one in singles])
-        self._sealed.append(_Sealed(batch, tallies, singles))
-
-    def _unrecorded(self) -> Iterator[_Tally | _Single]:
-        return chain(
-            chain.from_iterable(sealed.parts for sealed in self._sealed), self._tallies.values(), self._singles
-        )
 
     def _remember(self, spend: str) -> None:
         if self._behind_since == _NEVER:
@@ -589,9 +433,9 @@ class LeasedLedger:
             return
         for hold in [name for name, under in self._open.items() if under.expires_at <= at]:
             self._release(hold)
-        self._next_expiry = min((under.expires_at for under in self._open.values()), default=_LAST)
+        self._next_expiry = min((under.expires_at for under in self._open.values()), default=LAST)
 
-    def _held(self, pool: _Pool, at: datetime) -> int:
+    def _held(self, pool: Pool, at: datetime) -> int:
         return sum(under.left.get(pool, 0) for under in self._open.values() if under.expires_at > at)
 
     def _is_foreign(self, hold: Hold) -> bool:
@@ -734,10 +578,10 @@ class LeasedLedger:
     async def _record(self, *, beat: bool) -> None:
         """Write down what was spent until now, and the slices as they are."""
         renew = monotonic() >= self._next_renewal
-        self._seal()
-        behind = len(self._sealed)
+        self._unrecorded.seal()
+        behind = len(self._unrecorded.sealed)
         while True:
-            sealed = self._sealed[0] if self._sealed else None
+            sealed = self._unrecorded.oldest
             slices = self._slices(sealed, all_of_them=renew)
             # Whether a slice is recalled is looked at with every beat while something is idle in it.
             if sealed or slices or (beat and any(pool.free for pool in self._pools)):
@@ -748,34 +592,30 @@ class LeasedLedger:
             if behind <= 0:
                 return
 
-    def _slices(self, sealed: _Sealed | None, *, all_of_them: bool) -> dict[_Pool, Slice]:
+    def _slices(self, sealed: Sealed | None, *, all_of_them: bool) -> dict[Pool, Slice]:
         """The slices as they are when this is on record: those that changed, or all of them."""
-        recorded: dict[_Pool, int] = {}
+        recorded: dict[Pool, int] = {}
         for part in sealed.parts if sealed else ():
             for pool in part.pools:
                 recorded[pool] = recorded.get(pool, 0) + part.cost
-        slices: dict[_Pool, Slice] = {}
+        slices: dict[Pool, Slice] = {}
         for pool in self._pools:
             in_use = pool.held + pool.unrecorded - recorded.get(pool, 0)
             if pool.written != (in_use, pool.free) or (all_of_them and (in_use or pool.free)):
                 slices[pool] = Slice(pool.match, pool.period, in_use, pool.free)
         return slices
 
-    async def _keep(self, sealed: _Sealed | None, slices: Mapping[_Pool, Slice]) -> None:
+    async def _keep(self, sealed: Sealed | None, slices: Mapping[Pool, Slice]) -> None:
         expires_at = self._clock() + timedelta(seconds=LEASE_SECONDS)
         for pool in slices:
             pool.written = None
         batch = sealed.batch if sealed else None
         kept = await self._ledger.keep(self._owner, batch, list(slices.values()), expires_at=expires_at)
         if sealed is not None:
-            self._sealed.popleft()
+            self._unrecorded.sealed.popleft()
             self._recorded = sealed.batch.upto
-            behind = self._sealed or self._tallies or self._singles
-            self._behind_since = monotonic() if behind else _NEVER
-            for tally in sealed.tallies:
-                _move(tally, new=kept.tallied)
-            for one in sealed.singles:
-                _move(one, new=one.spend.id in kept.new)
+            self._behind_since = monotonic() if self._unrecorded else _NEVER
+            sealed.recorded(kept)
         for pool, had in slices.items():
             lost = (pool.match, pool.period) in kept.lost
             if lost:
@@ -792,7 +632,7 @@ class LeasedLedger:
         """Lease what callers wait for, and what slices in use are short of."""
         if wants:
             self._expire(max(want.at for want in wants))
-        by: dict[_Pool, _Known] = {}
+        by: dict[Pool, _Known] = {}
         asking: list[_Want] = []
         for want in wants:
             # Two limits on the same calls are looked at one after the other.
@@ -811,7 +651,7 @@ class LeasedLedger:
             at = max((want.at for want in asking), default=self._clock())
             self._serve(asking, await self._lease(by, asking, at))
 
-    async def _lease(self, by: Mapping[_Pool, _Known], asking: Sequence[_Want], at: datetime) -> dict[_Pool, Leased]:
+    async def _lease(self, by: Mapping[Pool, _Known], asking: Sequence[_Want], at: datetime) -> dict[Pool, Leased]:
         now = monotonic()
         wanted = {
             pool: Wanted(
@@ -838,12 +678,12 @@ class LeasedLedger:
             # What was idle may have been leased under a higher limit.
             pool.free = min(max(pool.free - had.idle + idle, 0) + one.granted, left)
             pool.slice = 0 if wanted[pool].exact else left // SHARE
-            pool.since = period_start(pool.period, at) or _FIRST
+            pool.since = period_start(pool.period, at) or FIRST
             pool.until = expires_at - _SKEW
             self._know(pool, one.standing, at)
         return leased
 
-    def _serve(self, wants: Iterable[_Want], leased: Mapping[_Pool, Leased]) -> None:
+    def _serve(self, wants: Iterable[_Want], leased: Mapping[Pool, Leased]) -> None:
         """Give what was leased to those who wait, the first in line first."""
         for want in wants:
             if want.future.done():
@@ -858,7 +698,7 @@ class LeasedLedger:
                 continue
             self._refuse(want, leased)
 
-    def _refuse(self, want: _Want, leased: Mapping[_Pool, Leased]) -> None:
+    def _refuse(self, want: _Want, leased: Mapping[Pool, Leased]) -> None:
         """Refuse what the shared ledger has too little for, unless others may give it back."""
         for budget in want.hold.budgets:
             amount = want.hold.amounts.get(budget.name)
@@ -880,17 +720,17 @@ class LeasedLedger:
 
     # --- what is known of the shared ledger --------------------------------------------------
 
-    def _know(self, pool: _Pool, standing: Standing, at: datetime) -> None:
-        start = period_start(pool.period, at) or _FIRST
+    def _know(self, pool: Pool, standing: Standing, at: datetime) -> None:
+        start = period_start(pool.period, at) or FIRST
         if pool.start != start:
-            pool.start, pool.end = start, period_end(pool.period, at) or _LAST
+            pool.start, pool.end = start, period_end(pool.period, at) or LAST
             pool.pending = sum(
-                part.cost for part in self._unrecorded() if pool in part.pools and start <= part.at < pool.end
+                part.cost for part in self._unrecorded if pool in part.pools and start <= part.at < pool.end
             )
         pool.spent, pool.elsewhere = standing
         pool.refreshed = monotonic()
 
-    async def _look(self, pool: _Pool, budget: Budget, at: datetime) -> tuple[Decimal, Decimal]:
+    async def _look(self, pool: Pool, budget: Budget, at: datetime) -> tuple[Decimal, Decimal]:
         [standing] = await self._ledger.standings(self._owner, [budget], at=at)
         self._know(pool, standing, at)
         return to_dollars(pool.spent + pool.pending), to_dollars(pool.elsewhere + self._held(pool, at))
@@ -906,7 +746,7 @@ class LeasedLedger:
         """Keep what callers ask for as fresh as is promised, and let go of what they no longer ask for."""
         if self._beat % _REFRESH_BEATS:
             return
-        watched: list[_Pool] = []
+        watched: list[Pool] = []
         for pool in self._pools:
             if self._beat - pool.asked < _WATCHED_BEATS:
                 watched.append(pool)
@@ -947,8 +787,9 @@ class LeasedLedger:
             for path in self._replaced.pop(0)[1]:
                 path.unlink(missing_ok=True)
         if journal.size > self._segment_bytes:
-            records = [*map(_pool_record, self._pools), *(under.record() for under in self._open.values())]
-            self._replaced.append((self._written, journal.rotate(self._written, records)))
+            records = [*(pool.record() for pool in self._pools), *(under.record() for under in self._open.values())]
+            written = self._unrecorded.written
+            self._replaced.append((written, journal.rotate(written, records)))
             self._synced_size = 0
         if self._beat % _SYNC_BEATS == 0 and journal.size != self._synced_size:
             self._synced_size = journal.size
@@ -966,16 +807,16 @@ class LeasedLedger:
         ]
         try:
             while True:
-                self._seal()
-                sealed = self._sealed[0] if self._sealed else None
+                self._unrecorded.seal()
+                sealed = self._unrecorded.oldest
                 await self._ledger.close_lease(self._owner, sealed.batch if sealed else None, holds)
                 if sealed:
-                    self._sealed.popleft()
-                if not any(True for _ in self._unrecorded()):
+                    self._unrecorded.sealed.popleft()
+                if not self._unrecorded:
                     break
                 holds = []
         except LedgerError as error:
-            calls = sum(getattr(part, "calls", 1) for part in self._unrecorded())
+            calls = sum(part.calls for part in self._unrecorded)
             log.warning("%d calls stay in the journal until they can be recorded: %s", calls, error)
             journal.close()
             return
@@ -983,15 +824,6 @@ class LeasedLedger:
         journal.remove()
         with suppress(LedgerError):  # a row too many, which nobody misreads
             await self._ledger.forget(self._owner)
-
-
-def _move(part: _Tally | _Single, *, new: bool) -> None:
-    """Count what is on record now as spent."""
-    for pool in part.pools:
-        pool.unrecorded -= part.cost
-        if pool.start <= part.at < pool.end:
-            pool.pending -= part.cost
-            pool.spent += part.cost if new else 0
 
 
 async def _nothing() -> None:
@@ -1009,7 +841,3 @@ async def _answer(question: Callable[[], Awaitable[Any]], answer: Future[Any]) -
     else:
         if not answer.done():
             answer.set_result(result)
-
-
-def _pool_record(pool: _Pool) -> list[object]:
-    return ["p", pool.index, pool.match, pool.period]
