@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
@@ -75,7 +75,7 @@ async def opened(url: str, journals: Path, clock: Clock) -> AsyncIterator[Open]:
     ledgers: list[LeasedLedger] = []
 
     def open_it() -> LeasedLedger:
-        ledgers.append(LeasedLedger(SqlLedger(open_database(url)), journals, clock=clock))
+        ledgers.append(leased(url, journals, clock=clock))
         return ledgers[-1]
 
     yield open_it
@@ -89,6 +89,20 @@ async def shared(url: str) -> AsyncIterator[Ledger]:
     ledger = open_ledger(url)
     yield ledger
     await ledger.aclose()
+
+
+def leased(place: str | Database, journals: Path, **options: Any) -> LeasedLedger:
+    """A ledger as one more process would open it, under a clock that stands."""
+    database = open_database(place) if isinstance(place, str) else place
+    return LeasedLedger(SqlLedger(database), journals, **{"clock": lambda: NOW, **options})
+
+
+async def recover(url: str, journals: Path) -> tuple[Decimal, Decimal]:
+    """Let one more process finish what was left behind; what it finds spent and held."""
+    survivor = leased(url, journals)
+    found = await survivor.spent(TEAM, at=NOW)
+    await survivor.aclose()
+    return found
 
 
 def spend(cost: str, *, at: datetime = NOW, scope: Scope = SCOPE, output_tokens: int = 0) -> Spend:
@@ -108,6 +122,12 @@ def at_once(work: Coroutine[object, None, T]) -> T:
         return done.value  # type: ignore[no-any-return]  # what the coroutine returned
     work.close()
     raise AssertionError("it waited")
+
+
+def rows(url: str, sql: str) -> list[tuple[Any, ...]]:
+    """What a ledger in a file has on record."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        return connection.execute(sql).fetchall()
 
 
 def decimals(*amounts: str) -> tuple[Decimal, ...]:
@@ -192,9 +212,7 @@ async def test_calls_of_one_scope_and_minute_are_kept_in_one_row_and_reported_ea
     [line] = await ledger.report("tag")
 
     assert (line.group, line.calls, line.cost, line.output_tokens) == ("eval", 100, Decimal("0.1"), 200)
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    assert connection.execute("SELECT calls FROM ledger_spends ORDER BY at").fetchall() == [(60,), (40,)]
-    connection.close()
+    assert rows(url, "SELECT calls FROM ledger_spends ORDER BY at") == [(60,), (40,)]
     assert await shared.report("day", since=NOW + timedelta(seconds=60)) != []
 
 
@@ -224,10 +242,10 @@ async def test_calls_counted_by_us_are_kept_apart(opened: Open, url: str) -> Non
         at_once(ledger.charge(hold, Spend(scope=SCOPE, cost=Decimal(0), estimated=Decimal(0), usage=usage, at=NOW)))
     await ledger.report("day")
 
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    rows = connection.execute("SELECT counted, calls, input_tokens FROM ledger_spends ORDER BY counted").fetchall()
-    connection.close()
-    assert rows == [(0, 1, 5), (1, 2, 10)]
+    assert rows(url, "SELECT counted, calls, input_tokens FROM ledger_spends ORDER BY counted") == [
+        (0, 1, 5),
+        (1, 2, 10),
+    ]
 
 
 async def test_costs_and_tokens_beyond_all_measure_stop_nobody(opened: Open) -> None:
@@ -345,7 +363,7 @@ async def test_what_a_killed_process_spent_is_recorded_and_its_calls_are_charged
         assert [line_of(process), line_of(process)] == ["charged", "charged"]
         os.kill(process.pid, signal.SIGKILL)
 
-    survivors = [LeasedLedger(SqlLedger(open_database(url)), journals, clock=clock) for _ in range(2)]
+    survivors = [leased(url, journals, clock=clock) for _ in range(2)]
     for ledger in survivors:
         await until(ledger, "1.00", "0")
     with pytest.raises(BudgetExceeded):
@@ -369,15 +387,12 @@ async def test_the_worst_case_is_charged_where_the_call_was_made_and_marked(
     left_behind = copied(journals, tmp_path / "left behind")
     await dying.release(hold)
 
-    ledger = LeasedLedger(SqlLedger(open_database(url)), left_behind, clock=lambda: NOW)
+    ledger = leased(url, left_behind)
     figures = [(await ledger.spent(budget, at=NOW))[0] for budget in (narrow, other)]
     await ledger.aclose()
 
     assert figures == [Decimal("0.70"), Decimal("0.20")]
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    rows = connection.execute("SELECT id, provider, model, cost, counted FROM ledger_spends ORDER BY cost").fetchall()
-    connection.close()
-    assert rows[1:] == [
+    assert rows(url, "SELECT id, provider, model, cost, counted FROM ledger_spends ORDER BY cost")[1:] == [
         (f"{hold.id}/1", "anthropic", None, 200_000_000_000, 1),
         (hold.id, "openai", "openai/m", 400_000_000_000, 1),
     ]
@@ -387,31 +402,25 @@ async def test_the_worst_case_is_charged_where_the_call_was_made_and_marked(
 async def test_a_line_that_was_never_finished_hides_no_other(
     url: str, journals: Path, tmp_path: Path, cut: int
 ) -> None:
-    dying = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    dying = leased(url, journals)
     hold = await reserve(dying, "1.00")
     at_once(dying.charge(hold, spend("0.10")))
     at_once(dying.settle(hold, spend("0.20")))
     left_behind = copied(journals, tmp_path / "left behind", without=cut)
     await dying.aclose()
 
-    survivor = LeasedLedger(SqlLedger(open_database(f"sqlite:///{tmp_path}/new.db")), left_behind, clock=lambda: NOW)
-    spent, held = await survivor.spent(TEAM, at=NOW)
-    await survivor.aclose()
-
-    assert (spent, held) == decimals("1.00", "0")
+    assert await recover(f"sqlite:///{tmp_path}/new.db", left_behind) == decimals("1.00", "0")
 
 
 async def test_a_journal_is_finished_once_however_often_it_is_found(url: str, journals: Path, tmp_path: Path) -> None:
-    dying = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    dying = leased(url, journals)
     await reserve(dying, "0.30")
     at_once(dying.settle(await reserve(dying, "0.20"), spend("0.15")))
     copies = [copied(journals, tmp_path / name) for name in ("first", "second")]
     await dying.aclose()
 
     for folder in copies:
-        survivor = LeasedLedger(SqlLedger(open_database(f"sqlite:///{tmp_path}/new.db")), folder, clock=lambda: NOW)
-        await survivor.spent(TEAM, at=NOW)
-        await survivor.aclose()
+        await recover(f"sqlite:///{tmp_path}/new.db", folder)
         assert listed(folder) == []
 
     shared = open_ledger(f"sqlite:///{tmp_path}/new.db")
@@ -422,7 +431,7 @@ async def test_a_journal_is_finished_once_however_often_it_is_found(url: str, jo
 async def test_what_is_on_record_is_not_recorded_again_from_the_journal(
     url: str, journals: Path, tmp_path: Path, shared: Ledger
 ) -> None:
-    dying = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    dying = leased(url, journals)
     hold = await reserve(dying, "1.00")
     at_once(dying.charge(hold, spend("0.10")))
     await dying.report("day")
@@ -434,9 +443,7 @@ async def test_what_is_on_record_is_not_recorded_again_from_the_journal(
     later = copied(journals, tmp_path / "later")
 
     for folder in (later, left_behind):
-        survivor = LeasedLedger(SqlLedger(open_database(url)), folder, clock=lambda: NOW)
-        await survivor.spent(TEAM, at=NOW)
-        await survivor.aclose()
+        await recover(url, folder)
     await dying.aclose()
 
     # The rest of the hold is charged by the journal that ends while it was open.
@@ -475,7 +482,7 @@ async def test_what_a_dead_process_was_just_committing_is_waited_for_and_not_rec
     postgres_url: str, journals: Path, tmp_path: Path, before: int
 ) -> None:
     database = HeldBack(open_database(postgres_url))
-    dying = LeasedLedger(SqlLedger(database), journals, clock=lambda: NOW)
+    dying = leased(database, journals)
     hold = await reserve(dying, "1.00")
     for _ in range(before):
         at_once(dying.charge(hold, spend("0.10")))
@@ -484,9 +491,7 @@ async def test_what_a_dead_process_was_just_committing_is_waited_for_and_not_rec
     at_once(dying.charge(hold, spend("0.20")))
     assert await asyncio.to_thread(database.done.wait, 10)
 
-    survivor = LeasedLedger(
-        SqlLedger(open_database(postgres_url)), copied(journals, tmp_path / "left behind"), clock=lambda: NOW
-    )
+    survivor = leased(postgres_url, copied(journals, tmp_path / "left behind"))
     recovered = asyncio.create_task(survivor.report("day"))
     await until_one_waits_for_another(postgres_url)
     database.may_commit.set()
@@ -517,9 +522,7 @@ async def test_a_journal_of_the_sekha_before_is_finished(url: str, journals: Pat
     ]
     leave_behind(journals, *records)
 
-    survivor = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
-    await survivor.spent(TEAM, at=NOW)
-    await survivor.aclose()
+    await recover(url, journals)
 
     assert await shared.spent(TEAM, at=NOW) == decimals("0.90", "0")
     assert [line.calls for line in await shared.report("tag")] == [2]
@@ -530,7 +533,7 @@ def test_a_journal_of_a_newer_sekha_is_left_alone(url: str, journals: Path) -> N
     leave_behind(journals, '["v",99,0]')
 
     async def work() -> None:
-        ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+        ledger = leased(url, journals)
         await reserve(ledger, "0.10")
         await ledger.aclose()
 
@@ -582,7 +585,7 @@ async def test_processes_that_are_killed_again_and_again_record_no_less_than_the
 
 
 async def test_a_hold_that_is_open_at_the_end_is_anybodys_to_settle(opened: Open, url: str, journals: Path) -> None:
-    ending = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+    ending = leased(url, journals)
     hold = await reserve(ending, "0.50")
     await ending.aclose()
 
@@ -601,21 +604,30 @@ async def test_while_the_shared_ledger_is_away_slices_are_spent_and_then_nothing
     tmp_path: Path, journals: Path
 ) -> None:
     path = tmp_path / "ledger.db"
-    ledger = LeasedLedger(SqlLedger(SqliteDatabase(str(path), busy_seconds=0.01)), journals, clock=lambda: NOW)
+    ledger = leased(impatient(path), journals)
     await ledger.settle(await reserve(ledger, "0.01"), spend("0.01"))
     await reserve(ledger, "0.01")
-    away = sqlite3.connect(path, isolation_level=None)
-    away.execute("BEGIN IMMEDIATE")
 
-    at_once(ledger.settle(at_once(reserve(ledger, "0.01")), spend("0.005")))
-    with pytest.raises(LedgerUnavailable):
-        await reserve(ledger, "1.00")
-    away.execute("ROLLBACK")
-    away.close()
+    with away(path):
+        at_once(ledger.settle(at_once(reserve(ledger, "0.01")), spend("0.005")))
+        with pytest.raises(LedgerUnavailable):
+            await reserve(ledger, "1.00")
 
     await until(ledger, "0.015", "0.01")
     await until_reserved(ledger, "1.00")
     await ledger.aclose()
+
+
+def impatient(path: Path) -> SqliteDatabase:
+    return SqliteDatabase(str(path), busy_seconds=0.01)
+
+
+@contextmanager
+def away(path: Path) -> Iterator[None]:
+    """Let nobody else write to a database meanwhile."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
 
 
 async def until_reserved(ledger: Ledger, amount: str) -> None:
@@ -629,19 +641,14 @@ async def until_reserved(ledger: Ledger, amount: str) -> None:
 
 async def test_nothing_is_held_while_spending_waits_too_long_to_be_recorded(tmp_path: Path, journals: Path) -> None:
     path = tmp_path / "ledger.db"
-    ledger = LeasedLedger(
-        SqlLedger(SqliteDatabase(str(path), busy_seconds=0.01)), journals, clock=lambda: NOW, behind_seconds=0.2
-    )
+    ledger = leased(impatient(path), journals, behind_seconds=0.2)
     hold = await reserve(ledger, "0.01")
-    away = sqlite3.connect(path, isolation_level=None)
-    away.execute("BEGIN IMMEDIATE")
 
-    at_once(ledger.settle(hold, spend("0.01")))
-    await asyncio.sleep(0.3)
-    with pytest.raises(LedgerUnavailable, match="waited to be recorded"):
-        at_once(reserve(ledger, "0.01"))
-    away.execute("ROLLBACK")
-    away.close()
+    with away(path):
+        at_once(ledger.settle(hold, spend("0.01")))
+        await asyncio.sleep(0.3)
+        with pytest.raises(LedgerUnavailable, match="waited to be recorded"):
+            at_once(reserve(ledger, "0.01"))
 
     await until(ledger, "0.01", "0")
     await until_reserved(ledger, "0.01")
@@ -650,19 +657,13 @@ async def test_nothing_is_held_while_spending_waits_too_long_to_be_recorded(tmp_
 
 async def test_what_cannot_be_recorded_at_the_end_is_recorded_by_the_next(tmp_path: Path, journals: Path) -> None:
     path = tmp_path / "ledger.db"
-    ending = LeasedLedger(SqlLedger(SqliteDatabase(str(path), busy_seconds=0.01)), journals, clock=lambda: NOW)
+    ending = leased(impatient(path), journals)
     hold = await reserve(ending, "0.50")
-    away = sqlite3.connect(path, isolation_level=None)
-    away.execute("BEGIN IMMEDIATE")
-    at_once(ending.settle(hold, spend("0.40")))
-    await ending.aclose()
-    away.execute("ROLLBACK")
-    away.close()
+    with away(path):
+        at_once(ending.settle(hold, spend("0.40")))
+        await ending.aclose()
 
-    survivor = LeasedLedger(SqlLedger(SqliteDatabase(str(path))), journals, clock=lambda: NOW)
-
-    assert await survivor.spent(TEAM, at=NOW) == decimals("0.40", "0")
-    await survivor.aclose()
+    assert await recover(f"sqlite:///{path}", journals) == decimals("0.40", "0")
 
 
 # --- periods and budgets -------------------------------------------------------------------
@@ -767,7 +768,7 @@ async def test_what_was_idle_in_a_slice_that_others_took_is_gone_when_its_proces
 async def test_journals_are_deleted_when_all_in_them_is_on_record(
     url: str, journals: Path, shared: Ledger, tmp_path: Path
 ) -> None:
-    ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW, segment_bytes=20_000)
+    ledger = leased(url, journals, segment_bytes=20_000)
     hold = await reserve(ledger, "1.00")
 
     for _ in range(300):
@@ -777,7 +778,7 @@ async def test_journals_are_deleted_when_all_in_them_is_on_record(
             await asyncio.sleep(0.05)
     at_once(ledger.charge(hold, spend("0.001")))
     left_behind = copied(journals, tmp_path / "left behind")
-    survivor = LeasedLedger(SqlLedger(open_database(url)), left_behind, clock=lambda: NOW)
+    survivor = leased(url, left_behind)
     await survivor.spent(TEAM, at=NOW)
     await ledger.aclose()
 
@@ -788,14 +789,11 @@ async def test_journals_are_deleted_when_all_in_them_is_on_record(
 
 async def test_a_process_that_ends_leaves_nothing_of_its_journal_behind(url: str, journals: Path) -> None:
     for _ in range(3):
-        ledger = LeasedLedger(SqlLedger(open_database(url)), journals, clock=lambda: NOW)
+        ledger = leased(url, journals)
         at_once(ledger.settle(await reserve(ledger, "0.10"), spend("0.10")))
         await ledger.aclose()
 
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    rows = connection.execute("SELECT count(*) FROM ledger_journals").fetchall()
-    connection.close()
-    assert rows == [(0,)]
+    assert rows(url, "SELECT * FROM ledger_journals") == []
     assert listed(journals) == []
 
 
