@@ -28,34 +28,32 @@ from sekha.steps.money import UsualReplies
 from sekha.tokens import count_messages
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
+
+
+def provider(name: str, *models: str) -> str:
+    listed = ", ".join(models)
+    return f"  - {{id: {name}, provider_type: openai, base_url: 'http://127.0.0.1:9/v1', models: [{listed}]}}"
+
+
 PRICE = "price: {input_per_million: 1, output_per_million: 2}"
+MODELS = [
+    f"{{model_id: gpt-4o, task: chat_small, supports_vision: true, {PRICE}}}",
+    f"{{model_id: gpt-4o-mini, task: chat_small, supports_vision: true, {PRICE}}}",
+    f"{{model_id: gpt-4, task: chat_small, {PRICE}}}",
+    f"{{model_id: claude-sonnet-4-5, task: chat_small, supports_vision: true, {PRICE}}}",
+]
 CONFIG = f"""
 providers:
-  - id: here
-    provider_type: openai
-    base_url: http://127.0.0.1:9/v1
-    models:
-      - {{model_id: gpt-4o, task: chat_small, supports_vision: true, {PRICE}}}
-      - {{model_id: gpt-4o-mini, task: chat_small, supports_vision: true, {PRICE}}}
-      - {{model_id: gpt-4, task: chat_small, {PRICE}}}
-      - {{model_id: claude-sonnet-4-5, task: chat_small, supports_vision: true, {PRICE}}}
+{provider("here", *MODELS)}
 """
-TWO_PROVIDERS = """
+TWO_PROVIDERS = f"""
 providers:
-  - id: cheap
-    provider_type: openai
-    base_url: http://127.0.0.1:9/v1
-    models:
-      - {model_id: gpt-4o-mini, task: chat_small, price: {input_per_million: 1, output_per_million: 1}}
-  - id: dear
-    provider_type: openai
-    base_url: http://127.0.0.1:9/v1
-    models:
-      - {model_id: gpt-4o, task: chat_small, price: {input_per_million: 4, output_per_million: 4}}
+{provider("cheap", f"{{model_id: gpt-4o-mini, task: chat_small, {PRICE}}}")}
+{provider("dear", "{model_id: gpt-4o, task: chat_small, price: {input_per_million: 4, output_per_million: 4}}")}
 budgets:
-  - {name: all, limit: 100}
-  - {name: cheap, limit: 100, match: {provider: cheap}}
-  - {name: nobody, limit: 100, match: {task: chat_smart}}
+  - {{name: all, limit: 100}}
+  - {{name: cheap, limit: 100, match: {{provider: cheap}}}}
+  - {{name: nobody, limit: 100, match: {{task: chat_smart}}}}
 """
 HELLO = ChatRequest(messages=({"role": "user", "content": "What does a hold do?"},), model="gpt-4o")
 PICTURE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
@@ -230,12 +228,9 @@ async def test_a_request_for_a_model_that_is_free_asks_the_ledger_nothing(tmp_pa
 
 
 async def test_callers_who_prefer_every_model_in_turn_fill_no_memory(tmp_path: Path) -> None:
-    models = ", ".join(f"{{model_id: m{number}, task: chat_small, price: free}}" for number in range(250))
+    models = [f"{{model_id: m{number}, task: chat_small, price: free}}" for number in range(250)]
     file = tmp_path / "sekha.yaml"
-    file.write_text(
-        f"providers: [{{id: here, provider_type: openai, base_url: 'http://127.0.0.1:9/v1', models: [{models}]}}]",
-        "utf-8",
-    )
+    file.write_text(f"providers:\n{provider('here', *models)}\n", "utf-8")
 
     async with Runtime(Resources(load(str(file)))) as running:
         for number in range(250):
