@@ -11,7 +11,7 @@ from sekha.calling import Attempt
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
 from sekha.errors import InvalidRequest, NoCandidate, ProviderError
 from sekha.pricing import Usage
-from sekha.vectors.base import Collection, Filter, Scalar
+from sekha.vectors.base import Collection, Filter, Hit, Scalar, TextHit
 
 __all__ = [
     "Answer",
@@ -89,11 +89,11 @@ class Ranks:
     """Why a document comes where it comes."""
 
     rank: int
-    """Its rank in its own space, from 1, those not counted that an earlier space has."""
+    """Its rank among the results of its own space, from 1."""
     of: int
     """How many records its space has."""
     by_vector: int | None
-    """Its rank among what vectors found there; None when only its words were found."""
+    """Its rank among what vectors found in the first space that has it; None when only its words were found."""
     by_words: int | None = None
 
 
@@ -107,7 +107,8 @@ class FoundHit:
     similarity: float | None
     """Cosine similarity in its own space, which says nothing beside another's; None when only words found it."""
     score: float
-    """By which the results are ordered: the similarity, or across spaces and with words a sum of reciprocal ranks."""
+    """By which the results are ordered: the similarity in one space; across spaces `1 / (1 + rank)`, where the rank is
+    the one among all that it has the similarity of; with words a sum of reciprocal ranks."""
     space: str
     dimension: int
     ranks: Ranks
@@ -120,7 +121,10 @@ class Answer:
     space: str
     dimension: int
     size: int
-    hits: tuple[FoundHit, ...]
+    by_vector: tuple[Hit, ...]
+    """Nearest first."""
+    by_words: tuple[TextHit, ...] | None
+    """Best first; None where words were not looked for."""
     seconds: float
     """That the store took."""
     provider_id: str

@@ -279,7 +279,8 @@ async def _found(loaded: Loaded, request: SearchRequest) -> Found:
 
 
 def _found_values(found: Found) -> dict[str, Any]:
-    answers = [{name: value for name, value in vars(answer).items() if name != "hits"} for answer in found.answers]
+    hits = ("by_vector", "by_words")
+    answers = [{name: value for name, value in vars(answer).items() if name not in hits} for answer in found.answers]
     return {**vars(found), "answers": answers}
 
 

@@ -525,7 +525,7 @@ _SCHEMAS: dict[str, Json] = {
                         "content": _TEXT,
                         "score": _says(
                             {"type": "number", "minimum": -1.001, "maximum": 1.001},
-                            "By which results are ordered: the similarity, or across spaces a sum of reciprocal ranks.",
+                            "By which results are ordered: the similarity, or a reciprocal of ranks across spaces and with words.",
                         ),
                         "similarity": _says(
                             _or_null({"type": "number", "minimum": -1.001, "maximum": 1.001}),
@@ -536,7 +536,7 @@ _SCHEMAS: dict[str, Json] = {
                         "properties": {"type": "object", "additionalProperties": _SCALAR},
                         "ranks": _object(
                             {
-                                "rank": _says(_RANK, "In its own space, those not counted that an earlier one has."),
+                                "rank": _says(_RANK, "Among the results of its own space."),
                                 "of": _says(_COUNT, "Records in that space."),
                                 "by_vector": _or_null(_RANK),
                                 "by_words": _or_null(_RANK),

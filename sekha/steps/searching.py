@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sekha.embedding import Embedded, EmbedRequest
@@ -17,9 +18,10 @@ from sekha.pricing import Usage
 from sekha.resources import Resources
 from sekha.search import Answer, Asked, Found, FoundHit, LeftOut, Question, Ranks, SearchRequest
 from sekha.spaces import embedder_of, index_for
+from sekha.vectors.base import TextHit
 
 if TYPE_CHECKING:
-    from sekha.vectors.base import Collection, Hit, TextHit, Vector
+    from sekha.vectors.base import Collection, Hit, Vector
 
 __all__ = ["Searching"]
 
@@ -82,7 +84,8 @@ class Searching:
             space=index.name,
             dimension=index.dimension,
             size=question.size,
-            hits=_hits(question, by_vector, by_words),
+            by_vector=tuple(by_vector),
+            by_words=None if by_words is None else tuple(by_words),
             seconds=time.perf_counter() - began,
             provider_id=embedded.provider_id,
             model_id=embedded.model_id,
@@ -97,9 +100,9 @@ class Searching:
         given = [answer for answer in answers if isinstance(answer, Answer)]
         left_out = [*asked.left_out, *(answer for answer in answers if isinstance(answer, LeftOut))]
         return Found(
-            hits=given[0].hits[: request.limit] if len(given) == 1 else _merged(given, request.limit),
+            hits=_merged(given, request.limit),
             collection=request.collection,
-            answers=tuple(replace(answer, hits=()) for answer in given),
+            answers=tuple(replace(answer, by_vector=(), by_words=None) for answer in given),
             left_out=tuple(left_out),
             usage=sum((answer.usage for answer in given), Usage()),
             estimated_cost=sum((answer.estimated_cost for answer in given), Decimal(0)),
@@ -138,34 +141,46 @@ class Searching:
         return await store.search(question.index.name, vector, question.limit, where=request.where, max_distance=far)
 
 
-def _hits(question: Question, by_vector: Sequence[Hit], by_words: Sequence[TextHit] | None) -> tuple[FoundHit, ...]:
-    """What one space found, best first: by similarity, or by both rankings together."""
-    near = {hit.uuid: (rank, hit) for rank, hit in enumerate(by_vector, 1)}
-    said = {hit.uuid: (rank, hit) for rank, hit in enumerate(by_words or (), 1)}
-    scores = fuse(near, said) if by_words is not None else {hit.uuid: hit.similarity for hit in by_vector}
+def _merged(answers: Sequence[Answer], limit: int) -> tuple[FoundHit, ...]:
+    """The first of what one space found, or several together."""
+    words = [answer.by_words or () for answer in answers]
+    near = merge([_ranked(answer.by_vector, answer.size) for answer in answers])
+    said = merge([_ranked(found, answer.size) for found, answer in zip(words, answers, strict=True)])
+    if any(answer.by_words is not None for answer in answers):
+        scores = fuse(near, said)
+    elif len(answers) == 1:
+        scores = {hit.uuid: hit.similarity for hit in answers[0].by_vector}
+    else:
+        scores = {uuid: place.score for uuid, place in near.items()}
+    ranks = [0] * len(answers)
 
-    def found(at: int, uuid: str, score: float) -> FoundHit:
-        near_rank, near_hit = near.get(uuid, (None, None))
-        said_rank, said_hit = said.get(uuid, (None, None))
-        hit = near_hit or said_hit
-        assert hit is not None  # noqa: S101 - the scores are theirs
+    def found(uuid: str, score: float) -> FoundHit:
+        by_vector, by_words = near.get(uuid), said.get(uuid)
+        nearest = answers[by_vector.at].by_vector[by_vector.rank - 1] if by_vector else None
+        place = by_vector or by_words
+        assert place is not None  # noqa: S101 - the scores are theirs
+        hit = nearest or words[place.at][place.rank - 1]
+        answer = answers[place.at]
+        ranks[place.at] += 1
         return FoundHit(
             uuid=uuid,
             text=hit.text,
             properties=hit.properties,
-            similarity=near_hit.similarity if near_hit else None,
+            similarity=nearest.similarity if nearest else None,
             score=score,
-            space=question.index.name,
-            dimension=question.index.dimension,
-            ranks=Ranks(rank=at, of=question.size, by_vector=near_rank, by_words=said_rank),
+            space=answer.space,
+            dimension=answer.dimension,
+            ranks=Ranks(
+                rank=ranks[place.at],
+                of=answer.size,
+                by_vector=by_vector.rank if by_vector else None,
+                by_words=by_words.rank if by_words else None,
+            ),
         )
 
-    return tuple(found(at, uuid, score) for at, (uuid, score) in enumerate(scores.items(), 1))
+    return tuple(found(uuid, score) for uuid, score in islice(scores.items(), limit))
 
 
-def _merged(answers: Sequence[Answer], limit: int) -> tuple[FoundHit, ...]:
-    """The hits of several spaces as one list."""
-    by_uuid = [{hit.uuid: hit for hit in answer.hits} for answer in answers]
-    places = merge([Ranked(tuple(hits), answer.size) for hits, answer in zip(by_uuid, answers, strict=True)], limit)
-    hits = ((place, by_uuid[place.at][place.uuid]) for place in places)
-    return tuple(replace(hit, score=place.score, ranks=replace(hit.ranks, rank=place.rank)) for place, hit in hits)
+def _ranked(found: Sequence[Hit] | Sequence[TextHit], size: int) -> Ranked:
+    scores = [hit.score if isinstance(hit, TextHit) else hit.similarity for hit in found]
+    return Ranked([hit.uuid for hit in found], scores, size)

@@ -1,66 +1,84 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sekha.merging import Ranked, fuse, merge
 
-RANKINGS = st.lists(
-    st.tuples(st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), unique=True), st.integers(0, 1000)),
+SCORES = st.floats(-1, 1, width=32)
+LISTS = st.lists(
+    st.tuples(st.dictionaries(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), SCORES), st.integers(0, 1000)),
     min_size=1,
     max_size=4,
 )
 
 
-def uuids(prefix: str, count: int) -> list[str]:
-    return [f"{prefix}{n:03}" for n in range(count)]
+def ranked(prefix: str, found: int, size: int, *, scale: float = 1.0, above: float = 0.0) -> Ranked:
+    """As many as were found in a space whose similarities fall as those of any model do, on a scale of its own."""
+    scores = [above - scale * math.log((rank - 0.5) / size) for rank in range(1, found + 1)]
+    return Ranked([f"{prefix}{n:03}" for n in range(found)], scores, size)
 
 
-def test_a_tenth_of_the_documents_gets_a_tenth_of_the_places() -> None:
-    places = merge([Ranked(uuids("old", 100), 900), Ranked(uuids("new", 100), 100)], 50)
+def test_a_tenth_of_the_documents_gets_a_tenth_of_the_places_whatever_the_scale_of_its_similarities() -> None:
+    places = merge([ranked("old", 100, 900, above=0.7), ranked("new", 100, 100, scale=0.01)])
 
-    assert sum(place.at == 1 for place in places) == 5
-
-
-def test_places_go_by_size_whatever_order_the_lists_come_in() -> None:
-    one, other = Ranked(uuids("a", 20), 300), Ranked(uuids("b", 20), 100)
-
-    assert {place.uuid for place in merge([one, other], 12)} == {place.uuid for place in merge([other, one], 12)}
+    assert sum(place.at == 1 for place in list(places.values())[:50]) == 5
 
 
-def test_a_document_in_two_lists_is_counted_in_the_first() -> None:
-    places = merge([Ranked(["x", "y"], 2), Ranked(["x", "z"], 2)], 10)
+def test_what_stands_out_in_its_space_comes_before_what_is_only_the_best_of_a_bad_lot() -> None:
+    uuids, scores, size = ranked("new", 30, 300)
 
-    assert [(place.uuid, place.at, place.rank) for place in places if place.uuid != "y"] == [("x", 0, 1), ("z", 1, 1)]
+    stands_out = merge([ranked("old", 30, 900), Ranked(uuids, [scores[0] + 3, *scores[1:]], size)])
+    does_not = merge([ranked("old", 30, 900), Ranked(uuids, [scores[1], *scores[1:]], size)])
+
+    assert next(iter(stands_out)) == "new000"
+    assert next(iter(does_not)) == "old000"
+    assert stands_out["new000"].rank == does_not["new000"].rank == 1
+
+
+def test_places_do_not_depend_on_the_order_of_lists_that_share_nothing() -> None:
+    one, other = ranked("a", 20, 300), ranked("b", 20, 110)
+
+    assert list(merge([one, other])) == list(merge([other, one]))
+
+
+def test_a_document_in_two_lists_is_judged_by_the_first() -> None:
+    places = merge([Ranked(["x", "y"], [0.9, 0.1], 2), Ranked(["z", "x"], [0.9, 0.8], 2)])
+
+    assert {uuid: (place.at, place.rank) for uuid, place in places.items()} == {"x": (0, 1), "y": (0, 2), "z": (1, 1)}
 
 
 def test_a_copy_of_the_first_list_changes_nothing() -> None:
-    ranked = Ranked(uuids("a", 30), 500)
+    one = ranked("a", 30, 500)
 
-    places = merge([ranked, ranked], 10)
-
-    assert [place.uuid for place in places] == ranked.uuids[:10]
+    assert list(merge([one, one])) == one.uuids
 
 
-@given(RANKINGS, st.integers(1, 50))
+def test_similarities_that_are_all_alike_leave_the_ranks() -> None:
+    places = merge([Ranked(["a", "b"], [0.5, 0.5], 2), Ranked(["c"], [0.9], 1)])
+
+    assert list(places) == ["a", "c", "b"]
+
+
+@given(LISTS)
 def test_nothing_is_lost_doubled_or_put_before_what_its_own_space_ranks_higher(
-    lists: list[tuple[list[str], int]], limit: int
+    lists: list[tuple[dict[str, float], int]],
 ) -> None:
-    ranked = [Ranked(*each) for each in lists]
+    falling = [(sorted(scores, key=lambda uuid: -scores[uuid]), scores, size) for scores, size in lists]
 
-    places = merge(ranked, limit)
+    places = merge([Ranked(uuids, [scores[uuid] for uuid in uuids], size) for uuids, scores, size in falling])
 
-    every = {uuid for each in ranked for uuid in each.uuids}
-    assert len({place.uuid for place in places}) == len(places) == min(limit, len(every))
-    for at, each in enumerate(ranked):
-        mine = [place.uuid for place in places if place.at == at]
-        assert mine == [uuid for uuid in each.uuids if uuid in mine]
-
-
-@given(st.lists(st.text(), unique=True))
-def test_one_list_stays_as_it_is(found: list[str]) -> None:
-    assert [place.uuid for place in merge([Ranked(found, len(found))], len(found))] == found
+    assert places.keys() == {uuid for uuids, *_ in falling for uuid in uuids}
+    for at, (uuids, *_) in enumerate(falling):
+        mine = [uuid for uuid, place in places.items() if place.at == at]
+        assert mine == [uuid for uuid in uuids if uuid in mine]
+        assert all(uuids[places[uuid].rank - 1] == uuid for uuid in mine)
+    scores = [place.score for place in places.values()]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
 
 
 def test_what_both_rankings_find_comes_before_what_one_of_them_puts_first() -> None:
