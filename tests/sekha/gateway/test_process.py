@@ -9,21 +9,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 
 import httpx
 import pytest
 
-from sekha.gateway.app import Gateway
-from sekha.gateway.metrics import Metrics
-from sekha.gateway.server import Server, bind
-from sekha.gateway.serving import Serving
 from sekha.ledger import Budget
 from sekha.ledgers import open_ledger
-from sekha.loading import load
-from sekha.resources import Resources
 from sekha.testing import StandIn
-from tests.fixtures.gateway import config_for, wait_until
+from tests.fixtures.gateway import Opens, config_for, listening, wait_until
 from tests.fixtures.process import Gate, Serves, left_behind
 
 pytestmark = pytest.mark.timeout(90)
@@ -240,13 +233,8 @@ async def test_a_stream_of_a_worker_ends_whole_after_sigterm(serving: Serves) ->
 # --- what it lets nobody do ----------------------------------------------------------------
 
 
-async def test_headers_that_never_end_are_cut(tmp_path: Path) -> None:
-    listening = bind("127.0.0.1", 0)
-    port = listening.getsockname()[1]
-    gateway = Gateway(Serving(Resources(load(environ={"SEKHA_HOME": str(tmp_path)})), Metrics()))
-    server = Server(gateway, listening, head_seconds=0.3)
-    running = asyncio.create_task(server.run())
-    try:
+async def test_headers_that_never_end_are_cut(gateway: Opens) -> None:
+    async with gateway() as served, listening(served.gateway, head_seconds=0.3) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /health/live HTTP/1.1\r\nHost: here\r\nX-Slow: ")
 
@@ -255,10 +243,6 @@ async def test_headers_that_never_end_are_cut(tmp_path: Path) -> None:
 
         assert left == b""
         writer.close()
-    finally:
-        server.stop()
-        await running
-        await gateway.serving.aclose()
 
 
 async def test_the_process_that_serves_imports_neither_prefect_nor_litellm(serving: Serves) -> None:

@@ -10,31 +10,15 @@ from contextlib import asynccontextmanager, suppress
 import orjson
 import pytest
 
-from sekha.gateway.app import Gateway
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.server import Server, bind
 from sekha.gateway.serving import Serving
-from tests.fixtures.gateway import Opens, Served, wait_until
+from tests.fixtures.gateway import Opens, Served, listening, wait_until
 from tests.fixtures.upstream import Upstream, chunked
 
 WRITE_SECONDS = 0.4
 LARGE = 24_000_000
 """Several times what the system takes in for a reader who does not read."""
 STREAM = orjson.dumps({"messages": [{"role": "user", "content": "Hello there."}], "stream": True})
-
-
-def config(upstream: Upstream) -> str:
-    return f"""
-    providers:
-      - id: first
-        provider_type: openai
-        base_url: {upstream.url}
-        models:
-          - model_id: chat
-            task: chat_small
-            price: {{input_per_million: 1000, output_per_million: 2000}}
-    budgets: [{{name: all, limit: 1000}}]
-    """
 
 
 async def without_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -49,19 +33,6 @@ async def without_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 async def large(serving: Serving, x: Exchange) -> None:
     await x.answer(200, b"x" * LARGE, [])
-
-
-@asynccontextmanager
-async def serving(app: Gateway) -> AsyncIterator[int]:
-    """The same gateway at another port, where callers have to read."""
-    listening = bind("127.0.0.1", 0)
-    server = Server(app, listening, write_seconds=WRITE_SECONDS)
-    running = asyncio.create_task(server.run())
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        server.stop()
-        await running
 
 
 @asynccontextmanager
@@ -92,8 +63,8 @@ async def _nothing_held(served: Served) -> bool:
 async def test_a_stream_that_nobody_reads_is_cut_and_what_arrived_is_paid_for(gateway: Opens) -> None:
     async with (
         Upstream(without_end) as upstream,
-        gateway(config=config(upstream)) as served,
-        serving(served.gateway) as port,
+        gateway(upstream) as served,
+        listening(served.gateway, write_seconds=WRITE_SECONDS) as port,
     ):
         asked = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(STREAM), STREAM)
         async with calling(port, asked) as caller:
@@ -113,7 +84,7 @@ async def test_a_stream_that_nobody_reads_is_cut_and_what_arrived_is_paid_for(ga
 async def test_an_answer_that_nobody_reads_keeps_no_connection(gateway: Opens) -> None:
     async with (
         gateway(routes={"/large": {"GET": large}}) as served,
-        serving(served.gateway) as port,
+        listening(served.gateway, write_seconds=WRITE_SECONDS) as port,
         calling(port, b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as caller,
     ):
         # It cannot be seen from here that it was cut, but by reading.
@@ -125,7 +96,10 @@ async def test_an_answer_that_nobody_reads_keeps_no_connection(gateway: Opens) -
 
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])
 async def test_who_reads_slowly_is_waited_for(gateway: Opens, connection: str) -> None:
-    async with gateway(routes={"/large": {"GET": large}}) as served, serving(served.gateway) as port:
+    async with (
+        gateway(routes={"/large": {"GET": large}}) as served,
+        listening(served.gateway, write_seconds=WRITE_SECONDS) as port,
+    ):
         started = asyncio.get_running_loop().time()
         request = b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: %b\r\n\r\n" % connection.encode()
         async with calling(port, request) as caller:
