@@ -101,6 +101,14 @@ async def serving(
         connections.close()
 
 
+async def until_the_end(*sent: bytes, answers: Answers = echo) -> bytes:
+    """All that comes to whoever sends this, when the connection ends with it."""
+    async with serving(answers) as (_, _, connect):
+        caller = await connect()
+        await caller.send(*sent)
+        return await caller.rest()
+
+
 def _post(length: bytes) -> bytes:
     return b"POST /a?b HTTP/1.1\r\nhost: x\r\nContent-Length: %b\r\naccept: */*\r\n\r\n" % length
 
@@ -258,12 +266,9 @@ async def test_a_body_that_is_asked_for_is_waited_for_with_100_continue() -> Non
 
 
 async def test_a_connection_ends_when_a_body_that_was_announced_is_not_wanted() -> None:
-    async with serving(without_reading) as (_, _, connect):
-        caller = await connect()
+    announced = b"POST / HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n"
 
-        await caller.send(b"POST / HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
-
-        assert b"\r\nconnection: close\r\n" in await caller.rest()
+    assert b"\r\nconnection: close\r\n" in await until_the_end(announced, answers=without_reading)
 
 
 async def test_who_is_refused_while_sending_may_ask_again_on_the_same_connection() -> None:
@@ -298,12 +303,7 @@ async def test_a_body_above_the_limit_is_refused_before_it_is_all_here() -> None
     ],
 )
 async def test_what_is_no_http_is_answered_with_400_and_the_end(sent: bytes) -> None:
-    async with serving() as (_, _, connect):
-        caller = await connect()
-
-        await caller.send(sent)
-
-        assert (await caller.rest()).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert (await until_the_end(sent)).startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
 
 async def test_chunks_that_are_none_end_a_request_that_waits_for_them() -> None:
@@ -317,34 +317,22 @@ async def test_chunks_that_are_none_end_a_request_that_waits_for_them() -> None:
 
 
 async def test_garbage_behind_a_request_does_not_keep_it_from_its_answer() -> None:
-    async with serving() as (_, _, connect):
-        caller = await connect()
-
-        await caller.send(b"GET /good HTTP/1.1\r\n\r\n\x00\x00\r\n\r\n")
-
-        assert (await caller.rest()).endswith(b"GET /good ? ")
+    assert (await until_the_end(b"GET /good HTTP/1.1\r\n\r\n\x00\x00\r\n\r\n")).endswith(b"GET /good ? ")
 
 
 async def test_headers_beyond_all_measure_are_refused() -> None:
-    async with serving() as (_, _, connect):
-        caller = await connect()
+    answered = await until_the_end(b"GET / HTTP/1.1\r\nx: ", b"x" * (HEAD_BYTES + 1))
 
-        await caller.send(b"GET / HTTP/1.1\r\nx: ", b"x" * (HEAD_BYTES + 1))
-
-        assert (await caller.rest()).startswith(b"HTTP/1.1 431 ")
+    assert answered.startswith(b"HTTP/1.1 431 ")
 
 
 async def test_an_upgrade_is_answered_as_what_it_would_be_without_and_nothing_follows() -> None:
-    async with serving() as (_, _, connect):
-        caller = await connect()
+    answered = await until_the_end(
+        b"GET /chat HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nGET / HTTP/1.1\r\n\r\n"
+    )
 
-        await caller.send(
-            b"GET /chat HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nGET / HTTP/1.1\r\n\r\n"
-        )
-        answered = await caller.rest()
-
-        assert answered.endswith(b"GET /chat ? ")
-        assert b"\r\nconnection: close\r\n" in answered
+    assert answered.endswith(b"GET /chat ? ")
+    assert b"\r\nconnection: close\r\n" in answered
 
 
 async def test_http_1_0_gets_no_chunks_and_the_end() -> None:
@@ -353,23 +341,15 @@ async def test_http_1_0_gets_no_chunks_and_the_end() -> None:
         await x.go_on(b"one ")
         await x.end(b"two")
 
-    async with serving(pieces) as (_, _, connect):
-        old, new = await connect(), await connect()
+    old = await until_the_end(b"GET / HTTP/1.0\r\n\r\n", answers=pieces)
+    new = await until_the_end(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n", answers=pieces)
 
-        await old.send(b"GET / HTTP/1.0\r\n\r\n")
-        await new.send(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
-
-        assert (await old.rest()).endswith(b"\r\n\r\none two")
-        assert (await new.rest()).endswith(b"\r\n\r\n4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n")
+    assert old.endswith(b"\r\n\r\none two")
+    assert new.endswith(b"\r\n\r\n4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n")
 
 
 async def test_the_answer_to_head_has_no_body() -> None:
-    async with serving() as (_, _, connect):
-        caller = await connect()
-
-        await caller.send(b"HEAD /a HTTP/1.1\r\nconnection: close\r\n\r\n")
-
-        assert (await caller.rest()).endswith(b"\r\n\r\n")
+    assert (await until_the_end(b"HEAD /a HTTP/1.1\r\nconnection: close\r\n\r\n")).endswith(b"\r\n\r\n")
 
 
 async def test_a_header_with_a_line_break_is_never_sent() -> None:
