@@ -470,8 +470,7 @@ class HttpConnection(asyncio.Protocol):
     # Its exchange calls these.
 
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self.all.turn.write(self._transport, data)
+        self.all.turn.write(self._transport, data)
 
     async def drain(self) -> None:
         """Wait until the caller has taken in most of what was written."""
