@@ -135,18 +135,20 @@ class Keyring:
     def _look_up(self, authorization: bytes | None) -> _Known | None:
         if not self._by_digest:
             return None
+        if authorization is None:
+            raise Unauthenticated(given=False)
         # A dictionary compares only what has the same hash, which is salted: neither does this tell by its time.
-        if authorization is not None and (seen := self._seen.get(authorization)) is not None:
-            return seen
-        found = self._check(authorization)
-        if authorization is not None and len(authorization) <= _SEEN_BYTES:
-            if len(self._seen) >= _SEEN:
-                self._seen.clear()
-            self._seen[authorization] = found
+        found = self._seen.get(authorization)
+        if found is None:
+            found = self._check(authorization)
+            if len(authorization) <= _SEEN_BYTES:
+                if len(self._seen) >= _SEEN:
+                    self._seen.clear()
+                self._seen[authorization] = found
         return found
 
-    def _check(self, authorization: bytes | None) -> _Known:
-        if authorization is None or authorization[:7].lower() != b"bearer ":
+    def _check(self, authorization: bytes) -> _Known:
+        if authorization[:7].lower() != b"bearer ":
             raise Unauthenticated(given=False)
         # Looked up by its hash, so that the time it takes says nothing about the keys that there are.
         digest = hashlib.sha256(authorization[7:].strip()).digest()
