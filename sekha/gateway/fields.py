@@ -12,7 +12,7 @@ import orjson
 from sekha.errors import InvalidRequest, did_you_mean
 from sekha.messages import kind_of
 
-__all__ = ["dollars", "flag", "kind_of", "name_in", "number", "object_in", "only", "text", "whole"]
+__all__ = ["dollars", "flag", "name_in", "number", "object_in", "only", "text", "whole"]
 
 _MOST_DOLLARS = 10**9
 _NAME_LENGTH = 256

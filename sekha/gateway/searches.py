@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeGuard, get_args
 
 from sekha.errors import InvalidRequest
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.fields import dollars, flag, kind_of, number, object_in, only, text, whole
+from sekha.gateway.fields import dollars, flag, number, object_in, only, text, whole
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.pages import say
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import MOST_DIMENSIONS, sekha_note, tags_of
+from sekha.messages import kind_of
 from sekha.registry import COLLECTION_NAME
 from sekha.search import SearchRequest
 from sekha.search import search as search_in_order

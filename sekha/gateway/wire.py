@@ -13,8 +13,9 @@ from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, UnknownModel
-from sekha.gateway.fields import dollars, flag, kind_of, name_in, object_in, whole
+from sekha.gateway.fields import dollars, flag, name_in, object_in, whole
 from sekha.keys import EVERYBODY, Pass
+from sekha.messages import kind_of
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
 
