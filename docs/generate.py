@@ -18,6 +18,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from sekha import errors as errors_module
+from sekha.backup import BackupRequest, backup
 from sekha.chat import ChatRequest, answer
 from sekha.cli.app import STORY, sekha
 from sekha.cli.exits import EXITS
@@ -100,6 +101,9 @@ FLOWS: Mapping[str, str] = {
     "ingest": "`flows.ingest:ingest` makes a collection hold the documents of a folder. Nothing is stored before "
     "everything was read, compared with what is there, and priced. Each batch is one `embed_batch` and one "
     "`upsert_batch`, two at a time. Here a document has become shorter, so that its last chunks are removed.",
+    "backup": "`flows.backup:backup` copies the store and the ledger while others write, reads the copy back and only "
+    "then makes it a backup, in one move. Old ones go last. Its deployment has a schedule that is switched off: see "
+    "[operations.md](operations.md#backups).",
     "search": "`flows.search:search` embeds a question as its collection was embedded, and looks up what is nearest.",
 }
 
@@ -115,6 +119,7 @@ async def _charts(folder: Path) -> dict[str, str]:
         )
         await ingest(IngestRequest(documents=(now,), batch_size=2), traced["ingest"].wrap(running.ingest_steps))
         await search(SearchRequest(query="Which guide?"), traced["search"].wrap(running.search_steps))
+        await backup(BackupRequest(), traced["backup"].wrap(running.backing.steps))
     return {name: tracer.trace.mermaid() for name, tracer in traced.items()}
 
 

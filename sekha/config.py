@@ -13,6 +13,7 @@ from sekha.registry import COLLECTION_NAME, ProviderKind, Task
 __all__ = [
     "ALSO_ACCEPTED",
     "NOT_NEEDED",
+    "BackupSection",
     "BudgetSection",
     "CircuitBreaker",
     "CollectionSection",
@@ -210,6 +211,14 @@ class RecordingSection(Section):
     retention_days: int = Field(14, ge=1, description="Days after which recorded runs are deleted.")
 
 
+class BackupSection(Section):
+    folder: str = Field(".sekha/backups", description="Where backups are kept, relative to this file.")
+    keep: int = Field(7, ge=1, description="Backups named by their time that are kept. Those given a name all stay.")
+    backend: Literal["filesystem", "s3", "gcs", "azure"] = Field(
+        "filesystem", description="Where a Weaviate server keeps its part, by its module `backup-…`."
+    )
+
+
 class MigrationsSection(Section):
     window: str | None = Field(
         None, pattern=r"^\d\d:\d\d-\d\d:\d\d$", description="Hours in which they run: `01:00-06:00`."
@@ -241,6 +250,7 @@ class Config(Section):
     memory: MemorySection | None = Field(None, description="Whether the gateway keeps what passes it.")
     recording: RecordingSection = Field(RecordingSection(), description="Which requests Prefect shows.")
     migrations: MigrationsSection = Field(MigrationsSection(), description="Limits on changes of model.")
+    backup: BackupSection = Field(BackupSection(), description="Where backups go, and how many are kept.")
     server_host: str = Field("127.0.0.1", description="Where the gateway listens.")
     server_port: int = Field(5001, ge=1, le=65_535, description="The gateway's port.")
     log_level: Annotated[

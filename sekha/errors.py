@@ -73,6 +73,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AliasMoved",
+    "BackupBroken",
+    "BackupMissing",
     "BadReply",
     "BodyTooLarge",
     "BodyTooSlow",
@@ -109,6 +111,8 @@ __all__ = [
     "SekhaError",
     "SpaceMismatch",
     "StoreError",
+    "StoreInUse",
+    "StoreNotEmpty",
     "StoreUnavailable",
     "StreamBroken",
     "Unauthenticated",
@@ -570,6 +574,46 @@ class AliasMoved(StoreError):
             f"Alias {alias!r} points to {found!r}, not to {expected!r} as expected: somebody moved it. "
             "Look at it before you move it again."
         )
+
+
+class StoreNotEmpty(StoreError):
+    code = "store_not_empty"
+
+    def __init__(self, store: str, holds: str) -> None:
+        self.store = store
+        self.holds = holds
+        super().__init__(
+            f"{store!r} holds {holds}, and a restore would replace it. Say so with --yes, or restore `--into` a new file."
+        )
+
+
+class StoreInUse(StoreError):
+    code = "store_in_use"
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        super().__init__(
+            f"{file!r} is open in another process, which would go on with what it knows. End the gateways and "
+            "workers that use it, then restore again."
+        )
+
+
+class BackupMissing(StoreError):
+    code = "backup_missing"
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name = name
+        listed = f" There are {', '.join(known[:10])}." if known else ""
+        super().__init__(f"No backup {name!r}.{did_you_mean(name, known)}{listed} `sekha backups` lists them.")
+
+
+class BackupBroken(StoreError):
+    code = "backup_broken"
+
+    def __init__(self, what: str, why: str) -> None:
+        self.what = what
+        self.why = why
+        super().__init__(f"{what!r} cannot be relied on: {why}. Use another backup, and look at the disk.")
 
 
 class StoreUnavailable(StoreError):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from sekha.cli.asking import chat, route
+from sekha.cli.backing import backup, backups, restore
 from sekha.cli.checking import check, models
 from sekha.cli.deploying import blocks, deploy, up
 from sekha.cli.exits import EXITS, READER_GONE, installed_version, report
@@ -28,6 +29,7 @@ STORY: Mapping[str, tuple[click.Command, ...]] = {
     "Ask": (route, chat),
     "Keep and find": (ingest, search),
     "Serve": (serve, keys, costs),
+    "Keep it safe": (backup, backups, restore),
     "Through Prefect": (run, up, deploy, blocks),
 }
 

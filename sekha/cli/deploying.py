@@ -84,7 +84,7 @@ def deploy(invocation: Invocation, automations: bool, notify: str | None) -> Non
                 table.add_row(each.name, each.outcome, "on" if each.enabled else "off: switch it on in Prefect's UI")
             show_table(table)
     at = without_secrets(api_url)
-    say(f"The flows chat, ingest, search and retention are deployed to the work pool {POOL!r} at {at}.")
+    say(f"The flows chat, ingest, search, backup and retention are deployed to the work pool {POOL!r} at {at}.")
     note(f"Run them with a worker: prefect worker start --pool {POOL}")
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from sekha import copying
 from sekha.vectors import embedded_tables as tables
 from sekha.vectors import embedded_text
 from sekha.vectors.base import Collection, Filter, Hit, Record, TextHit, Vector
@@ -220,6 +221,21 @@ class EmbeddedStore:
         began = time.perf_counter()
         await self._file.read(tables.collections)
         return time.perf_counter() - began
+
+    async def copy_to(self, target: Path, told: copying.Told) -> dict[str, int]:
+        """Copy all of it into a new file while others write; the records in the copy, by collection.
+
+        What was acknowledged before this is called is in the copy, and no half of a batch. `told` is
+        called from another thread.
+        """
+
+        def work(db: sqlite3.Connection) -> dict[str, int]:
+            stored = [tables.resolve(db, known.name) for known in tables.collections(db)]
+            counted = {each.name: tables.count(db, each, "1", []) for each in stored}
+            copying.copy(db, target, told)
+            return counted
+
+        return await self._file.read(work)
 
     async def aclose(self) -> None:
         await self._file.aclose()

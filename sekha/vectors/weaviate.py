@@ -35,12 +35,14 @@ from sekha.vectors.checks import (
     unit,
     words,
 )
+from sekha.vectors.weaviate_backup import WeaviateBackups
 from sekha.vectors.weaviate_properties import KINDS, OURS, Kind, indexed, indexed_value, kind_of, name_of, needed
 
 with warnings.catch_warnings():
     # The client imports a part of Authlib that only logins by OpenID use, and that is about to move.
     warnings.simplefilter("ignore", AuthlibDeprecationWarning)
     import weaviate
+    from weaviate.backup.backup import BackupStorage
     from weaviate.classes.config import (
         Configure,
         ConsistencyLevel,
@@ -79,7 +81,6 @@ MESSAGE_BYTES: Final = 32 * 2**20
 UUIDS_AT_ONCE: Final = 1000
 RESCORED: Final = 20
 """Of the hits among quantized vectors, how many at the least are ranked anew by the whole ones."""
-
 
 Consistency: TypeAlias = Literal["one", "quorum", "all"]
 Quantizer: TypeAlias = Literal["none", "rq-8"]
@@ -396,6 +397,10 @@ class WeaviateStore:
         if not await self._query(self._client.is_ready()):
             raise StoreUnavailable(self._url, "it says that it is not ready")
         return time.perf_counter() - began
+
+    def backups(self, backend: str) -> WeaviateBackups:
+        """The backups that the server makes itself, on its backend `filesystem`, `s3`, `gcs` or `azure`."""
+        return WeaviateBackups(self._client.backup, BackupStorage(backend), self._url, self._query)
 
     async def aclose(self) -> None:
         await self._client.close()

@@ -13,6 +13,8 @@ import sekha.errors
 from sekha.calling import Attempt
 from sekha.errors import (
     AliasMoved,
+    BackupBroken,
+    BackupMissing,
     BodyTooLarge,
     BodyTooSlow,
     BudgetExceeded,
@@ -39,6 +41,8 @@ from sekha.errors import (
     SekhaError,
     SpaceMismatch,
     StoreError,
+    StoreInUse,
+    StoreNotEmpty,
     StoreUnavailable,
     Unauthenticated,
     UnknownModel,
@@ -95,6 +99,10 @@ def example(kind: type[SekhaError]) -> SekhaError:
         CollectionConflict: CollectionConflict("Docs_8", field="dimension", exists=8, wanted=4),
         VectorRefused: VectorRefused("Docs_8", "u", "it is zero"),
         AliasMoved: AliasMoved("docs", expected="a", found="b"),
+        StoreNotEmpty: StoreNotEmpty("vectors.db", "2 records in Docs_8"),
+        StoreInUse: StoreInUse("vectors.db"),
+        BackupMissing: BackupMissing("first", ["second"]),
+        BackupBroken: BackupBroken("vectors.db", "it is not the file that was written"),
         StoreUnavailable: StoreUnavailable("vectors.db", "it is busy"),
         LedgerUnavailable: LedgerUnavailable("ledger.db", "it is busy"),
         PrefectUnavailable: PrefectUnavailable("no server answers."),
