@@ -6,6 +6,7 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
+from operator import attrgetter
 from types import NoneType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -14,8 +15,7 @@ __all__ = ["Notes", "Step", "Trace", "Tracer", "noted", "take_notes", "trace_of"
 S = TypeVar("S")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One step that ran. `after` holds the positions of the steps whose results it was given."""
 
     name: str
@@ -69,24 +69,17 @@ class Tracer:
         return trace_of(self._notes)
 
 
-class Note(NamedTuple):
-    """What a step was given and gave back. Kept alive, so that no later object can be taken for it by its id."""
+Note: TypeAlias = tuple[str, tuple[object, ...], float, float, object, str | None]
+"""A step's name, what it was given, when it started and ended, what it gave back, and the code of its error.
 
-    name: str
-    args: tuple[object, ...]
-    started: float
-    ended: float
-    result: object
-    error: str | None
-
-
-# Of the shape of a `Note`, which takes four times as long to make: most requests' notes are never read.
-Notes: TypeAlias = list[tuple[str, tuple[object, ...], float, float, object, str | None]]
+It keeps them alive, so that no later object can be taken for one of them by its id. A named one takes four times as
+long to make, and most are never read.
+"""
+Notes: TypeAlias = list[Note]
+"""In the order in which the steps ended."""
 # What may be one and the same object without having come from anywhere.
-_ALIKE = (str, int, float, NoneType)
-_ONE_WHEN_EMPTY = (tuple, frozenset)
-# Of each type that was met, of which there are as many as steps take and give.
-_names: dict[type[Any], tuple[str, ...]] = {}
+_ALIKE = frozenset({str, int, bool, float, NoneType})
+_ONE_WHEN_EMPTY = frozenset({tuple, frozenset})
 _under_way: ContextVar[Notes | None] = ContextVar("sekha_notes", default=None)
 
 
@@ -103,30 +96,31 @@ def noted(steps: S, clock: Callable[[], float]) -> S:
 
 
 def trace_of(notes: Notes) -> Trace:
-    """Work out which step went before which. Noting costs a microsecond, this thirty: only what is shown needs it."""
-    # Most of what a step is given was given to others too, or made by one.
-    known: dict[int, list[int]] = {}
-
-    def ids_in(value: object) -> list[int]:
-        found = known.get(id(value))
-        if found is None:
-            found = known[id(value)] = _ids_in(value)
-        return found
-
+    """Work out which step went before which. Noting costs half a microsecond, this ten: only what is shown needs it."""
     made_by: dict[int, int] = {}
-    # Noted when they ended; shown as they began.
-    begun = sorted(map(Note._make, notes), key=lambda note: note.started)
-    for at in sorted(range(len(begun)), key=lambda at: begun[at].ended):
-        if not isinstance(begun[at].result, _ALIKE):
-            for part in ids_in(begun[at].result):
-                made_by.setdefault(part, at)
-
-    def before(note: Note) -> tuple[int, ...]:
-        makers = {made_by[part] for arg in note.args for part in ids_in(arg) if part in made_by}
+    for number, (_, _, _, _, result, _) in enumerate(notes):
+        for part in _parts(result):
+            # One empty tuple and one empty set serve all, so that they tell nothing.
+            kind = type(part)
+            if kind not in _ALIKE and (kind not in _ONE_WHEN_EMPTY or part):
+                made_by.setdefault(id(part), number)
+    given: dict[int, list[int]] = {}
+    begun = sorted(range(len(notes)), key=lambda number: notes[number][2])
+    place = {number: at for at, number in enumerate(begun)}
+    steps = []
+    for number in begun:
+        name, args, started, ended, _, error = notes[number]
+        makers: set[int] = set()
+        for arg in args:
+            # Most of what a step is given was given to others too.
+            made = given.get(id(arg))
+            if made is None:
+                made = given[id(arg)] = [made_by[part] for part in map(id, _parts(arg)) if part in made_by]
+            makers.update(made)
         # Some steps hand on what they were given: only who had made it by then counts.
-        return tuple(sorted(at for at in makers if begun[at].ended <= note.started))
-
-    return Trace(tuple(Step(note.name, before(note), note.started, note.ended, note.error) for note in begun))
+        after = tuple(sorted([place[maker] for maker in makers if notes[maker][3] <= started]))
+        steps.append(Step(name, after, started, ended, error))
+    return Trace(tuple(steps))
 
 
 def _noted(steps: S, clock: Callable[[], float], notes: Callable[[], Notes | None]) -> S:
@@ -165,19 +159,20 @@ def _noting(
     return step
 
 
-def _ids_in(value: object) -> list[int]:
-    """The ids of a value and of what it directly holds, where that can be told apart by identity."""
-    ids = [id(value)]
-    kind = type(value)
-    names = _names.get(kind)
-    if names is None:
-        names = _names[kind] = tuple(each.name for each in fields(kind)) if is_dataclass(kind) else ()
-    inner = [getattr(value, name) for name in names] if names else value if isinstance(value, list | tuple) else ()
-    for part in inner:
-        # One empty tuple and one empty set serve all, so that they tell nothing.
-        if not (isinstance(part, _ALIKE) or (isinstance(part, _ONE_WHEN_EMPTY) and not part)):
-            ids.append(id(part))
-    return ids
+def _parts(value: object) -> tuple[object, ...]:
+    """A value and what it directly holds."""
+    held = _held_by(type(value))
+    return (value, *held(value)) if held is not None else (value,)
+
+
+@functools.cache  # there are as many types as steps take and give
+def _held_by(kind: type[Any]) -> Callable[[Any], Iterable[object]] | None:
+    """What finds all that a value of this type directly holds; None where nothing is looked for."""
+    if issubclass(kind, list | tuple):
+        return iter
+    names = [each.name for each in fields(kind)] if is_dataclass(kind) else []
+    # Of a single name it would give the value alone.
+    return attrgetter(*names, names[0]) if names else None
 
 
 def _shortest(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Protocol, TypeAlias
 
@@ -84,28 +83,10 @@ class UnderWay:
         return time.perf_counter() - self._began
 
     def answered(self, by: Answered) -> None:
-        """Note an answer."""
-        serving = self._serving
-        _count(serving, by.attempts)
-        usage = by.usage
-        self._by.used(usage.input_tokens + usage.output_tokens)
-        serving.metrics.spent(by.provider_id, by.model_id, usage.input_tokens, usage.output_tokens, by.cost)
-        outcome: Outcome = "answered" if len(by.attempts) == 1 else "fallback"
-        self.answer, self.outcome = by, outcome
-        seconds = self.seconds
-        if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
-            run = self._run(seconds, outcome, f"{by.provider_id}/{by.model_id}", by.attempts)
-            tags = (f"provider:{by.provider_id}", f"model:{by.model_id}", *self._task(by), *run.tags)
-            serving.recorder.record(
-                replace(
-                    run,
-                    tags=tags,
-                    provider_id=by.provider_id,
-                    model_id=by.model_id,
-                    cost=by.cost,
-                    estimated_cost=by.estimated_cost,
-                )
-            )
+        """Note an answer. Behind it: what is written in a turn of the event loop goes out at the turn's end."""
+        self.answer = by
+        self.outcome = "answered" if len(by.attempts) == 1 else "fallback"
+        asyncio.get_running_loop().call_soon(self._note_answer, by, self.outcome, self.seconds, time.time())
 
     def failed(self, error: BaseException) -> None:
         """Note a failure, a refusal, or a caller who left."""
@@ -121,12 +102,21 @@ class UnderWay:
             outcome = "refused"
             if serving.recorder is not None and isinstance(error, BudgetExceeded):
                 tell_of_budget(serving.recorder, error)
-        seconds = self.seconds
         code = error.code if isinstance(error, SekhaError) else type(error).__name__
         self.outcome, self.error = outcome, code
+        seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = error.message if isinstance(error, SekhaError) else ""
-            serving.recorder.record(replace(self._run(seconds, outcome, code, attempts), error=code, message=said))
+            serving.recorder.record(self._run(outcome, seconds, time.time(), None, code, said, attempts))
+
+    def _note_answer(self, by: Answered, outcome: Outcome, seconds: float, ended_at: float) -> None:
+        serving = self._serving
+        _count(serving, by.attempts)
+        usage = by.usage
+        self._by.used(usage.input_tokens + usage.output_tokens)
+        serving.metrics.spent(by.provider_id, by.model_id, usage.input_tokens, usage.output_tokens, by.cost)
+        if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
+            serving.recorder.record(self._run(outcome, seconds, ended_at, by, None, "", by.attempts))
 
     def _task(self, by: Answered) -> Sequence[str]:
         """The tag of what the model was asked to do: what the caller said, else what it is listed for."""
@@ -148,9 +138,17 @@ class UnderWay:
             case SearchRequest():
                 return {"query": request.query}
 
-    def _run(self, seconds: float, outcome: Outcome, came_to: str, attempts: tuple[Attempt, ...]) -> Run:
+    def _run(  # noqa: PLR0917 - for one in so many requests, and names take half as long again
+        self,
+        outcome: Outcome,
+        seconds: float,
+        ended_at: float,
+        by: Answered | None,
+        error: str | None,
+        message: str,
+        attempts: tuple[Attempt, ...],
+    ) -> Run:
         request = self._request
-        now = time.time()
         parameters: dict[str, object]
         match request:
             case ChatRequest():
@@ -166,18 +164,29 @@ class UnderWay:
             parameters["max_cost"] = str(request.max_cost)
         if request.key is not None:
             parameters["key"] = request.key
+        tags = [] if by is None else [f"provider:{by.provider_id}", f"model:{by.model_id}", *self._task(by)]
+        tags += sorted(request.tags)
+        if outcome != "answered":
+            tags.append(outcome)
+        came_to = error if by is None else f"{by.provider_id}/{by.model_id}"
         return Run(
             id=self.run_id,
             flow=self._flow,
             name=f"{asked} → {came_to}",
-            started_at=now - seconds,
-            ended_at=now,
+            started_at=ended_at - seconds,
+            ended_at=ended_at,
             outcome=outcome,
+            error=error,
+            message=message,
             steps=trace_of(self._notes).steps,
-            clock_offset=now - time.perf_counter(),
+            clock_offset=time.time() - time.perf_counter(),
             parameters=parameters,
             content=self._content() if self._serving.records_content else None,
-            tags=(*sorted(request.tags), *(() if outcome == "answered" else (outcome,))),
+            tags=tuple(tags),
+            provider_id=None if by is None else by.provider_id,
+            model_id=None if by is None else by.model_id,
+            estimated_cost=None if by is None else by.estimated_cost,
+            cost=None if by is None else by.cost,
             attempts=attempts,
         )
 

@@ -193,7 +193,7 @@ async def test_a_search_is_recorded_as_a_chat_is_and_without_its_question(gatewa
         assert (found.flow, found.outcome, found.id) == ("search", "answered", answer.json()["sekha"]["run_id"])
         assert found.name == "documents → first/vectors"
         assert found.parameters["limit"] == 3
-        assert (found.steps[0].name, found.steps[-1].name) == ("prepare_query", "search_space")
+        assert (found.steps[0].name, found.steps[-1].name) == ("find_spaces", "merge_found")
         assert (missing.outcome, missing.error) == ("refused", "collection_missing")
         assert "cats sleep" not in repr(found)
 
@@ -238,7 +238,7 @@ async def test_the_collection_that_remembers_is_searched_where_there_is_one(gate
         ({"query": "a", "limit": True}, "limit"),
         ({"query": "a", "min_similarity": 2}, "min_similarity"),
         ({"query": "a", "max_cost": "1e9"}, "max_cost"),
-        ({"query": "a", "dimension": 768}, "dimension"),
+        ({"query": "a", "dimension": 0}, "dimension"),
         ({"query": "a", "where": []}, "where"),
         ({"query": "a", "where": {"property": "x", "operator": "like", "value": 1}}, "where.operator"),
         ({"query": "a", "where": {"property": "x", "operator": "eq", "value": [1]}}, "where.value"),
