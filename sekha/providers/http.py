@@ -288,10 +288,8 @@ class Response:
         Whoever is cancelled while awaiting it has to `close`.
         """
         waiter = self._waiter = self._loop.create_future()
-        if self.error is not None:
-            waiter.set_exception(self.error)
-        elif self.complete:
-            waiter.set_result(None)
+        if self.complete or self.error is not None:
+            self.wake()
         return waiter
 
     # What its connection tells it.
@@ -312,14 +310,15 @@ class Response:
     def fail(self, error: Exception) -> None:
         if self.error is None:
             self.error = error
-            waiter, self._waiter = self._waiter, None
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(error)
+            self.wake()
 
     def wake(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+            if self.error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(self.error)
 
 
 class _Connection(asyncio.Protocol):
