@@ -49,12 +49,15 @@ class Place(NamedTuple):
 
 
 def fuse(*rankings: Iterable[str]) -> dict[str, float]:
-    """What several rankings of the same documents found, best first, ties by uuid: the sums of `1 / (K + rank)`."""
+    """What several rankings of the same documents found, best first: the sums of `1 / (K + rank)`.
+
+    Of equal sums, which are many, the one that the first ranking has earlier goes first.
+    """
     scores: dict[str, float] = {}
     for ranking in rankings:
         for rank, uuid in enumerate(ranking, 1):
             scores[uuid] = scores.get(uuid, 0.0) + 1 / (K + rank)
-    return dict(sorted(scores.items(), key=lambda scored: (-scored[1], scored[0])))
+    return dict(sorted(scores.items(), key=lambda scored: -scored[1]))
 
 
 def merge(lists: Sequence[Ranked]) -> dict[str, Place]:

@@ -86,3 +86,7 @@ def test_what_both_rankings_find_comes_before_what_one_of_them_puts_first() -> N
 
     assert list(scores) == ["b", "a", "c"]
     assert scores["b"] == pytest.approx(1 / 62 + 1 / 62)
+
+
+def test_of_equal_sums_the_first_ranking_decides() -> None:
+    assert list(fuse(["z", "a"], ["a", "z"])) == ["z", "a"]
