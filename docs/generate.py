@@ -104,7 +104,8 @@ FLOWS: Mapping[str, str] = {
     "backup": "`flows.backup:backup` copies the store and the ledger while others write, reads the copy back and only "
     "then makes it a backup, in one move. Old ones go last. Its deployment has a schedule that is switched off: see "
     "[operations.md](operations.md#backups).",
-    "search": "`flows.search:search` asks every space of a collection, each under its own model, and merges what they found by rank.",
+    "search": "`flows.search:search` asks every space of a collection, each under its own model, and merges what they "
+    "found by rank.",
 }
 
 

@@ -525,7 +525,8 @@ _SCHEMAS: dict[str, Json] = {
                         "content": _TEXT,
                         "score": _says(
                             {"type": "number", "minimum": -1.001, "maximum": 1.001},
-                            "By which results are ordered: the similarity, or a reciprocal of ranks across spaces and with words.",
+                            "By which results are ordered: the similarity, or a reciprocal of ranks"
+                            " across spaces and with words.",
                         ),
                         "similarity": _says(
                             _or_null({"type": "number", "minimum": -1.001, "maximum": 1.001}),
