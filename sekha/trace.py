@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
 from operator import attrgetter
 from types import NoneType
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 __all__ = ["Notes", "Step", "Trace", "Tracer", "noted", "take_notes", "trace_of"]
 
@@ -161,11 +161,17 @@ def _noting(
 
 def _parts(value: object) -> tuple[object, ...]:
     """A value and what it directly holds."""
-    held = _held_by(type(value))
+    kind = type(value)
+    if kind not in _HELD:
+        _HELD[kind] = _held_by(kind)
+    held = _HELD[kind]
     return (value, *held(value)) if held is not None else (value,)
 
 
-@functools.cache  # there are as many types as steps take and give
+_HELD: Final[dict[type[Any], Callable[[Any], Iterable[object]] | None]] = {}
+"""There are as many types as steps take and give."""
+
+
 def _held_by(kind: type[Any]) -> Callable[[Any], Iterable[object]] | None:
     """What finds all that a value of this type directly holds; None where nothing is looked for."""
     if issubclass(kind, list | tuple):

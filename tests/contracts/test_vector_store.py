@@ -479,6 +479,9 @@ async def test_an_empty_collection_has_no_words(store: VectorStore) -> None:
         ("हिन्दी भाषा", "हिन्दी"),
         ("数据库 是", "数据库"),
         ("x😀y", "Y"),
+        ("great🤔", "great"),
+        ("👍🏽good ❤️too", "good"),
+        ("👍🏽good ❤️too", "too"),
     ],
 )
 async def test_words_are_found_whatever_their_case_and_script(store: VectorStore, text: str, query: str) -> None:
