@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
     Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-__all__ = ["SHORTLIST", "Entrant", "LineUp", "cap_at", "considered", "drawn", "incapable", "line_up", "preferred"]
+__all__ = [
+    "REMEMBERED",
+    "SHORTLIST",
+    "Entrant",
+    "LineUp",
+    "cap_at",
+    "considered",
+    "drawn",
+    "incapable",
+    "line_up",
+    "preferred",
+]
 
 SHORTLIST = 5
 """Candidates that a plan has at the most."""

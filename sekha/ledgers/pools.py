@@ -9,7 +9,8 @@ from sekha.ledgers.encoding import meaning
 
 __all__ = ["FIRST", "LAST", "Pool"]
 
-FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+FIRST = datetime.min.replace(tzinfo=UTC)
+LAST = datetime.max.replace(tzinfo=UTC)
 _LONG_AGO = -10_000
 """Beats, before any that counts."""
 
