@@ -206,10 +206,6 @@ class Registry:
                 return Space(collection, model, shared=name != model.name)
         raise UnknownModel(name or "embedding", [model.id for model in self.for_task("embedding")])
 
-    def embedder(self, fingerprint: str) -> Model | None:
-        """The model that goes first of those that make such vectors; None when the file lists none."""
-        return next((model for model in self.for_task("embedding") if model.fingerprint == fingerprint), None)
-
     def default_for(self, role: str) -> tuple[Model, ...]:
         """The model that goes first for a role of `default_models`, else all of its task."""
         if name := self.default_models.get(role):
