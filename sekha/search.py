@@ -74,6 +74,8 @@ class LeftOut:
 
     space: str
     why: str
+    attempts: tuple[Attempt, ...] = ()
+    """Who was asked to embed the question for it, and failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ class Found:
     estimated_cost: Decimal
     cost: Decimal
     attempts: tuple[Attempt, ...] = ()
+    """All calls of all spaces, those of the spaces that were left out too."""
 
     @property
     def space(self) -> str:
@@ -193,7 +196,8 @@ async def search(request: SearchRequest, steps: SearchSteps) -> Found:
             return await _answer(request, question, steps)
         except (ProviderError, NoCandidate) as error:
             failures[question.index.name] = error
-            return LeftOut(question.index.name, error.message)
+            attempts = error.attempts if isinstance(error, ProviderError) else ()
+            return LeftOut(question.index.name, error.message, attempts)
 
     try:
         async with asyncio.TaskGroup() as group:

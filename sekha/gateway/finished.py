@@ -17,7 +17,7 @@ from sekha.gateway.serving import Serving
 from sekha.keys import EVERYBODY, Pass
 from sekha.pricing import Usage
 from sekha.recording.run import Outcome, Run, new_run_id
-from sekha.search import SearchRequest
+from sekha.search import Found, SearchRequest
 from sekha.trace import take_notes, trace_of
 
 __all__ = ["UnderWay"]
@@ -85,7 +85,9 @@ class UnderWay:
     def answered(self, by: Answered) -> None:
         """Note an answer. Behind it: what is written in a turn of the event loop goes out at the turn's end."""
         self.answer = by
-        self.outcome = "answered" if len(by.attempts) == 1 else "fallback"
+        # One attempt is the one that answered; of several, a search over several spaces has one for each.
+        failed = len(by.attempts) > 1 and any(attempt.error for attempt in by.attempts)
+        self.outcome = "fallback" if failed else "answered"
         asyncio.get_running_loop().call_soon(self._note_answer, by, self.outcome, self.seconds, time.time())
 
     def failed(self, error: BaseException) -> None:
@@ -114,7 +116,9 @@ class UnderWay:
         _count(serving, by.attempts)
         usage = by.usage
         self._by.used(usage.input_tokens + usage.output_tokens)
-        serving.metrics.spent(by.provider_id, by.model_id, usage.input_tokens, usage.output_tokens, by.cost)
+        for each in by.answers if isinstance(by, Found) else (by,):
+            tokens = each.usage.input_tokens, each.usage.output_tokens
+            serving.metrics.spent(each.provider_id, each.model_id, *tokens, each.cost)
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             serving.recorder.record(self._run(outcome, seconds, ended_at, by, None, "", by.attempts))
 

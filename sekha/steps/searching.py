@@ -107,7 +107,7 @@ class Searching:
             usage=sum((answer.usage for answer in given), Usage()),
             estimated_cost=sum((answer.estimated_cost for answer in given), Decimal(0)),
             cost=sum((answer.cost for answer in given), Decimal(0)),
-            attempts=tuple(attempt for answer in given for attempt in answer.attempts),
+            attempts=tuple(attempt for each in (*given, *left_out) for attempt in each.attempts),
         )
 
     def _in_order(self, request: SearchRequest, found: Readable) -> list[Collection]:

@@ -214,6 +214,37 @@ async def test_a_search_is_narrowed(gateway: Opens) -> None:
         assert await found(min_similarity=0.999, dimension=8) == ["ships.md"]
 
 
+async def test_a_search_of_several_spaces_answers_and_falls_back_only_when_one_of_them_fails(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin:
+        config = config_for(standin, extra=COLLECTIONS).replace(
+            "budgets:",
+            "  - {id: here, provider_type: builtin, models: [{model_id: hashed-16, task: embedding, dimension: 16}]}\nbudgets:",
+        )
+        async with gateway(config=config.replace("{model: vectors}", "{model: hashed-16}")) as served:
+            await served.serving.runtime.ingest(DOCUMENTS[:1])
+        async with gateway(config=config) as served:
+            await served.serving.runtime.ingest(DOCUMENTS[1:])
+            served.serving.recorder = kept = cast("Any", Kept())
+
+            whole = (await served.http.post("/api/v1/search", json={"query": "cats"})).json()
+            standin.fail(503)
+            part = (await served.http.post("/api/v1/search", json={"query": "cats"})).json()
+            served.serving.recorder = None
+            metrics = (await served.http.get("/metrics")).text
+
+    assert [run.outcome for run in kept.runs] == ["answered", "fallback"]
+    assert ([each["space"] for each in whole["sekha"]["spaces"]], whole["sekha"]["left_out"]) == (
+        ["Documents_8", "Documents_16"],
+        [],
+    )
+    assert {each["space"] for each in part["results"]} == {"Documents_16"}
+    assert [each["space"] for each in part["sekha"]["left_out"]] == ["Documents_8"]
+    assert whole["sekha"]["attempts"] == part["sekha"]["attempts"] == 2
+    assert 'provider="here",model="hashed-16",outcome="answered"} 2' in metrics
+    assert 'provider="first",model="vectors",outcome="provider_unavailable"} 1' in metrics
+    assert 'sekha_tokens_total{provider="here",model="hashed-16",kind="input"} 2' in metrics
+
+
 async def test_the_collection_that_remembers_is_searched_where_there_is_one(gateway: Opens) -> None:
     async with (
         StandIn(dimension=8) as standin,
