@@ -110,7 +110,7 @@ class FoundHit:
     """Cosine similarity in its own space, which says nothing beside another's; None when only words found it."""
     score: float
     """By which the results are ordered: the similarity in one space; across spaces `1 / (1 + rank)`, where the rank is
-    the one among all that it has the similarity of; with words a sum of reciprocal ranks."""
+    the one among all that its similarity speaks for; with words a sum of reciprocal ranks."""
     space: str
     dimension: int
     ranks: Ranks

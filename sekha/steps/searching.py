@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import InvalidRequest, SpaceMismatch
 from sekha.indexes import Readable
-from sekha.merging import Ranked, fuse, merge
+from sekha.merging import Ranked, fuse, merge, pool
 from sekha.pricing import Usage
 from sekha.resources import Resources
 from sekha.search import Answer, Asked, Found, FoundHit, LeftOut, Question, Ranks, SearchRequest
@@ -107,7 +107,7 @@ class Searching:
             usage=sum((answer.usage for answer in given), Usage()),
             estimated_cost=sum((answer.estimated_cost for answer in given), Decimal(0)),
             cost=sum((answer.cost for answer in given), Decimal(0)),
-            attempts=tuple(attempt for each in (*given, *left_out) for attempt in each.attempts),
+            attempts=tuple(attempt for each in answers for attempt in each.attempts),
         )
 
     def _in_order(self, request: SearchRequest, found: Readable) -> list[Collection]:
@@ -145,7 +145,7 @@ def _merged(answers: Sequence[Answer], limit: int) -> tuple[FoundHit, ...]:
     """The first of what one space found, or several together."""
     words = [answer.by_words or () for answer in answers]
     near = merge([_ranked(answer.by_vector, answer.size) for answer in answers])
-    said = merge([_ranked(found, answer.size) for found, answer in zip(words, answers, strict=True)])
+    said = pool([_ranked(found, answer.size) for found, answer in zip(words, answers, strict=True)])
     if any(answer.by_words is not None for answer in answers):
         scores = fuse(near, said)
     elif len(answers) == 1:

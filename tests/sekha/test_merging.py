@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekha.merging import Ranked, fuse, merge
+from sekha.merging import Ranked, fuse, merge, pool
 
 SCORES = st.floats(-1, 1, width=32)
 LISTS = st.lists(
@@ -18,7 +18,7 @@ LISTS = st.lists(
 
 def ranked(prefix: str, found: int, size: int, *, scale: float = 1.0, above: float = 0.0) -> Ranked:
     """As many as were found in a space whose similarities fall as those of any model do, on a scale of its own."""
-    scores = [above - scale * math.log((rank - 0.5) / size) for rank in range(1, found + 1)]
+    scores = [above + scale * math.sqrt(-math.log((rank - 0.5) / size)) for rank in range(1, found + 1)]
     return Ranked([f"{prefix}{n:03}" for n in range(found)], scores, size)
 
 
@@ -61,6 +61,23 @@ def test_similarities_that_are_all_alike_leave_the_ranks() -> None:
     places = merge([Ranked(["a", "b"], [0.5, 0.5], 2), Ranked(["c"], [0.9], 1)])
 
     assert list(places) == ["a", "c", "b"]
+
+
+def test_a_few_documents_of_which_none_stands_out_do_not_push_others_aside() -> None:
+    places = merge([ranked("old", 100, 990), ranked("new", 10, 10, scale=3)])
+
+    assert all(place.at == 0 for place in list(places.values())[:10])
+
+
+def test_scores_of_one_measure_are_compared_as_they_are() -> None:
+    places = pool([Ranked(["x", "y"], [7.0, 2.0], 900), Ranked(["z", "x"], [9.5, 9.0], 100)])
+
+    assert {uuid: (place.at, place.rank, place.score) for uuid, place in places.items()} == {
+        "z": (1, 1, 9.5),
+        "x": (0, 1, 7.0),
+        "y": (0, 2, 2.0),
+    }
+    assert list(places) == ["z", "x", "y"]
 
 
 @given(LISTS)

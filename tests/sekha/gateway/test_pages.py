@@ -216,10 +216,8 @@ async def test_a_search_is_narrowed(gateway: Opens) -> None:
 
 async def test_a_search_of_several_spaces_answers_and_falls_back_only_when_one_of_them_fails(gateway: Opens) -> None:
     async with StandIn(dimension=8) as standin:
-        config = config_for(standin, extra=COLLECTIONS).replace(
-            "budgets:",
-            "  - {id: here, provider_type: builtin, models: [{model_id: hashed-16, task: embedding, dimension: 16}]}\nbudgets:",
-        )
+        here = "{id: here, provider_type: builtin, models: [{model_id: hashed-16, task: embedding, dimension: 16}]}"
+        config = config_for(standin, extra=COLLECTIONS).replace("budgets:", f"  - {here}\nbudgets:")
         async with gateway(config=config.replace("{model: vectors}", "{model: hashed-16}")) as served:
             await served.serving.runtime.ingest(DOCUMENTS[:1])
         async with gateway(config=config) as served:
