@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sekha.vectors.base import Collection, Record, VectorStore
 
 __all__ = [
+    "LEDGER_FILE",
+    "MANIFEST",
+    "VECTORS_FILE",
     "BackupReport",
     "BackupRequest",
     "BackupSteps",

@@ -75,7 +75,7 @@ def every_kind(root: type[SekhaError] = SekhaError) -> Iterator[type[SekhaError]
 def test_every_code_is_documented_under_its_status() -> None:
     # What only commands and flows meet.
     elsewhere = {"request_refused", "config_missing", "alias_moved", "record_error", "prefect_unavailable"}
-    elsewhere |= {"ingest_incomplete"}
+    elsewhere |= {"ingest_incomplete", "backup_missing", "backup_broken", "store_in_use", "store_not_empty"}
     kinds = [kind for kind in every_kind() if kind.__module__ == errors.__name__ and kind.code not in elsewhere]
     statuses = {kind.code: status_of(kind.__new__(kind)) for kind in kinds if kind.__name__ != "NoSuchPage"}
 
