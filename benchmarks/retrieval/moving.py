@@ -23,6 +23,7 @@ from sekha.ingest import IngestRequest
 from sekha.merging import fuse
 from sekha.runtime import Runtime
 from sekha.search import SearchRequest
+from sekha.steps.searching import CANDIDATES
 
 __all__ = ["BETTER", "SHARES", "WORSE", "Row", "drawn"]
 
@@ -30,7 +31,6 @@ WORSE, BETTER = 768, 1536
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 IN_FULL = (0.1, 0.5, 0.9)
 """Of which everything is measured; of the others, vectors from the worse model to the better one alone."""
-CANDIDATES = 100
 
 Similarities: TypeAlias = npt.NDArray[np.float32]
 """Shape `(questions, documents)`."""

@@ -74,7 +74,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class TextHit:
-    """One result of a search by words. `score` is above zero, and comparable within one answer only."""
+    """One result of a search by words. `score` is above zero: BM25, for which how rare a word is depends on the index."""
 
     uuid: str
     score: float
