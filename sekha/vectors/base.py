@@ -74,7 +74,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class TextHit:
-    """One result of a search by words. `score` is above zero: BM25, for which how rare a word is depends on the index."""
+    """One result of a search by words. `score` is BM25 and above zero; how rare a word is depends on the index."""
 
     uuid: str
     score: float
