@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from sekha.resources import Resources
 from sekha.vectors.base import AllOf, Compare, Record
 
 __all__ = ["Keeping"]
+
+log = logging.getLogger("sekha.keeping")
 
 SOURCES_AT_ONCE = 500
 """Sources counted in one query."""
@@ -107,9 +110,13 @@ class Keeping:
         )
         return Stored(number=embedded.batch.number, stored=len(records) - len(failures), refused=failures)
 
-    async def remove_stale(self, changes: Changes, stored: Sequence[Stored]) -> int:  # noqa: ARG002 - comes after them
-        """Delete the chunks that their documents no longer have, once the new ones are stored."""
+    async def remove_stale(self, changes: Changes, stored: Sequence[Stored]) -> int:
+        """Delete the chunks that their documents no longer have, once the new ones are stored and found."""
         store = await self._open.store()
+        if stored and (waiting := await store.catch_up(changes.space)):
+            log.info(
+                "%d vectors of %s are kept, and will be found once the store has indexed them", waiting, changes.space
+            )
         return sum([await store.delete_where(changes.space, _behind(stale)) for stale in changes.stale])
 
     async def _stored(self, index: str, uuids: Sequence[str]) -> dict[str, tuple[object, object]]:

@@ -207,6 +207,13 @@ class VectorStore(Protocol):
 
     async def delete_alias(self, alias: str) -> bool: ...
 
+    async def catch_up(self, name: str, *, seconds: float = 30.0) -> int:
+        """Wait until searches find all that was written; how many vectors still wait when the seconds are over.
+
+        What a store acknowledged is safe before that: some index vectors behind the answer.
+        """
+        ...
+
     async def health(self) -> float:
         """Seconds the store took to answer; raises `StoreUnavailable`."""
         ...

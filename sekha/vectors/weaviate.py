@@ -79,6 +79,8 @@ MOST_HITS: Final = 10_000
 MESSAGE_RECORDS: Final = 1000
 MESSAGE_BYTES: Final = 32 * 2**20
 UUIDS_AT_ONCE: Final = 1000
+LOOK_SECONDS: Final = 0.1
+"""Between two looks at what waits to be indexed."""
 RESCORED: Final = 20
 """Of the hits among quantized vectors, how many at the least are ranked anew by the whole ones."""
 
@@ -391,6 +393,19 @@ class WeaviateStore:
             return False
         return bool(await self._query(self._client.alias.delete(alias_name=alias)))
 
+    async def catch_up(self, name: str, *, seconds: float = 30.0) -> int:
+        """Wait for a server that indexes behind the answer (`ASYNC_INDEXING`), on each node that has a copy.
+
+        Without the right to read nodes, a key is told of nothing that waits.
+        """
+        collection = await self.describe(name)
+        ends = time.monotonic() + seconds
+        while True:
+            waiting = await self._waiting(collection.name)
+            if not waiting or time.monotonic() >= ends:
+                return waiting
+            await asyncio.sleep(LOOK_SECONDS)
+
     async def health(self) -> float:
         began = time.perf_counter()
         await self._query(self._client.get_meta())
@@ -409,6 +424,19 @@ class WeaviateStore:
 
     async def _query(self, answer: Awaitable[_T]) -> _T:
         return await _answered(answer, self._url, self._query_seconds)
+
+    async def _waiting(self, name: str) -> int:
+        """The vectors in the longest of the nodes' queues."""
+        try:
+            nodes = await self._query(self._client.cluster.nodes(collection=name, output="verbose"))
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            if isinstance(error.__cause__, InsufficientPermissionsError):
+                return 0
+            raise
+        # A node that is away has no shards to speak of.
+        return max((sum(shard.vector_queue_length for shard in node.shards or ()) for node in nodes), default=0)
 
     def _handle(self, name: str) -> Any:
         """What the client reaches a class through; takes no request."""

@@ -639,6 +639,20 @@ async def test_a_scan_stays_in_the_collection_where_it_began(store: VectorStore)
     assert seen == [uuid(number) for number in range(4)]
 
 
+async def test_what_was_written_is_found_once_the_store_has_caught_up(store: VectorStore) -> None:
+    await store.upsert("Docs_4", [record(number) for number in range(1, 4)])
+
+    waiting = await store.catch_up("Docs_4")
+
+    assert waiting == 0
+    assert len(await store.search("Docs_4", np.array([1, 0, 0, 0], dtype=np.float32), 10)) == 3
+
+
+async def test_nothing_catches_up_with_a_collection_that_is_not_there(store: VectorStore) -> None:
+    with pytest.raises(CollectionMissing):
+        await store.catch_up("Nowhere_4")
+
+
 # --- aliases -------------------------------------------------------------------------------
 
 
