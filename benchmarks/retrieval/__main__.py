@@ -6,7 +6,7 @@ The 1,398 abstracts of the Cranfield collection are ingested under one builtin m
 and a tenth, a quarter, half, three quarters and nine tenths of them are ingested again, drawn at random four times.
 They are either moved (each is in one space) or copied (the old space keeps them all). The 225 questions are asked with
 `search`, once by vectors and once with words too, from a worse model to a better one and the other way round.
-Each figure is nDCG@10, the mean over questions and draws, and beside ours stands what the same 50 candidates from each
+Each figure is nDCG@10, the mean over questions and draws, and beside ours stands what the same candidates from each
 space give when merged by their raw similarities, and by plain reciprocal rank fusion.
 
 Exits with 1 where ours, from the worse model to the better one, falls more than 0.002 under the old space alone.
