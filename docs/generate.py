@@ -79,6 +79,9 @@ def flows() -> str:
     for name, told in FLOWS.items():
         parts += [f"## {name}", told, f"```mermaid\n{chart[name]}\n```"]
     parts += [
+        "## importing",
+        "`flows.importing:importing` takes over what a Chroma or Weaviate store holds: it looks at all of it, then "
+        "takes it page by page. What is here already is left alone, so a run that was killed is run again.",
         "## retention",
         "`flows.retention:retention` deletes the runs that gateways recorded once they are older than "
         "`recording.retention_days`, with their task runs and artifacts, in batches through Prefect's API. Its "

@@ -16,6 +16,7 @@ from sekha.routing import Explanation, Plan
 from sekha.search import Found, SearchRequest, SearchSteps, search
 from sekha.steps.backing import Backing
 from sekha.steps.calls import Calls
+from sekha.steps.importing import Importing
 from sekha.steps.keeping import Keeping
 from sekha.steps.money import Money
 from sekha.steps.searching import Searching
@@ -37,6 +38,7 @@ class Runtime:
         self.keeping = Keeping(resources)
         self.backing = Backing(resources)
         self.searching = Searching(resources)
+        self.importing = Importing(resources)
 
     async def __aenter__(self) -> Self:
         return self

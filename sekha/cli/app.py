@@ -15,6 +15,7 @@ from sekha.cli.backing import backup, backups, restore
 from sekha.cli.checking import check, models
 from sekha.cli.deploying import blocks, deploy, up
 from sekha.cli.exits import EXITS, READER_GONE, installed_version, report
+from sekha.cli.importing import import_
 from sekha.cli.invocation import Invocation, config_option
 from sekha.cli.keeping import ingest, search
 from sekha.cli.keys import keys
@@ -27,7 +28,7 @@ __all__ = ["main", "sekha"]
 STORY: Mapping[str, tuple[click.Command, ...]] = {
     "See what you have": (check, models),
     "Ask": (route, chat),
-    "Keep and find": (ingest, search),
+    "Keep and find": (ingest, search, import_),
     "Serve": (serve, keys, costs),
     "Keep it safe": (backup, backups, restore),
     "Through Prefect": (run, up, deploy, blocks),

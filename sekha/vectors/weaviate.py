@@ -36,6 +36,7 @@ from sekha.vectors.checks import (
     words,
 )
 from sekha.vectors.weaviate_backup import WeaviateBackups
+from sekha.vectors.weaviate_classes import WeaviateClasses
 from sekha.vectors.weaviate_properties import KINDS, OURS, Kind, indexed, indexed_value, kind_of, name_of, needed
 
 with warnings.catch_warnings():
@@ -416,6 +417,22 @@ class WeaviateStore:
     def backups(self, backend: str) -> WeaviateBackups:
         """The backups that the server makes itself, on its backend `filesystem`, `s3`, `gcs` or `azure`."""
         return WeaviateBackups(self._client.backup, BackupStorage(backend), self._url, self._query)
+
+    def classes(
+        self, text_property: str | None = None, *, close: Callable[[], Awaitable[None]] | None = None
+    ) -> WeaviateClasses:
+        """The classes that we did not make, to be imported; their text is in this property."""
+
+        async def stay() -> None:
+            """Whoever opened the store closes it."""
+
+        return WeaviateClasses(
+            self._client,
+            self._query,
+            lambda name, description: _described(name, description) is not None,
+            text_property,
+            close or stay,
+        )
 
     async def aclose(self) -> None:
         await self._client.close()

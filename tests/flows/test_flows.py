@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -12,6 +13,7 @@ from prefect.client.orchestration import get_client
 
 import sekha
 from flows.chat import chat
+from flows.importing import importing
 from flows.ingest import ingest
 from flows.search import search
 from sekha.chat import ChatRequest, Reply, answer
@@ -24,6 +26,7 @@ from sekha.errors import (
     ProviderAuthFailed,
     ProviderRejected,
 )
+from sekha.importing import ImportRequest, bring
 from sekha.ingest import IngestRequest
 from sekha.ingest import ingest as ingest_in_order
 from sekha.search import Found, SearchRequest
@@ -31,6 +34,7 @@ from sekha.search import search as search_in_order
 from sekha.testing import StandIn
 from sekha.trace import Trace, Tracer
 from tasks.parting import tell_prefect_the_rest
+from tests.fixtures.chroma import chroma
 from tests.fixtures.prefect import Server
 
 pytestmark = pytest.mark.prefect
@@ -52,6 +56,12 @@ providers:
       - {{model_id: text-embedding-3-small, task: embedding, dimension: 1536}}
 collections:
   documents: {{model: text-embedding-3-small}}
+"""
+OF_8_NUMBERS = """
+providers:
+  - id: builtin
+    provider_type: builtin
+    models: [{model_id: hashed-8, task: embedding, dimension: 8}]
 """
 WITH_FALLBACK = ONE_PROVIDER.replace("    models:\n", "    priority: 1\n    models:\n", 1).replace(
     "collections:",
@@ -142,6 +152,28 @@ async def test_an_ingest_of_several_batches_gives_the_same_report_and_trace(pref
     assert sorted(map(name_of, task_runs)) == steps_of(tracer.trace)
     assert edges_of(task_runs) == tracer.trace.edges
     assert here != there
+
+
+async def test_an_import_takes_over_the_same_with_the_same_trace(
+    prefect: Server, config: Writes, tmp_path: Path
+) -> None:
+    request = ImportRequest(origin="chroma", path=chroma(tmp_path / "old"), model="hashed-8", page_size=2)
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(config(OF_8_NUMBERS, name="here")) as running:
+        expected = await bring(request, tracer.wrap(running.importing.steps))
+
+    report = await importing(request, config=config(OF_8_NUMBERS, name="flow"))
+
+    run = (await prefect.runs("importing"))[0]
+    published = len(tracer.trace.steps) + 1
+    task_runs = await prefect.steps(run["id"], ended=published)
+    steps = [each for each in task_runs if name_of(each) != "publish_import"]
+    assert len(task_runs) == published
+    assert report == expected
+    assert report.imported == 5
+    assert sorted(map(name_of, steps)) == steps_of(tracer.trace)
+    assert edges_of(steps) == tracer.trace.edges
+    assert run["name"] == "chroma old"
 
 
 async def test_a_search_finds_the_same_with_the_same_trace(prefect: Server, config: Writes) -> None:

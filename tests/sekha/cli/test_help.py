@@ -29,7 +29,7 @@ def test_every_command_explains_itself_with_two_examples(path):
     assert shown.exit_code == 0
     examples = shown.output.partition("Examples:")[2].partition("Options:")[0]
     lines = re.findall(rf"\bsekha (-\S+ \S+ )*{' '.join(path)}\b", examples)
-    assert len(lines) == (0 if path in (("blocks",), ("keys",)) else 2)
+    assert len(lines) == (0 if path in (("blocks",), ("keys",), ("import",)) else 2)
 
 
 def test_the_help_lists_the_commands_in_the_order_of_their_use():
@@ -42,6 +42,7 @@ def test_the_help_lists_the_commands_in_the_order_of_their_use():
         "chat",
         "ingest",
         "search",
+        "import",
         "serve",
         "keys",
         "costs",
