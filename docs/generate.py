@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -23,6 +25,7 @@ from sekha.chat import ChatRequest, answer
 from sekha.cli.app import STORY, sekha
 from sekha.cli.exits import EXITS
 from sekha.config import Config, json_schema
+from sekha.doctor import DoctorRequest, diagnose
 from sekha.documents import Document
 from sekha.errors import SekhaError
 from sekha.ingest import IngestRequest, ingest
@@ -107,6 +110,10 @@ FLOWS: Mapping[str, str] = {
     "backup": "`flows.backup:backup` copies the store and the ledger while others write, reads the copy back and only "
     "then makes it a backup, in one move. Old ones go last. Its deployment has a schedule that is switched off: see "
     "[operations.md](operations.md#backups).",
+    "doctor": "`flows.doctor:doctor` looks at every record of every index, says what is wrong, and repairs what it is "
+    "asked to: here a record lost its vector, which is made anew under the budgets before all is looked at once more. "
+    "Its deployment has a schedule that is switched off: see "
+    "[operations.md](operations.md#looking-after-what-is-kept).",
     "search": "`flows.search:search` asks every space of a collection, each under its own model, and merges what they "
     "found by rank.",
 }
@@ -123,8 +130,16 @@ async def _charts(folder: Path) -> dict[str, str]:
         )
         await ingest(IngestRequest(documents=(now,), batch_size=2), traced["ingest"].wrap(running.ingest_steps))
         await search(SearchRequest(query="Which guide?"), traced["search"].wrap(running.search_steps))
+        _lose_a_vector(folder)
+        await diagnose(DoctorRequest(repair=("vectors",)), traced["doctor"].wrap(running.doctor_steps))
         await backup(BackupRequest(), traced["backup"].wrap(running.backing.steps))
     return {name: tracer.trace.mermaid() for name, tracer in traced.items()}
+
+
+def _lose_a_vector(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / ".sekha" / "vectors.db")) as db:
+        db.execute("DELETE FROM vectors_1 WHERE id = (SELECT max(id) FROM vectors_1)")
+        db.commit()
 
 
 def configuration() -> str:

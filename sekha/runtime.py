@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sekha.chat import ChatRequest, ChatSteps, Reply, answer
+from sekha.doctor import Diagnosis, DoctorRequest, DoctorSteps, diagnose
 from sekha.documents import Document
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
 from sekha.ingest import IngestReport, IngestRequest, IngestSteps, Progress, ingest
@@ -16,6 +17,7 @@ from sekha.routing import Explanation, Plan
 from sekha.search import Found, SearchRequest, SearchSteps, search
 from sekha.steps.backing import Backing
 from sekha.steps.calls import Calls
+from sekha.steps.doctoring import Doctoring
 from sekha.steps.importing import Importing
 from sekha.steps.keeping import Keeping
 from sekha.steps.money import Money
@@ -39,6 +41,7 @@ class Runtime:
         self.backing = Backing(resources)
         self.searching = Searching(resources)
         self.importing = Importing(resources)
+        self.doctoring = Doctoring(resources)
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,6 +91,10 @@ class Runtime:
             query = SearchRequest(query=query, collection=collection, limit=limit, **fields)
         return await search(query, self.search_steps)
 
+    async def diagnose(self, request: DoctorRequest | None = None) -> Diagnosis:
+        """Look at every record that is kept, and say what is wrong and what to do about it."""
+        return await diagnose(request or DoctorRequest(), self.doctor_steps)
+
     async def route(self, request: ChatRequest | EmbedRequest) -> Plan:
         """Say who would serve a request, at what price and why, calling nobody."""
         return await self.money.select_provider(request, await self.money.estimate_cost(request))
@@ -125,6 +132,18 @@ class Runtime:
             embedding=self.embed_steps,
             look_up=self.searching.search_space,
             merge=self.searching.merge_found,
+        )
+
+    @property
+    def doctor_steps(self) -> DoctorSteps:
+        return DoctorSteps(
+            survey=self.doctoring.survey_store,
+            examine=self.doctoring.examine_index,
+            gather=self.doctoring.gather_faulty,
+            embedding=self.embed_steps,
+            write=self.doctoring.write_anew,
+            delete=self.doctoring.delete_faulty,
+            name=self.doctoring.name_indexes,
         )
 
     @property

@@ -14,6 +14,7 @@ from sekha.cli.asking import chat, route
 from sekha.cli.backing import backup, backups, restore
 from sekha.cli.checking import check, models
 from sekha.cli.deploying import blocks, deploy, up
+from sekha.cli.doctoring import doctor
 from sekha.cli.exits import EXITS, READER_GONE, installed_version, report
 from sekha.cli.importing import import_
 from sekha.cli.invocation import Invocation, config_option
@@ -30,7 +31,7 @@ STORY: Mapping[str, tuple[click.Command, ...]] = {
     "Ask": (route, chat),
     "Keep and find": (ingest, search, import_),
     "Serve": (serve, keys, costs),
-    "Keep it safe": (backup, backups, restore),
+    "Keep it safe": (doctor, backup, backups, restore),
     "Through Prefect": (run, up, deploy, blocks),
 }
 

@@ -26,6 +26,7 @@ __all__ = [
     "check_compared",
     "properties_as_json",
     "unit",
+    "unsound",
     "words",
 ]
 
@@ -34,6 +35,9 @@ NAME: Final = re.compile(r"[A-Z][_0-9A-Za-z]{0,254}")
 
 NORM_TOLERANCE: Final = 5e-7
 """How far a vector of unit length in float32 may be from it."""
+
+ANOTHER_LENGTH: Final = 1e-4
+"""How far the length of a vector that somebody else wrote may be from 1, before it changes what is found."""
 
 MOST_WORDS: Final = 64
 """Words of one query that are looked up, since each takes its time."""
@@ -106,6 +110,30 @@ def unit(collection: str, dimension: int, vectors: Sequence[tuple[str | None, Ve
     longer = np.abs(norms - 1) > NORM_TOLERANCE
     rows[longer] = rows[longer] / norms[longer, np.newaxis]
     return rows
+
+
+def unsound(dimension: int, vectors: Sequence[Vector | None]) -> list[str | None]:
+    """Why each of these vectors, as a store keeps them, cannot be searched; None for those that can."""
+    whys: list[str | None] = [None] * len(vectors)
+    sized: dict[int, Vector] = {}
+    for at, vector in enumerate(vectors):
+        if vector is None:
+            whys[at] = "it is missing"
+        elif vector.shape != (dimension,):
+            whys[at] = f"it has {vector.size} numbers, not {dimension}"
+        else:
+            sized[at] = vector
+    if sized:
+        rows = np.stack(list(sized.values()))
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+        for at, norm in zip(sized, norms.tolist(), strict=True):
+            if norm == 0:
+                whys[at] = "it is zero"
+            elif not math.isfinite(norm):
+                whys[at] = "it holds NaN or infinite numbers"
+            elif abs(norm - 1) > ANOTHER_LENGTH:
+                whys[at] = "it is not of unit length"
+    return whys
 
 
 def words(query: str) -> list[str]:

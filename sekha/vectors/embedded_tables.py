@@ -164,7 +164,7 @@ def upsert(db: sqlite3.Connection, name: str, records: Sequence[Record]) -> None
         for row in db.execute(
             f"""
             SELECT uuid, id, text, properties, vector
-            FROM {stored.records} JOIN {stored.vectors} USING (id)
+            FROM {stored.records} LEFT JOIN {stored.vectors} USING (id)
             WHERE uuid IN (SELECT value FROM json_each(?))
             """,
             (as_json(list(latest)),),
@@ -238,13 +238,14 @@ def count(db: sqlite3.Connection, stored: Stored, condition: str, values: Sequen
 
 def columns(stored: Stored, *, vectors: bool) -> str:
     if vectors:
-        return f"uuid, text, properties, vector FROM {stored.records} JOIN {stored.vectors} USING (id)"
+        # A record that lost its vector is still a record: `sekha doctor` has to see it.
+        return f"uuid, text, properties, vector FROM {stored.records} LEFT JOIN {stored.vectors} USING (id)"
     return f"uuid, text, properties, NULL FROM {stored.records}"
 
 
 def _record(row: tuple[str, str, str, bytes | None]) -> Record:
     uuid, text, properties, vector = row
-    numbers = None if vector is None else np.frombuffer(vector, dtype=np.float32)
+    numbers = None if vector is None else np.frombuffer(vector[: len(vector) // 4 * 4], dtype=np.float32)
     return Record(uuid, text, numbers, orjson.loads(properties))
 
 

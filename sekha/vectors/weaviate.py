@@ -414,6 +414,20 @@ class WeaviateStore:
             raise StoreUnavailable(self._url, "it says that it is not ready")
         return time.perf_counter() - began
 
+    async def made_otherwise(self, name: str) -> list[str]:
+        """How a class differs from what one that was made today would be."""
+        config = await self._query(self._client.collections.use(name).config.get())
+        said: list[str] = []
+        copies = int(config.replication_config.factor)
+        if copies != self._replication:
+            said.append(f"keeps each object {copies} times, and the file says `replication: {self._replication}`")
+        vectors = (config.vector_config or {}).get("default")
+        index = vectors.vector_index_config if vectors is not None else config.vector_index_config
+        quantizer = _quantizer_of(index)
+        if quantizer != self._quantizer:
+            said.append(f"keeps vectors in memory as {quantizer!r}, and the file says `quantizer: {self._quantizer}`")
+        return said
+
     def backups(self, backend: str) -> WeaviateBackups:
         """The backups that the server makes itself, on its backend `filesystem`, `s3`, `gcs` or `azure`."""
         return WeaviateBackups(self._client.backup, BackupStorage(backend), self._url, self._query)
@@ -687,6 +701,14 @@ def _quantizer(quantizer: Quantizer) -> Any:
             return Configure.VectorIndex.Quantizer.rq(bits=8, rescore_limit=RESCORED)
         case _:
             assert_never(quantizer)
+
+
+def _quantizer_of(index: Any) -> str:
+    """What the file calls the quantizer of a class's index."""
+    quantizer = getattr(index, "quantizer", None)
+    if quantizer is None:
+        return "none"
+    return f"rq-{quantizer.bits}" if hasattr(quantizer, "bits") else type(quantizer).__name__.strip("_")
 
 
 def _filterable(name: str, kind: Kind) -> Any:

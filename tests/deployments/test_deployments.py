@@ -30,11 +30,12 @@ async def test_deploying_twice_is_deploying_once(prefect: Server) -> None:
     await deploy(prefect.local.environment)
     twice = await deployments(prefect)
 
-    assert set(once) == {"backup", "chat", "ingest", "retention", "search"}
+    assert set(once) == {"backup", "chat", "doctor", "importing", "ingest", "retention", "search"}
     assert {name: each["id"] for name, each in twice.items()} == {name: each["id"] for name, each in once.items()}
     assert {each["entrypoint"] for each in twice.values()} == {f"flows.{name}:{name}" for name in twice}
     assert {each["work_pool_name"] for each in twice.values()} == {"sekha"}
     assert [schedule["active"] for schedule in twice["ingest"]["schedules"]] == [False]
+    assert [schedule["active"] for schedule in twice["doctor"]["schedules"]] == [False]
     assert [schedule["active"] for schedule in twice["backup"]["schedules"]] == [False]
     assert [schedule["active"] for schedule in twice["retention"]["schedules"]] == [True]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,10 +15,12 @@ from prefect.client.orchestration import get_client
 
 import sekha
 from flows.chat import chat
+from flows.doctor import doctor
 from flows.importing import importing
 from flows.ingest import ingest
 from flows.search import search
 from sekha.chat import ChatRequest, Reply, answer
+from sekha.doctor import DoctorRequest, diagnose
 from sekha.documents import Document
 from sekha.errors import (
     CollectionMissing,
@@ -174,6 +178,36 @@ async def test_an_import_takes_over_the_same_with_the_same_trace(
     assert sorted(map(name_of, steps)) == steps_of(tracer.trace)
     assert edges_of(steps) == tracer.trace.edges
     assert run["name"] == "chroma old"
+
+
+async def test_a_look_at_what_is_kept_finds_and_repairs_the_same_with_the_same_trace(
+    prefect: Server, config: Writes, tmp_path: Path
+) -> None:
+    damaged = []
+    for name in ("here", "flow"):
+        damaged.append(config(name=name))
+        async with sekha.open(damaged[-1]) as running:
+            await running.ingest(documents(3))
+            file = running.resources.loaded.path(".sekha/vectors.db")
+        with closing(sqlite3.connect(file)) as db:
+            db.execute("DELETE FROM vectors_1 WHERE id = 1")
+            db.commit()
+    request = DoctorRequest(repair=("vectors",))
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(damaged[0]) as running:
+        expected = await diagnose(request, tracer.wrap(running.doctor_steps))
+
+    found = await doctor(request, config=damaged[1])
+
+    run = (await prefect.runs("doctor"))[0]
+    published = len(tracer.trace.steps) + 1
+    task_runs = await prefect.steps(run["id"], ended=published)
+    steps = [each for each in task_runs if name_of(each) != "publish_diagnosis"]
+    assert len(task_runs) == published
+    assert (found.embedded, found.findings) == (expected.embedded, expected.findings) == (1, ())
+    assert sorted(map(name_of, steps)) == steps_of(tracer.trace)
+    assert edges_of(steps) == tracer.trace.edges
+    assert run["name"] == "all"
 
 
 async def test_a_search_finds_the_same_with_the_same_trace(prefect: Server, config: Writes) -> None:

@@ -22,9 +22,8 @@ from sekha.loading import load
 from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.vectors.base import Record
-from sekha.vectors.weaviate import WeaviateStore  # before the client itself, whose import would warn
 from tests.fixtures.chroma import VECTORS, chroma
-from tests.fixtures.weaviate import Server, empty_store
+from tests.fixtures.weaviate import Server, empty_store, foreign_client, weaviate_section
 
 CONFIG = """
 providers:
@@ -225,17 +224,10 @@ def test_a_name_that_is_a_uuid_stays_and_others_follow_from_the_collection() -> 
 @asynccontextmanager
 async def with_a_class(server: Server, name: str = "Conversations") -> AsyncIterator[None]:
     """A class as others make it, with six objects; the last has no vector."""
-    import weaviate
     from weaviate.classes.config import Configure, DataType, Property
     from weaviate.classes.data import DataObject
 
-    client = weaviate.use_async_with_local(
-        port=int(server.url.rpartition(":")[2]),
-        grpc_port=server.grpc_port,
-        auth_credentials=server.api_key,
-        skip_init_checks=True,
-    )
-    async with client:
+    async with foreign_client(server) as client:
         made = await client.collections.create(
             name,
             vector_config=Configure.Vectors.self_provided(),
@@ -265,8 +257,7 @@ async def with_a_class(server: Server, name: str = "Conversations") -> AsyncIter
 async def over_weaviate(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runtime]:
     monkeypatch.setenv("WEAVIATE_KEY", server.api_key or "")
     file = folder / "sekha.yaml"
-    store = f"store: {{kind: weaviate, url: {server.url}, grpc_port: {server.grpc_port}, api_key: '${{WEAVIATE_KEY}}'}}"
-    file.write_text(f"{CONFIG}\n{store}\n", "utf-8")
+    file.write_text(CONFIG + weaviate_section(server), "utf-8")
     async with empty_store(server), Runtime(Resources(load(file))) as opened:
         yield opened
 
@@ -291,14 +282,14 @@ async def test_a_class_is_dropped_only_when_all_of_it_is_here_and_makes_room_for
 ) -> None:
     async with over_weaviate(weaviate_server, tmp_path, monkeypatch) as sekha, with_a_class(weaviate_server):
         kept_there = await only(sekha, "weaviate", model="hashed-8", drop=True)
-        store = await sekha.resources.store()
-        assert isinstance(store, WeaviateStore)
-        await store.classes()._client.collections.use("Conversations").data.delete_by_id(UUID(int=6))
+        async with foreign_client(weaviate_server) as client:
+            await client.collections.use("Conversations").data.delete_by_id(UUID(int=6))
 
         dropped = await only(sekha, "weaviate", model="hashed-8", drop=True)
 
         assert (kept_there.dropped, kept_there.in_the_way) == (False, "Conversations")
         assert (dropped.dropped, dropped.there, dropped.in_the_way) == (True, 5, None)
+        store = await sekha.resources.store()
         assert await store.alias_target("Conversations") == "Conversations_8"
 
 

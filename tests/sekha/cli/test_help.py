@@ -46,6 +46,7 @@ def test_the_help_lists_the_commands_in_the_order_of_their_use():
         "serve",
         "keys",
         "costs",
+        "doctor",
         "backup",
         "backups",
         "restore",
