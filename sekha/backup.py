@@ -277,14 +277,11 @@ def to_delete(backups: Iterable[Manifest], new: Manifest, keep: int) -> list[Man
 async def read_contents(
     store: VectorStore, collection: Collection, told: Callable[[int], None] | None = None
 ) -> Contents:
-    """Read every record of a collection, its vector too. `told` is how many were read.
-
-    Raises `BackupBroken` for a record without a vector of the collection's length.
-    """
+    """Read every record of a collection, its vector too. `told` is how many were read."""
     digest, records = hashlib.sha256(), 0
     async for page in store.scan(collection.name, page=500, vectors=True):
         for record in page:
-            _add(digest, collection, record)
+            _add(digest, record)
         records += len(page)
         if told is not None:
             told(records)
@@ -317,16 +314,15 @@ def differences(wanted: Vectors, collections: Sequence[Contents], aliases: Mappi
     return lines
 
 
-def _add(digest: hashlib._Hash, collection: Collection, record: Record) -> None:
-    if record.vector is None or record.vector.shape != (collection.dimension,):
-        raise BackupBroken(collection.name, f"record {record.uuid} has no vector of {collection.dimension} numbers")
+def _add(digest: hashlib._Hash, record: Record) -> None:
     properties = json.dumps(dict(record.properties), sort_keys=True, ensure_ascii=False)
     for part in (record.uuid, record.text, properties):
         # With its length before it, so that no two records are written alike. Any text a store keeps has this form.
         content = part.encode("utf-8", "surrogatepass")
         digest.update(len(content).to_bytes(8, "big"))
         digest.update(content)
-    digest.update(record.vector.astype("<f4").tobytes())
+    # Whether a vector is sound is for `sekha doctor` to say: one that is not, must not keep the others from being safe.
+    digest.update(b"" if record.vector is None else record.vector.astype("<f4").tobytes())
 
 
 # --- folders -------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Trace:
 class Tracer:
     """Wraps steps so that each leaves a `Step`. One tracer for one request.
 
-    A step depends on another when it is given its result, or a part of it, just as Prefect sees it.
+    A step depends on another when it is given its result, a part of that, or a list of such, as in `flows/`.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -115,7 +115,7 @@ def trace_of(notes: Notes) -> Trace:
             # Most of what a step is given was given to others too.
             made = given.get(id(arg))
             if made is None:
-                made = given[id(arg)] = [made_by[part] for part in map(id, _parts(arg)) if part in made_by]
+                made = given[id(arg)] = [made_by[whole] for whole in map(id, _wholes(arg)) if whole in made_by]
             makers.update(made)
         # Some steps hand on what they were given: only who had made it by then counts.
         after = tuple(sorted([place[maker] for maker in makers if notes[maker][3] <= started]))
@@ -157,6 +157,11 @@ def _noting(
         return result
 
     return step
+
+
+def _wholes(arg: object) -> tuple[object, ...]:
+    """What a step was given, and each item when that is a list: what lies deeper came by way of another step."""
+    return (arg, *arg) if isinstance(arg, list | tuple) else (arg,)
 
 
 def _parts(value: object) -> tuple[object, ...]:

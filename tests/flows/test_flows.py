@@ -14,11 +14,14 @@ import pytest
 from prefect.client.orchestration import get_client
 
 import sekha
+from flows.backup import backup
 from flows.chat import chat
 from flows.doctor import doctor
 from flows.importing import importing
 from flows.ingest import ingest
 from flows.search import search
+from sekha.backup import BackupRequest
+from sekha.backup import backup as backup_in_order
 from sekha.chat import ChatRequest, Reply, answer
 from sekha.doctor import DoctorRequest, diagnose
 from sekha.documents import Document
@@ -208,6 +211,31 @@ async def test_a_look_at_what_is_kept_finds_and_repairs_the_same_with_the_same_t
     assert sorted(map(name_of, steps)) == steps_of(tracer.trace)
     assert edges_of(steps) == tracer.trace.edges
     assert run["name"] == "all"
+
+
+async def test_a_backup_holds_the_same_with_the_same_trace(prefect: Server, config: Writes) -> None:
+    places = [config(name=name) for name in ("here", "flow")]
+    for place in places:
+        async with sekha.open(place) as running:
+            await running.ingest(documents(3))
+    tracer = Tracer(clock=time.monotonic)
+    async with sekha.open(places[0]) as running:
+        expected = await backup_in_order(BackupRequest(name="first"), tracer.wrap(running.backing.steps))
+
+    made = await backup(BackupRequest(name="first"), config=places[1])
+
+    run = (await prefect.runs("backup"))[0]
+    published = len(tracer.trace.steps) + 1
+    task_runs = await prefect.steps(run["id"], ended=published)
+    steps = [each for each in task_runs if name_of(each) != "publish_backup"]
+    assert len(task_runs) == published
+    assert made.manifest.vectors is not None
+    assert expected.manifest.vectors is not None
+    assert made.manifest.vectors.collections == expected.manifest.vectors.collections
+    assert (Path(made.path) / "manifest.json").exists()
+    assert sorted(map(name_of, steps)) == steps_of(tracer.trace)
+    assert edges_of(steps) == tracer.trace.edges
+    assert run["name"] == "first"
 
 
 async def test_a_search_finds_the_same_with_the_same_trace(prefect: Server, config: Writes) -> None:

@@ -6,7 +6,10 @@ import asyncio
 import json
 import shutil
 import sqlite3
+import sys
+from asyncio.subprocess import DEVNULL
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 
 from sekha.backup import (
+    VECTORS_FILE,
     BackupReport,
     BackupRequest,
     Contents,
@@ -225,6 +229,42 @@ async def test_a_damaged_store_makes_no_backup(place: Place) -> None:
         await place.back_up("first")
 
     assert listed(place.backups) == ([], [])
+
+
+async def test_a_record_that_lost_its_vector_is_backed_up_as_it_is(place: Place) -> None:
+    await place.write(*range(3))
+    with closing(sqlite3.connect(place.store)) as db:
+        db.execute("DELETE FROM vectors_1 WHERE id = 1")
+        db.execute("UPDATE vectors_1 SET vector = x'00000000' WHERE id = 2")
+        db.commit()
+
+    report = await place.back_up("first")
+
+    assert report.manifest.records == 3
+    await place.write(*range(3))
+    await place.restore("first", replace=True)
+    async with EmbeddedStore.open(place.store) as store:
+        (records,) = [page async for page in store.scan("Docs_4", vectors=True)]
+    assert [None if each.vector is None else each.vector.size for each in records].count(None) == 1
+
+
+async def test_a_backup_that_was_killed_leaves_nothing_that_looks_like_one(place: Place) -> None:
+    await place.write(*range(20_000))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sekha", "backup", "killed"), cwd=place.folder, stdout=DEVNULL, stderr=DEVNULL
+    )
+    async with asyncio.timeout(60):
+        while not (place.backups / ".killed.partial" / VECTORS_FILE).exists():
+            assert process.returncode is None
+            await asyncio.sleep(0.002)
+    process.kill()
+    await process.wait()
+    assert listed(place.backups) == ([], [])
+    assert (place.backups / ".killed.partial").exists()
+    report = await place.back_up("whole")
+
+    assert report.manifest.records == 20_000
+    assert sorted(each.name for each in place.backups.iterdir()) == [".lock", "whole"]
 
 
 # --- which ones go -------------------------------------------------------------------------
