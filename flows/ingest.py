@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 from sekha.ingest import IngestReport, IngestRequest, IngestSteps
 from sekha.ingest import ingest as ingest_in_order
 from tasks.calls import embed_batch
-from tasks.keeping import find_changes, read_documents, remove_stale, upsert_batch
+from tasks.keeping import await_indexed, find_changes, read_documents, remove_stale, upsert_batch
 from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
 from tasks.receipts import shown_progress, with_receipt
 from tasks.resources import opened
@@ -29,6 +29,7 @@ STEPS = given_whole(
         embed=embed_batch,
         upsert=upsert_batch,
         settle=settle_cost,
+        catch_up=await_indexed,
         remove=remove_stale,
     )
 )

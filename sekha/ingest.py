@@ -23,6 +23,7 @@ __all__ = [
     "Changes",
     "Chunks",
     "Failure",
+    "Indexed",
     "IngestReport",
     "IngestRequest",
     "IngestSteps",
@@ -151,6 +152,14 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """How far the store's index is."""
+
+    waiting: int
+    """Vectors that are kept and not yet found."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestReport:
     """What an ingest did, in chunks, and what it cost."""
 
@@ -161,6 +170,8 @@ class IngestReport:
     embedded: int = 0
     unchanged: int = 0
     removed: int = 0
+    not_yet_found: int = 0
+    """Vectors that are kept, and found once the store has indexed them."""
     provider_id: str | None = None
     """None when nothing had to be embedded."""
     model_id: str | None = None
@@ -187,7 +198,8 @@ class IngestSteps:
     embed: Callable[[Batch, Plan, Hold], Awaitable[BatchEmbedded]]
     upsert: Callable[[Changes, BatchEmbedded], Awaitable[Stored]]
     settle: Callable[[Hold, None], Awaitable[None]]
-    remove: Callable[[Changes, Sequence[Stored]], Awaitable[int]]
+    catch_up: Callable[[Changes, Sequence[Stored]], Awaitable[Indexed]]
+    remove: Callable[[Changes, Indexed | None], Awaitable[int]]
     at_once: bool = False
 
 
@@ -216,7 +228,7 @@ async def ingest(
         left_out=chunks.left_out,
     )
     if not changes.batches:
-        removed = await steps.remove(changes, ()) if changes.stale else 0
+        removed = await steps.remove(changes, None) if changes.stale else 0
         return replace(report, removed=removed)
 
     estimates = await steps.estimate(changes.to_embed)
@@ -228,14 +240,17 @@ async def ingest(
     finally:
         # Every batch was charged when it came back; what the hold still has goes back.
         await let_go(steps.settle, hold)
-    removed = 0
-    if changes.stale and not run.failures:
-        removed = await steps.remove(changes, tuple(run.stored))
+    removed, indexed = 0, Indexed(waiting=0)
+    if run.stored and not run.failures:
+        indexed = await steps.catch_up(changes, tuple(run.stored))
+        # What searches find now is there before what they found goes.
+        removed = await steps.remove(changes, indexed) if changes.stale else 0
     first = run.embedded[0] if run.embedded else None
     report = replace(
         report,
         embedded=sum(stored.stored for stored in run.stored),
         removed=removed,
+        not_yet_found=indexed.waiting,
         provider_id=first.provider_id if first else None,
         model_id=first.model_id if first else None,
         usage=sum((spent.usage for spent in run.embedded), NOTHING_USED),

@@ -157,5 +157,6 @@ class Runtime:
             embed=self.calls.embed_batch,
             upsert=self.keeping.upsert_batch,
             settle=self.money.settle_cost,
+            catch_up=self.keeping.await_indexed,
             remove=self.keeping.remove_stale,
         )

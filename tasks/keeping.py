@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from sekha.ingest import BatchEmbedded, Changes, Chunks, IngestRequest, Stored
+from sekha.ingest import BatchEmbedded, Changes, Chunks, Indexed, IngestRequest, Stored
 from tasks.resources import runtime
 from tasks.retries import WAIT_FOR_THE_STORE, retry_if_retryable
 
-__all__ = ["find_changes", "read_documents", "remove_stale", "upsert_batch"]
+__all__ = ["await_indexed", "find_changes", "read_documents", "remove_stale", "upsert_batch"]
 
 
 @task(cache_policy=NO_CACHE)
@@ -33,6 +33,12 @@ async def upsert_batch(changes: Changes, embedded: BatchEmbedded) -> Stored:
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=retry_if_retryable, **WAIT_FOR_THE_STORE)
-async def remove_stale(changes: Changes, stored: Sequence[Stored]) -> int:
+async def await_indexed(changes: Changes, stored: Sequence[Stored]) -> Indexed:
+    """Wait until searches find what was stored, or for half a minute."""
+    return await runtime().keeping.await_indexed(changes, stored)
+
+
+@task(cache_policy=NO_CACHE, retry_condition_fn=retry_if_retryable, **WAIT_FOR_THE_STORE)
+async def remove_stale(changes: Changes, indexed: Indexed | None) -> int:
     """Delete the chunks that their documents no longer have."""
-    return await runtime().keeping.remove_stale(changes, stored)
+    return await runtime().keeping.remove_stale(changes, indexed)

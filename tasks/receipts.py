@@ -124,6 +124,7 @@ def _receipt(outcome: Reply | IngestReport | Found) -> str:
                 ("Embedded", f"{outcome.embedded:,}"),
                 ("Unchanged", f"{outcome.unchanged:,}"),
                 ("Removed", f"{outcome.removed:,}"),
+                ("To be found", f"{outcome.not_yet_found:,}"),
                 ("Missing", f"{outcome.missing:,}"),
                 ("Left out", f"{len(outcome.left_out):,}"),
             ]

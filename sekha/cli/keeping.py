@@ -257,6 +257,10 @@ def _show_report(report: IngestReport) -> None:
     _add_left_out(facts, report.left_out)
     if report.removed:
         facts.add_row("removed", f"{report.removed:,} chunks that their documents no longer have")
+    if report.not_yet_found:
+        facts.add_row(
+            "to be found", f"{report.not_yet_found:,} chunks are kept, and found once the store has indexed them"
+        )
     if report.model_id:
         facts.add_row("embedded by", f"{report.provider_id}/{report.model_id}")
         facts.add_row("tokens", f"{report.usage.input_tokens:,}{' (counted by us)' if report.usage.counted else ''}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
@@ -12,13 +11,11 @@ from pathlib import Path
 from sekha.documents import Chunk, checked, read_folder, split
 from sekha.embedding import EmbedRequest
 from sekha.errors import CollectionMissing
-from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, IngestRequest, LeftOut, Stale, Stored
+from sekha.ingest import Batch, BatchEmbedded, Changes, Chunks, Failure, Indexed, IngestRequest, LeftOut, Stale, Stored
 from sekha.resources import Resources
 from sekha.vectors.base import AllOf, Compare, Record
 
 __all__ = ["Keeping"]
-
-log = logging.getLogger("sekha.keeping")
 
 SOURCES_AT_ONCE = 500
 """Sources counted in one query."""
@@ -110,13 +107,14 @@ class Keeping:
         )
         return Stored(number=embedded.batch.number, stored=len(records) - len(failures), refused=failures)
 
-    async def remove_stale(self, changes: Changes, stored: Sequence[Stored]) -> int:
+    async def await_indexed(self, changes: Changes, stored: Sequence[Stored]) -> Indexed:  # noqa: ARG002 - they say when
+        """Wait until searches find what was stored, or for half a minute."""
+        store = await self._open.store()
+        return Indexed(waiting=await store.catch_up(changes.space))
+
+    async def remove_stale(self, changes: Changes, indexed: Indexed | None) -> int:  # noqa: ARG002 - it says when
         """Delete the chunks that their documents no longer have, once the new ones are stored and found."""
         store = await self._open.store()
-        if stored and (waiting := await store.catch_up(changes.space)):
-            log.info(
-                "%d vectors of %s are kept, and will be found once the store has indexed them", waiting, changes.space
-            )
         return sum([await store.delete_where(changes.space, _behind(stale)) for stale in changes.stale])
 
     async def _stored(self, index: str, uuids: Sequence[str]) -> dict[str, tuple[object, object]]:

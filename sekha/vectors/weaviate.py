@@ -594,6 +594,8 @@ class WeaviateStore:
             try:
                 return await search(index)
             except StoreUnavailable:
+                # It may come back with other collections.
+                self._seen.pop(name, None)
                 raise
             except StoreError:
                 pass  # An alias may point elsewhere by now, or a collection be made anew.
@@ -813,6 +815,8 @@ _GONE: Final = (
 _PASSING: Final = frozenset({"ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"})
 _TROUBLE: Final = re.compile(
     "read-only|enough replicas|consistency level|connection refused|deadline exceeded|memory pressure|not enough memory"
+    # It has just started, knows of the class and has not opened it yet.
+    "|non-existing index"
 )
 """What servers say, under no code of its own, when it is they who are in trouble and not the request."""
 

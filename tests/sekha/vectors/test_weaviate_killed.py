@@ -13,10 +13,14 @@ from uuid import UUID
 import numpy as np
 import pytest
 
+from sekha.documents import Document
 from sekha.errors import StoreUnavailable
+from sekha.loading import load
+from sekha.resources import Resources
+from sekha.runtime import Runtime
 from sekha.vectors.base import Collection, Record
 from sekha.vectors.weaviate import Consistency, WeaviateStore
-from tests.fixtures.weaviate import WeaviateServer, cluster
+from tests.fixtures.weaviate import WeaviateServer, cluster, weaviate_section
 
 DIMENSION = 64
 DOCS = Collection(f"Docs_{DIMENSION}", DIMENSION, "hash:64")
@@ -148,6 +152,27 @@ async def test_what_is_indexed_behind_the_answer_is_found_once_the_store_has_cau
         assert at_once == BATCH
         assert in_time == 0
         assert [hit.uuid for hit in await store.search(DOCS.name, VECTORS[7], 1)] == [uuid(7)]
+
+
+async def test_an_ingest_ends_when_what_it_kept_is_found(
+    server: WeaviateServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEAVIATE_KEY", server.at.api_key or "")
+    providers = """
+providers:
+  - id: builtin
+    provider_type: builtin
+    models: [{model_id: hashed-512, task: embedding, dimension: 512}]
+"""
+    (tmp_path / "sekha.yaml").write_text(providers + weaviate_section(server.at), "utf-8")
+    texts = [f"Paragraph {number} says {number * 7919} and {number * 104_729}." for number in range(ALL)]
+
+    async with Runtime(Resources(load(tmp_path / "sekha.yaml"))) as sekha:
+        await sekha.ingest([Document(source=f"{n}.md", text=text) for n, text in enumerate(texts)])
+        asked = [texts[number] for number in (0, ALL // 2, ALL - 1)]
+        found = [(await sekha.search(text, limit=1)).hits for text in asked]
+
+    assert [hits[0].text for hits in found] == asked
 
 
 async def test_a_server_killed_in_an_ingest_and_in_searches_loses_nothing_acknowledged(server: WeaviateServer) -> None:
