@@ -583,8 +583,8 @@ class StoreNotEmpty(StoreError):
         self.store = store
         self.holds = holds
         super().__init__(
-            f"{store!r} holds {holds}, and a restore would replace it. Say so with --yes, "
-            "or restore `--into` a new file."
+            f"{store!r} holds {holds}, and a restore would replace it. Say so with --yes"
+            + (" or another `store:`." if "://" in store else ", or restore `--into` a new file.")
         )
 
 

@@ -174,12 +174,14 @@ def in_the_way(alias: str, records: int) -> Finding:
 
 def moved(collection: str, model: str, its: Sequence[Index]) -> Finding:
     """The file's model has no index of this collection, and others have."""
+    kept = max(its, key=lambda each: each.records).model or "…"
     return Finding(
         kind="drift",
         where=", ".join(each.name for each in its),
         what=f"the file has {collection!r} embedded with {model!r}, and none of it is: what is new goes into another "
         "index than the rest",
         count=sum(each.records for each in its),
-        next=f"sekha ingest … --collection {collection}   from the same folders, if all should be in the new one",
+        next=f"`collections: {{{collection}: {{model: {kept}}}}}` in sekha.yaml to go on with the old one, or "
+        f"from the same folders again: sekha ingest … --collection {collection}",
         notice=True,
     )

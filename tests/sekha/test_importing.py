@@ -175,6 +175,24 @@ async def test_a_damaged_chroma_store_is_said_to_be_unreadable(sekha: Runtime, t
         await imported(sekha, path="old", model="hashed-8")
 
 
+def test_without_the_extra_the_command_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "sekha.yaml").write_text(CONFIG, "utf-8")
+    path = chroma(tmp_path / "old")
+    # What an environment without chromadb finds.
+    code = "import sys; sys.modules['chromadb'] = None; from sekha.cli.app import main; main()"
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "import", "chroma", path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ended.returncode == 4
+    assert "pip install 'sekha[chroma]'" in ended.stderr
+
+
 def test_an_import_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "sekha.yaml").write_text(CONFIG, "utf-8")
     path = chroma(tmp_path / "old", count=5000)
