@@ -482,8 +482,16 @@ class WeaviateStore:
         # The client would capitalise another name, and the server look into its path.
         config = await self._config(name) if NAME.fullmatch(name) else None
         if config is None:
-            known = [collection.name for collection in await self.list_collections()]
-            raise CollectionMissing(name, [*known, *await self.list_aliases()])
+            known, aliases = (
+                [collection.name for collection in await self.list_collections()],
+                await self.list_aliases(),
+            )
+            if name not in known and aliases.get(name) not in known:
+                raise CollectionMissing(name, [*known, *aliases])
+            # Somebody has just made it, or the server has just started and opens one after the other.
+            config = await self._config(name)
+            if config is None:
+                raise StoreUnavailable(self._url, f"it lists {name!r} and does not find it yet")
         collection = _described(config.name, config.description)
         if collection is None:
             raise StoreError(f"{config.name!r} is a class that Sekha did not make, so it is left alone.")

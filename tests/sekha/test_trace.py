@@ -113,6 +113,7 @@ async def test_an_ingest_is_drawn_as_its_steps_with_those_that_ran_many_times_on
             "  embed_batch[[embed_batch × n]]",
             "  upsert_batch[[upsert_batch × n]]",
             "  settle_cost[settle_cost]",
+            "  await_indexed[await_indexed]",
             "  read_documents --> find_changes",
             "  find_changes --> estimate_cost",
             "  estimate_cost --> select_provider",
@@ -120,5 +121,6 @@ async def test_an_ingest_is_drawn_as_its_steps_with_those_that_ran_many_times_on
             "  reserve_budget --> embed_batch",
             "  reserve_budget --> settle_cost",
             "  embed_batch --> upsert_batch",
+            "  upsert_batch --> await_indexed",
         ]
     )

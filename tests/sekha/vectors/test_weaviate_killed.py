@@ -27,6 +27,8 @@ DOCS = Collection(f"Docs_{DIMENSION}", DIMENSION, "hash:64")
 ALL = 4000
 BATCH = 100
 PATIENCE_SECONDS = 3.0
+WRITING_SECONDS = 20.0
+"""What a busy machine needs for three copies of a batch while one of the nodes starts."""
 VECTORS = np.random.default_rng(7).standard_normal((ALL, DIMENSION)).astype(np.float32)
 
 
@@ -40,7 +42,11 @@ def batch(start: int) -> list[Record]:
 
 @asynccontextmanager
 async def opened(
-    server: WeaviateServer, *, replication: int = 1, consistency: Consistency = "quorum"
+    server: WeaviateServer,
+    *,
+    replication: int = 1,
+    consistency: Consistency = "quorum",
+    insert_seconds: float = PATIENCE_SECONDS,
 ) -> AsyncIterator[WeaviateStore]:
     at = server.at
     async with await WeaviateStore.open(
@@ -50,7 +56,7 @@ async def opened(
         replication=replication,
         consistency=consistency,
         query_seconds=PATIENCE_SECONDS,
-        insert_seconds=PATIENCE_SECONDS,
+        insert_seconds=insert_seconds,
     ) as store:
         yield store
 
@@ -217,7 +223,10 @@ def nodes(weaviate_program: Path, tmp_path: Path) -> Iterator[list[WeaviateServe
 async def test_one_of_three_nodes_killed_and_started_again_is_not_noticed(nodes: list[WeaviateServer]) -> None:
     async with AsyncExitStack() as stack:
         writer, reader = [
-            await stack.enter_async_context(opened(node, replication=3, consistency="quorum")) for node in nodes[:2]
+            await stack.enter_async_context(
+                opened(node, replication=3, consistency="quorum", insert_seconds=WRITING_SECONDS)
+            )
+            for node in nodes[:2]
         ]
         storm = Storm(writer, reader)
         await storm.begin()
