@@ -136,7 +136,7 @@ def dangling(alias: str, target: str) -> Finding:
     return Finding(
         kind="aliases",
         where=alias,
-        what=f"names {target!r}, which is not there or not ours",
+        what=f"names {target!r}, which is not there",
         count=0,
         next="sekha doctor --repair aliases",
     )
@@ -156,7 +156,7 @@ def astray(alias: str, target: str) -> Finding:
     return Finding(
         kind="aliases",
         where=alias,
-        what=f"names {target!r}, which is another collection's",
+        what=f"names {target!r}, which is no index of this collection",
         count=0,
         next="delete the alias where it was made; then: sekha doctor --repair aliases",
     )

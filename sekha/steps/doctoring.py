@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Doctoring"]
 
 PAGE: Final = 500
-INDEX_NAME: Final = re.compile(r"([A-Z]\w*?)_\d+(_[A-Za-z]\w*)?")
 
 
 def _untold(_: str) -> None:
@@ -60,12 +59,13 @@ class Doctoring:
         if weaviate:
             for each in indexes:
                 found += [findings.otherwise(each, what) for what in await weaviate.made_otherwise(each.name)]
-        wanted = {alias_of(name) for name in names}
-        known = {each.name for each in there}
+        wanted, known = {alias_of(name) for name in names}, {each.name for each in there}
         dangling = {
             alias: target
             for alias, target in aliases.items()
-            if target not in known and (not request.collections or alias in wanted)
+            # Those of other programs on the same server are theirs.
+            if target not in known and target not in foreign and (alias in wanted or _is_index_of(target, alias))
+            if alias in wanted or not request.collections
         }
         found += [findings.dangling(alias, target) for alias, target in dangling.items()]
         unnamed: dict[str, str] = {}
@@ -77,7 +77,7 @@ class Doctoring:
                 unnamed[alias] = self._index_to_name(name, its, there)
                 if alias not in dangling:
                     found.append(findings.unnamed(alias, unnamed[alias]))
-            elif its and (target := aliases.get(alias)) not in {each.name for each in its} and target in known:
+            elif its and (target := aliases.get(alias)) not in {each.name for each in its}:
                 found.append(findings.astray(alias, str(target)))
         return Survey(
             store=without_secrets(section.url or "") if weaviate else str(loaded.path(section.path)),
@@ -161,7 +161,7 @@ class Doctoring:
         named = [*registry.collections, *([memory.collection] if memory is not None else [])]
         aliases = {alias_of(name): name for name in named}
         for index in there:
-            if (found := INDEX_NAME.fullmatch(index.name)) is not None:
+            if (found := re.fullmatch(rf"([A-Z]\w*?)_{index.dimension}(_[A-Za-z]\w*)?", index.name)) is not None:
                 base = found[1]
                 aliases.setdefault(base, base[:1].lower() + base[1:])
         if not asked:
@@ -207,6 +207,10 @@ class Doctoring:
         space = self._space(collection)
         wanted = index_for(space, there).name if space is not None else None
         return max(its, key=lambda each: (each.name == wanted, each.records, each.name)).name
+
+
+def _is_index_of(name: str, alias: str) -> bool:
+    return re.fullmatch(rf"{re.escape(alias)}_\d+(_[A-Za-z]\w*)?", name) is not None
 
 
 def _as_weaviate(store: VectorStore) -> WeaviateStore | None:

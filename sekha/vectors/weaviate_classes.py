@@ -31,9 +31,10 @@ class WeaviateClasses:
         self._close = close
 
     async def offered(self) -> Sequence[Offered]:
+        """Those of one tenant each are left out: nobody says which tenant's collection they should become."""
         found = []
-        for name, config in sorted((await self._ask(self._client.collections.list_all())).items()):
-            if not self._is_ours(name, config.description):
+        for name, config in sorted((await self._ask(self._client.collections.list_all(simple=False))).items()):
+            if not config.multi_tenancy_config.enabled and not self._is_ours(name, config.description):
                 counted = await self._ask(self._client.collections.use(name).aggregate.over_all(total_count=True))
                 found.append(Offered(name=name, records=int(counted.total_count)))
         return found

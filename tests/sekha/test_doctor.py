@@ -211,7 +211,7 @@ async def test_an_alias_that_names_another_collections_index_is_found(sekha: Run
     (found,) = (await looked(sekha)).findings
 
     assert (found.kind, found.where) == ("aliases", "Documents")
-    assert "'Notes_8', which is another collection's" in found.what
+    assert "'Notes_8', which is no index of this collection" in found.what
 
 
 async def test_an_index_whose_model_the_file_no_longer_has_is_found(tmp_path: Path) -> None:
@@ -247,6 +247,15 @@ async def test_an_index_that_nothing_reads_is_found(sekha: Runtime) -> None:
 
     assert (found.kind, found.where) == ("drift", "Documents_9")
     assert "nothing reads it" in found.what
+
+
+async def test_a_collection_with_a_number_in_its_name_is_read(sekha: Runtime) -> None:
+    await keep(sekha, collection="my_2_docs")
+
+    found = await looked(sekha)
+
+    assert [(each.name, each.collection) for each in found.indexes] == [("My_2_docs_8", "my_2_docs")]
+    assert found.findings == ()
 
 
 async def test_only_the_collections_that_are_asked_for_are_looked_at(sekha: Runtime) -> None:
@@ -344,8 +353,34 @@ async def test_an_alias_whose_class_somebody_dropped_is_found_and_deleted(
     repaired = await looked(sekha, "aliases")
 
     assert (found.kind, found.where) == ("aliases", "Documents")
-    assert "'Documents_8', which is not there or not ours" in found.what
+    assert "'Documents_8', which is not there" in found.what
     assert (repaired.aliases, repaired.findings) == (("Documents",), ())
+
+
+async def test_what_other_programs_have_on_the_same_server_is_theirs(
+    over_weaviate: Runtime, weaviate_server: Server
+) -> None:
+    from weaviate.classes.config import Configure
+
+    await keep(over_weaviate)
+    async with foreign_client(weaviate_server) as client:
+        await client.collections.create("Theirs")
+        await client.collections.create("Rented", multi_tenancy_config=Configure.multi_tenancy(enabled=True))
+        await client.alias.create(alias_name="Others", target_collection="Theirs")
+        await client.collections.create("Gone")
+        await client.alias.create(alias_name="Lost", target_collection="Gone")
+        await client.collections.delete("Gone")
+        try:
+            found = await looked(over_weaviate, "aliases")
+            left = set(await client.alias.list_all())
+        finally:
+            for alias in ("Others", "Lost"):
+                await client.alias.delete(alias_name=alias)
+            for name in ("Theirs", "Rented"):
+                await client.collections.delete(name)
+
+    assert (found.findings, found.aliases) == ((), ())
+    assert left == {"Documents", "Others", "Lost"}
 
 
 async def test_a_class_that_stands_where_the_alias_should_is_found(
