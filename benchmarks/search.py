@@ -45,6 +45,7 @@ from sekha.resources import Resources, ledger_url
 from sekha.runtime import Runtime
 from sekha.search import SearchRequest
 from sekha.vectors.base import Collection, Vector
+from sekha.vectors.embedded import EmbeddedStore
 from tests.fixtures.weaviate import Server, WeaviateServer, empty_store, find_program, named_server
 
 DIMENSIONS = (768, 1536, 3072)
@@ -116,6 +117,9 @@ async def fill(runtime: Runtime, rows: int) -> None:
         stored = records(clustered(rows, dimension, 1))
         for start in range(0, rows, BATCH):
             assert await store.upsert(name, stored[start : start + BATCH]) == {}
+        if isinstance(store, EmbeddedStore):
+            # As it is after its first searches, which last while it learns.
+            await store.warm(name)
 
 
 async def in_turns(asks: Mapping[str, Ask], questions: Sequence[str]) -> dict[str, float]:
