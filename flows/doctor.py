@@ -6,8 +6,6 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from sekha.doctor import Diagnosis, DoctorRequest, DoctorSteps, diagnose
-from sekha.embedding import EmbedSteps
-from tasks.calls import embed_texts
 from tasks.doctoring import (
     delete_faulty,
     examine_index,
@@ -17,7 +15,7 @@ from tasks.doctoring import (
     survey_store,
     write_anew,
 )
-from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
+from tasks.embedding import EMBEDDING
 from tasks.receipts import shown_progress
 from tasks.resources import opened
 from tasks.results import RESULT
@@ -30,13 +28,7 @@ STEPS = given_whole(
         survey=survey_store,
         examine=examine_index,
         gather=gather_faulty,
-        embedding=EmbedSteps(
-            estimate=estimate_cost,
-            select=select_provider,
-            reserve=reserve_budget,
-            embed=embed_texts,
-            settle=settle_cost,
-        ),
+        embedding=EMBEDDING,
         write=write_anew,
         delete=delete_faulty,
         name=name_indexes,

@@ -5,11 +5,9 @@ from __future__ import annotations
 from prefect import flow
 from prefect.runtime import flow_run
 
-from sekha.embedding import EmbedSteps
 from sekha.search import Found, SearchRequest, SearchSteps
 from sekha.search import search as search_in_order
-from tasks.calls import embed_texts
-from tasks.money import estimate_cost, reserve_budget, select_provider, settle_cost
+from tasks.embedding import EMBEDDING
 from tasks.receipts import with_receipt
 from tasks.resources import opened
 from tasks.results import RESULT
@@ -21,13 +19,7 @@ __all__ = ["STEPS", "search"]
 STEPS = given_whole(
     SearchSteps(
         find_spaces=find_spaces,
-        embedding=EmbedSteps(
-            estimate=estimate_cost,
-            select=select_provider,
-            reserve=reserve_budget,
-            embed=embed_texts,
-            settle=settle_cost,
-        ),
+        embedding=EMBEDDING,
         look_up=search_space,
         merge=merge_found,
     )

@@ -14,7 +14,7 @@ from typing import Final
 from sekha.registry import Model, Registry, Space
 from sekha.vectors.base import Collection
 
-__all__ = ["alias_of", "embedder_of", "index_for", "indexes_of"]
+__all__ = ["alias_in", "alias_of", "embedder_of", "index_for", "indexes_of", "names_index_of"]
 
 LONGEST_SLUG: Final = 60
 
@@ -26,15 +26,22 @@ def alias_of(collection: str) -> str:
 
 def indexes_of(collection: str, there: Iterable[Collection]) -> list[Collection]:
     """A collection's indexes among those of a store, by name."""
-    named = re.compile(rf"{re.escape(alias_of(collection))}_(\d+)(_[A-Za-z]\w*)?")
+    alias = re.escape(alias_of(collection))
     return sorted(
-        (
-            index
-            for index in there
-            if (found := named.fullmatch(index.name)) is not None and int(found[1]) == index.dimension
-        ),
+        (index for index in there if _names(alias, index.dimension).fullmatch(index.name)),
         key=lambda index: index.name,
     )
+
+
+def alias_in(index: Collection) -> str | None:
+    """The alias that an index's name begins with; None for a name that none of ours has."""
+    found = _names(r"([A-Z]\w*?)", index.dimension).fullmatch(index.name)
+    return None if found is None else found[1]
+
+
+def names_index_of(alias: str, name: str) -> bool:
+    """Whether an index of this alias's collection could have this name, whatever its dimension."""
+    return _names(re.escape(alias), r"\d+").fullmatch(name) is not None
 
 
 def index_for(space: Space, there: Iterable[Collection]) -> Collection:
@@ -58,6 +65,11 @@ def index_for(space: Space, there: Iterable[Collection]) -> Collection:
 def embedder_of(index: Collection, registry: Registry) -> Model | None:
     """The model that goes first of those that make an index's vectors; None when the file lists none."""
     return next((model for model in registry.for_task("embedding") if _makes(model, index)), None)
+
+
+def _names(alias: str, dimension: int | str) -> re.Pattern[str]:
+    """How indexes are named, a second model's with its own name behind the dimension."""
+    return re.compile(rf"{alias}_{dimension}(_[A-Za-z]\w*)?")
 
 
 def _makes(model: Model, index: Collection) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import InvalidRequest, did_you_mean
 from sekha.registry import Space
 from sekha.resources import Resources
-from sekha.spaces import alias_of, embedder_of, index_for, indexes_of
+from sekha.spaces import alias_in, alias_of, embedder_of, index_for, indexes_of, names_index_of
 from sekha.vectors.base import Collection, VectorStore
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Doctoring:
             alias: target
             for alias, target in aliases.items()
             # Those of other programs on the same server are theirs.
-            if target not in known and target not in foreign and (alias in wanted or _is_index_of(target, alias))
+            if target not in known and target not in foreign and (alias in wanted or names_index_of(alias, target))
             if alias in wanted or not request.collections
         }
         found += [findings.dangling(alias, target) for alias, target in dangling.items()]
@@ -111,7 +110,7 @@ class Doctoring:
         wanted = examined.to_embed[at : at + BATCH]
         records = await store.get(index.name, wanted)
         kept = {uuid: records[uuid].text for uuid in wanted if uuid in records and records[uuid].text.strip()}
-        model = next(each for each in self._open.registry.models if each.name == index.model)
+        (model,) = self._open.registry.named(str(index.model))
         asked = EmbedRequest(
             texts=tuple(model.document_prefix + text for text in kept.values()),
             model=index.model,
@@ -161,8 +160,7 @@ class Doctoring:
         named = [*registry.collections, *([memory.collection] if memory is not None else [])]
         aliases = {alias_of(name): name for name in named}
         for index in there:
-            if (found := re.fullmatch(rf"([A-Z]\w*?)_{index.dimension}(_[A-Za-z]\w*)?", index.name)) is not None:
-                base = found[1]
+            if (base := alias_in(index)) is not None:
                 aliases.setdefault(base, base[:1].lower() + base[1:])
         if not asked:
             return list(aliases.values())
@@ -207,10 +205,6 @@ class Doctoring:
         space = self._space(collection)
         wanted = index_for(space, there).name if space is not None else None
         return max(its, key=lambda each: (each.name == wanted, each.records, each.name)).name
-
-
-def _is_index_of(name: str, alias: str) -> bool:
-    return re.fullmatch(rf"{re.escape(alias)}_\d+(_[A-Za-z]\w*)?", name) is not None
 
 
 def _as_weaviate(store: VectorStore) -> WeaviateStore | None:
