@@ -46,8 +46,8 @@ class DoctorRequest:
     """Left out: all."""
     repair: tuple[Repair, ...] = ()
     """`vectors` and `models` are embedded anew from their texts; `texts` deletes records without one and
-    `duplicates` those that repeat another's; `aliases` points those that are missing and deletes those that name
-    nothing."""
+    `duplicates` those that repeat another's; `aliases` points those that are missing or wrong and deletes those that
+    name nothing."""
     max_cost: Decimal | None = None
     """US dollars that embedding anew may cost at the most."""
 
@@ -106,7 +106,7 @@ class Survey:
     dangling: tuple[str, ...] = ()
     """Aliases that name nothing."""
     unnamed: Mapping[str, str] = field(default_factory=dict)
-    """Aliases that are missing, and the index that each should name."""
+    """Aliases that are missing or name another collection's index, and the index that each should name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from sekha.documents import content_hash
 from sekha.errors import did_you_mean
 from sekha.vectors.base import Record
 
-__all__ = ["Found", "astray", "dangling", "in_the_way", "moved", "otherwise", "stray", "unknown", "unnamed"]
+__all__ = ["Found", "alias", "in_the_way", "moved", "otherwise", "stray", "taken", "unknown"]
 
 
 # --- records -------------------------------------------------------------------------------
@@ -50,7 +50,11 @@ class Found:
             faults.append(("models", f"of another model: {said!r}"))
         if not has_text:
             faults.append(("texts", "without a text, so that no other model can ever embed them"))
-        elif not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (content_hash(record.text),)).rowcount:
+        # One that is to be mended takes no sound one's place.
+        elif (
+            not faults
+            and not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (content_hash(record.text),)).rowcount
+        ):
             faults.append(("duplicates", "with the same text as another, whose place among the hits they take"))
         for fault in faults:
             self._tallies.setdefault(fault, _Tally()).add(record.uuid)
@@ -96,6 +100,10 @@ class Found:
         )
 
 
+def _is_first(record: Record, seen: sqlite3.Connection) -> bool:
+    return bool(seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (content_hash(record.text),)).rowcount)
+
+
 # --- what does not fit ---------------------------------------------------------------------
 
 
@@ -132,43 +140,29 @@ def otherwise(index: Index, what: str) -> Finding:
     )
 
 
-def dangling(alias: str, target: str) -> Finding:
+def alias(name: str, what: str, records: int) -> Finding:
+    """An alias that `--repair aliases` sets right, and the records that are not found by it."""
+    return Finding(kind="aliases", where=name, what=what, count=records, next="sekha doctor --repair aliases")
+
+
+def taken(name: str, target: str, records: int) -> Finding:
+    """A collection's alias that another program uses."""
     return Finding(
         kind="aliases",
-        where=alias,
-        what=f"names {target!r}, which is not there",
-        count=0,
-        next="sekha doctor --repair aliases",
+        where=name,
+        what=f"names {target!r}, a class that Sekha did not make",
+        count=records,
+        next="delete that alias in Weaviate if nobody needs it; then: sekha doctor --repair aliases",
     )
 
 
-def unnamed(alias: str, target: str) -> Finding:
+def in_the_way(name: str, records: int) -> Finding:
     return Finding(
         kind="aliases",
-        where=alias,
-        what=f"is missing: other programs do not find {target!r} under the collection's name",
-        count=0,
-        next="sekha doctor --repair aliases",
-    )
-
-
-def astray(alias: str, target: str) -> Finding:
-    return Finding(
-        kind="aliases",
-        where=alias,
-        what=f"names {target!r}, which is no index of this collection",
-        count=0,
-        next="delete the alias where it was made; then: sekha doctor --repair aliases",
-    )
-
-
-def in_the_way(alias: str, records: int) -> Finding:
-    return Finding(
-        kind="aliases",
-        where=alias,
+        where=name,
         what="is a class that Sekha did not make, and stands where the collection's alias should",
         count=records,
-        next=f"sekha import weaviate --collection {alias} --dry-run   and then with --drop",
+        next=f"sekha import weaviate --collection {name} --dry-run   and then with --drop",
     )
 
 

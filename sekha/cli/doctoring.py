@@ -56,8 +56,8 @@ def doctor(
     Each finding has how many records it is about, a few of their ids and the next command. Others may
     go on reading and writing. Nothing is changed without --repair: `vectors` and `models` embed the
     records anew from their texts, under the budgets; `texts` deletes those without a text, and
-    `duplicates` those that repeat another's; `aliases` points those that are missing and deletes those
-    that name nothing. Exits with 6 when something is wrong.
+    `duplicates` those that repeat another's; `aliases` points those that are missing or wrong and
+    deletes those that name nothing. Exits with 6 when something is wrong.
 
     \b
     Examples:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from sekha import findings
@@ -58,32 +58,13 @@ class Doctoring:
         if weaviate:
             for each in indexes:
                 found += [findings.otherwise(each, what) for what in await weaviate.made_otherwise(each.name)]
-        wanted, known = {alias_of(name) for name in names}, {each.name for each in there}
-        dangling = {
-            alias: target
-            for alias, target in aliases.items()
-            # Those of other programs on the same server are theirs.
-            if target not in known and target not in foreign and (alias in wanted or names_index_of(alias, target))
-            if alias in wanted or not request.collections
-        }
-        found += [findings.dangling(alias, target) for alias, target in dangling.items()]
-        unnamed: dict[str, str] = {}
-        for name in names:
-            alias, its = alias_of(name), [each for each in indexes if each.collection == name]
-            if alias in foreign:
-                found.append(findings.in_the_way(alias, foreign[alias]))
-            elif its and (alias not in aliases or alias in dangling):
-                unnamed[alias] = self._index_to_name(name, its, there)
-                if alias not in dangling:
-                    found.append(findings.unnamed(alias, unnamed[alias]))
-            elif its and (target := aliases.get(alias)) not in {each.name for each in its}:
-                found.append(findings.astray(alias, str(target)))
+        named = self._look_at_aliases(names, indexes, there, aliases, foreign, all_of_them=not request.collections)
         return Survey(
             store=without_secrets(section.url or "") if weaviate else str(loaded.path(section.path)),
             indexes=tuple(indexes),
-            findings=tuple(found),
-            dangling=tuple(alias for alias in dangling if alias not in unnamed),
-            unnamed=unnamed,
+            findings=(*found, *named.findings),
+            dangling=named.dangling,
+            unnamed=named.unnamed,
         )
 
     async def examine_index(self, request: DoctorRequest, survey: Survey, name: str) -> Examined:
@@ -154,6 +135,44 @@ class Doctoring:
             await store.point_alias(alias, target)
         return (*survey.dangling, *survey.unnamed)
 
+    def _look_at_aliases(
+        self,
+        names: Sequence[str],
+        indexes: Sequence[Index],
+        there: Sequence[Collection],
+        aliases: Mapping[str, str],
+        foreign: Mapping[str, int],
+        *,
+        all_of_them: bool,
+    ) -> _Named:
+        wanted, known = {alias_of(name) for name in names}, {each.name for each in there}
+        dangling = {
+            alias: target
+            for alias, target in aliases.items()
+            # Those of other programs on the same server are theirs.
+            if target not in known and target not in foreign and (alias in wanted or names_index_of(alias, target))
+            if alias in wanted or all_of_them
+        }
+        found = [findings.alias(each, f"names {target!r}, which is not there", 0) for each, target in dangling.items()]
+        unnamed: dict[str, str] = {}
+        for name in names:
+            alias, its = alias_of(name), [each for each in indexes if each.collection == name]
+            if alias in foreign:
+                found.append(findings.in_the_way(alias, foreign[alias]))
+                continue
+            target = aliases.get(alias)
+            if not its or target in {each.name for each in its}:
+                continue
+            records = sum(each.records for each in its)
+            if target is not None and target in foreign:
+                found.append(findings.taken(alias, target, records))
+                continue
+            unnamed[alias] = self._index_to_name(name, its, there)
+            if alias not in dangling:
+                what = "is missing" if target is None else f"names {target!r}, which is no index of this collection"
+                found.append(findings.alias(alias, f"{what}: other programs do not find what is kept by it", records))
+        return _Named(tuple(found), tuple(alias for alias in dangling if alias not in unnamed), unnamed)
+
     def _names(self, there: Iterable[Collection], asked: Sequence[str]) -> list[str]:
         """The collections that the file names and those that the store has, or those that were asked for."""
         registry, memory = self._open.registry, self._open.loaded.config.memory
@@ -205,6 +224,15 @@ class Doctoring:
         space = self._space(collection)
         wanted = index_for(space, there).name if space is not None else None
         return max(its, key=lambda each: (each.name == wanted, each.records, each.name)).name
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What is wrong with aliases, those that name nothing, and what others should name."""
+
+    findings: tuple[Finding, ...]
+    dangling: tuple[str, ...]
+    unnamed: Mapping[str, str]
 
 
 def _as_weaviate(store: VectorStore) -> WeaviateStore | None:

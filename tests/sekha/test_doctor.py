@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,12 @@ import pytest
 from sekha.doctor import Diagnosis, DoctorRequest, Finding, diagnose
 from sekha.documents import Document
 from sekha.errors import BudgetExceeded, InvalidRequest
-from sekha.loading import load
-from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.trace import Tracer
 from sekha.vectors.base import Collection, Record
-from tests.fixtures.weaviate import Server, empty_store, foreign_client, weaviate_section
+from tests.fixtures.runtimes import TWO_MODELS, opened, opened_on
+from tests.fixtures.weaviate import Server, foreign_client, weaviate_section
 
-CONFIG = """
-providers:
-  - id: builtin
-    provider_type: builtin
-    models:
-      - {model_id: hashed-8, task: embedding, dimension: 8}
-      - {model_id: hashed-16, task: embedding, dimension: 16}
-"""
 PRICED = """
 providers:
   - id: builtin
@@ -39,13 +30,6 @@ budgets:
   - {name: all, limit: 1, period: total}
 """
 FINGERPRINT = "builtin/hashed-8:8:unit"
-
-
-@asynccontextmanager
-async def opened(folder: Path, text: str = CONFIG) -> AsyncIterator[Runtime]:
-    (folder / "sekha.yaml").write_text(text, "utf-8")
-    async with Runtime(Resources(load(folder / "sekha.yaml"))) as sekha:
-        yield sekha
 
 
 @pytest.fixture
@@ -189,6 +173,20 @@ async def test_texts_that_are_kept_twice_are_told_and_all_but_one_deleted(sekha:
     assert (repaired.deleted, repaired.records, repaired.findings) == (2, 2, ())
 
 
+async def test_of_two_records_with_one_text_the_sound_one_stays(sekha: Runtime, tmp_path: Path) -> None:
+    await sekha.ingest([Document(source=f"{n}.md", text="The very same text.") for n in range(2)])
+    first = "(SELECT id FROM records_1 ORDER BY uuid LIMIT 1)"
+    damage(tmp_path, f"UPDATE vectors_1 SET vector = zeroblob(32) WHERE id = {first}")
+
+    left = await looked(sekha, "duplicates")
+    mended = await looked(sekha, "vectors")
+    one = await looked(sekha, "duplicates")
+
+    assert (left.deleted, [each.kind for each in left.findings]) == (0, ["vectors"])
+    assert (mended.embedded, [each.kind for each in mended.findings]) == (1, ["duplicates"])
+    assert (one.deleted, one.records, one.findings) == (1, 1, ())
+
+
 async def test_a_missing_alias_is_found_and_set(sekha: Runtime) -> None:
     await keep(sekha)
     store = await sekha.resources.store()
@@ -202,7 +200,7 @@ async def test_a_missing_alias_is_found_and_set(sekha: Runtime) -> None:
     assert await store.alias_target("Documents") == "Documents_8"
 
 
-async def test_an_alias_that_names_another_collections_index_is_found(sekha: Runtime) -> None:
+async def test_an_alias_that_names_another_collections_index_is_found_and_moved(sekha: Runtime) -> None:
     await keep(sekha)
     await keep(sekha, collection="notes")
     store = await sekha.resources.store()
@@ -210,14 +208,19 @@ async def test_an_alias_that_names_another_collections_index_is_found(sekha: Run
 
     (found,) = (await looked(sekha)).findings
 
-    assert (found.kind, found.where) == ("aliases", "Documents")
+    repaired = await looked(sekha, "aliases")
+
+    assert (found.kind, found.where, found.count) == ("aliases", "Documents", 6)
     assert "'Notes_8', which is no index of this collection" in found.what
+    assert found.next == "sekha doctor --repair aliases"
+    assert (repaired.aliases, repaired.findings) == (("Documents",), ())
+    assert await store.list_aliases() == {"Documents": "Documents_8", "Notes": "Notes_8"}
 
 
 async def test_an_index_whose_model_the_file_no_longer_has_is_found(tmp_path: Path) -> None:
     async with opened(tmp_path) as sekha:
         await keep(sekha)
-    async with opened(tmp_path, CONFIG.replace("hashed-8", "hashed-9")) as sekha:
+    async with opened(tmp_path, TWO_MODELS.replace("hashed-8", "hashed-9")) as sekha:
         found = await looked(sekha)
 
     unknown = next(each for each in found.findings if not each.notice)
@@ -230,7 +233,7 @@ async def test_an_index_whose_model_the_file_no_longer_has_is_found(tmp_path: Pa
 async def test_a_collection_whose_model_was_changed_in_the_file_is_told(tmp_path: Path) -> None:
     async with opened(tmp_path) as sekha:
         await keep(sekha)
-    async with opened(tmp_path, f"{CONFIG}\ncollections: {{documents: {{model: hashed-16}}}}\n") as sekha:
+    async with opened(tmp_path, f"{TWO_MODELS}\ncollections: {{documents: {{model: hashed-16}}}}\n") as sekha:
         (found,) = (await looked(sekha)).findings
 
         assert (found.kind, found.where, found.count, found.notice) == ("drift", "Documents_8", 6, True)
@@ -311,8 +314,7 @@ def test_a_request_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> Non
 async def over_weaviate(
     weaviate_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Runtime]:
-    monkeypatch.setenv("WEAVIATE_KEY", weaviate_server.api_key or "")
-    async with empty_store(weaviate_server), opened(tmp_path, CONFIG + weaviate_section(weaviate_server)) as sekha:
+    async with opened_on(weaviate_server, tmp_path, monkeypatch) as sekha:
         yield sekha
 
 
@@ -383,6 +385,24 @@ async def test_what_other_programs_have_on_the_same_server_is_theirs(
     assert left == {"Documents", "Others", "Lost"}
 
 
+async def test_an_alias_that_another_program_uses_is_left_to_it(
+    over_weaviate: Runtime, weaviate_server: Server
+) -> None:
+    await keep(over_weaviate)
+    async with foreign_client(weaviate_server) as client:
+        await client.collections.create("Theirs")
+        await client.alias.update(alias_name="Documents", new_target_collection="Theirs")
+        try:
+            found = await looked(over_weaviate, "aliases")
+        finally:
+            await client.alias.delete(alias_name="Documents")
+            await client.collections.delete("Theirs")
+
+    assert [(each.where, each.count, found.aliases) for each in found.problems] == [("Documents", 6, ())]
+    assert "'Theirs', a class that Sekha did not make" in found.problems[0].what
+    assert (await looked(over_weaviate, "aliases")).aliases == ("Documents",)
+
+
 async def test_a_class_that_stands_where_the_alias_should_is_found(
     over_weaviate: Runtime, weaviate_server: Server
 ) -> None:
@@ -405,7 +425,7 @@ async def test_classes_that_were_made_before_the_file_said_otherwise_are_told(
 ) -> None:
     await keep(over_weaviate)
     section = weaviate_section(weaviate_server).replace("}\n", ", replication: 3, quantizer: rq-8}\n")
-    async with opened(tmp_path, CONFIG + section) as sekha:
+    async with opened(tmp_path, TWO_MODELS + section) as sekha:
         found = await looked(sekha)
 
     assert [(each.kind, each.where, each.notice) for each in found.findings] == [("drift", "Documents_8", True)] * 2

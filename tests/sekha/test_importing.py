@@ -18,28 +18,17 @@ import pytest
 
 from sekha.errors import InvalidRequest
 from sekha.importing import ImportReport, ImportRequest, Taken, bring, uuid_of
-from sekha.loading import load
-from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.vectors.base import Record
 from tests.fixtures.chroma import VECTORS, chroma
-from tests.fixtures.weaviate import Server, empty_store, foreign_client, weaviate_section
-
-CONFIG = """
-providers:
-  - id: builtin
-    provider_type: builtin
-    models:
-      - {model_id: hashed-8, task: embedding, dimension: 8}
-      - {model_id: hashed-16, task: embedding, dimension: 16}
-"""
+from tests.fixtures.runtimes import TWO_MODELS, opened, opened_on
+from tests.fixtures.weaviate import Server, empty_store, foreign_client
 
 
 @pytest.fixture
 async def sekha(tmp_path: Path) -> AsyncIterator[Runtime]:
-    (tmp_path / "sekha.yaml").write_text(CONFIG, "utf-8")
-    async with Runtime(Resources(load(tmp_path / "sekha.yaml"))) as opened:
-        yield opened
+    async with opened(tmp_path) as runtime:
+        yield runtime
 
 
 async def imported(sekha: Runtime, origin: Any = "chroma", **fields: Any) -> ImportReport:
@@ -176,7 +165,7 @@ async def test_a_damaged_chroma_store_is_said_to_be_unreadable(sekha: Runtime, t
 
 
 def test_without_the_extra_the_command_says_how_to_get_it(tmp_path: Path) -> None:
-    (tmp_path / "sekha.yaml").write_text(CONFIG, "utf-8")
+    (tmp_path / "sekha.yaml").write_text(TWO_MODELS, "utf-8")
     path = chroma(tmp_path / "old")
     # What an environment without chromadb finds.
     code = "import sys; sys.modules['chromadb'] = None; from sekha.cli.app import main; main()"
@@ -194,7 +183,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(tmp_path: Path) -> Non
 
 
 def test_an_import_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    (tmp_path / "sekha.yaml").write_text(CONFIG, "utf-8")
+    (tmp_path / "sekha.yaml").write_text(TWO_MODELS, "utf-8")
     path = chroma(tmp_path / "old", count=5000)
     command = [sys.executable, "-m", "sekha", "import", "chroma", path, "--model", "hashed-8", "--json"]
 
@@ -271,19 +260,10 @@ async def with_a_class(server: Server, name: str = "Conversations") -> AsyncIter
             await client.collections.delete(name)
 
 
-@asynccontextmanager
-async def over_weaviate(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runtime]:
-    monkeypatch.setenv("WEAVIATE_KEY", server.api_key or "")
-    file = folder / "sekha.yaml"
-    file.write_text(CONFIG + weaviate_section(server), "utf-8")
-    async with empty_store(server), Runtime(Resources(load(file))) as opened:
-        yield opened
-
-
 async def test_a_class_without_a_suffix_becomes_the_collection_of_its_dimension(
     weaviate_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with over_weaviate(weaviate_server, tmp_path, monkeypatch) as sekha, with_a_class(weaviate_server):
+    async with opened_on(weaviate_server, tmp_path, monkeypatch) as sekha, with_a_class(weaviate_server):
         taken = await only(sekha, "weaviate", model="hashed-8", page_size=4)
 
         assert (taken.source.index, taken.imported) == ("Conversations_8", 5)
@@ -298,7 +278,7 @@ async def test_a_class_without_a_suffix_becomes_the_collection_of_its_dimension(
 async def test_a_class_is_dropped_only_when_all_of_it_is_here_and_makes_room_for_the_alias(
     weaviate_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with over_weaviate(weaviate_server, tmp_path, monkeypatch) as sekha, with_a_class(weaviate_server):
+    async with opened_on(weaviate_server, tmp_path, monkeypatch) as sekha, with_a_class(weaviate_server):
         kept_there = await only(sekha, "weaviate", model="hashed-8", drop=True)
         async with foreign_client(weaviate_server) as client:
             await client.collections.use("Conversations").data.delete_by_id(UUID(int=6))
