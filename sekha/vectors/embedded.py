@@ -357,7 +357,8 @@ def _hits(db: sqlite3.Connection, stored: Stored, ids: Ids, query: npt.NDArray[n
     vectors differently at different positions, and ties would no longer be ties.
     """
     found = db.execute(
-        f"SELECT {tables.columns(stored, vectors=True)} WHERE id IN (SELECT value FROM json_each(?))",
+        f"SELECT {tables.columns(stored, vectors=True)} "
+        "WHERE id IN (SELECT value FROM json_each(?)) AND vector IS NOT NULL",
         (tables.as_json(ids.tolist()),),
     ).fetchall()
     if not found:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -278,3 +280,19 @@ async def test_equal_vectors_tie_exactly_wherever_they_are_stored(tmp_path: Path
 
     assert [hit.uuid for hit in hits] == [str(UUID(int=n)) for n in range(10)]
     assert len({hit.distance for hit in hits}) == 1
+
+
+async def test_a_record_whose_vector_somebody_deleted_meanwhile_is_not_found(tmp_path: Path) -> None:
+    async with EmbeddedStore.open(tmp_path / "v.db") as store:
+        await store.ensure_collection(Collection("Docs_3", 3, "x"))
+        axes = np.eye(3, dtype=np.float32)
+        await store.upsert("Docs_3", [Record(str(UUID(int=n)), f"text {n}", axes[n], {}) for n in range(3)])
+        before = await store.search("Docs_3", axes[0], 3)
+        with closing(sqlite3.connect(tmp_path / "v.db")) as db:
+            db.execute("DELETE FROM vectors_1 WHERE id = 1")
+            db.commit()
+
+        after = await store.search("Docs_3", axes[0], 3)
+
+    assert [hit.text for hit in before] == ["text 0", "text 1", "text 2"]
+    assert [hit.text for hit in after] == ["text 1", "text 2"]
