@@ -24,7 +24,7 @@ from sekha.vectors.base import AllOf, AnyOf, Collection, Compare, Filter, Not, R
 from sekha.vectors.opening import open_store
 from sekha.vectors.weaviate import WeaviateStore
 from tests.fixtures.missing import missing
-from tests.fixtures.weaviate import Server, WeaviateServer, asked, empty_store
+from tests.fixtures.weaviate import Server, WeaviateServer, asked, empty_store, weaviate_section
 
 DOCS = Collection("Docs_4", 4, "hash:4")
 QUERY = np.array([1, 0, 0, 0], dtype=np.float32)
@@ -119,12 +119,9 @@ async def numbers(store: WeaviateStore, where: Filter) -> set[int]:
 
 async def test_a_configuration_opens_it(weaviate_server: Server, tmp_path: Path) -> None:
     file = tmp_path / "sekha.yaml"
-    file.write_text(
-        f"store: {{kind: weaviate, url: '{weaviate_server.url}', grpc_port: {weaviate_server.grpc_port}, "
-        "api_key: '${KEY}'}\n"
-    )
+    file.write_text(weaviate_section(weaviate_server))
 
-    store = await open_store(load(file, environ={"KEY": weaviate_server.api_key or "none"}))
+    store = await open_store(load(file, environ={"WEAVIATE_KEY": weaviate_server.api_key or ""}))
 
     assert isinstance(store, WeaviateStore)
     assert 0 <= await store.health() < 5
@@ -136,12 +133,10 @@ async def test_a_configuration_says_how_collections_are_made(
     weaviate_server: Server, tmp_path: Path, quantizer: str, quantized: set[str]
 ) -> None:
     file = tmp_path / "sekha.yaml"
-    file.write_text(
-        f"store: {{kind: weaviate, url: '{weaviate_server.url}', grpc_port: {weaviate_server.grpc_port}, "
-        f"api_key: '${{KEY}}', quantizer: {quantizer}, consistency: all}}\n"
-    )
+    section = weaviate_section(weaviate_server)
+    file.write_text(section.replace("}\n", f", quantizer: {quantizer}, consistency: all}}\n"))
     async with empty_store(weaviate_server):
-        store = await open_store(load(file, environ={"KEY": weaviate_server.api_key or "none"}))
+        store = await open_store(load(file, environ={"WEAVIATE_KEY": weaviate_server.api_key or ""}))
 
         await store.ensure_collection(DOCS)
 
@@ -332,6 +327,7 @@ async def test_a_collection_made_anew_by_somebody_else_is_seen(store: WeaviateSt
         await other.drop_collection("Docs_4")
         await other.ensure_collection(Collection("Docs_4", 2))
         await other.upsert("Docs_4", [Record(uuid(1), "new", np.ones(2, dtype=np.float32), {"late": "yes"})])
+        assert await other.catch_up("Docs_4") == 0
 
     hits = await store.search("Docs_4", np.ones(2, dtype=np.float32), 1, where=Compare("late", "eq", "yes"))
 
