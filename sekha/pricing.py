@@ -14,11 +14,14 @@ __all__ = [
     "FREE",
     "INEXACT",
     "LONGEST_REPLY",
+    "ChatUnits",
     "Estimate",
     "Price",
     "Tariff",
     "Usage",
+    "chat_units",
     "cost",
+    "cost_units",
     "estimate_chat",
     "estimate_embedding",
     "most_of",
@@ -139,6 +142,16 @@ LONGEST_REPLY = 4096
 """Tokens at which a reply is cut where nobody knows the model's own limit and its tokens cost money."""
 
 
+class ChatUnits(NamedTuple):
+    """What one chat will cost, in whole numbers of its tariff's unit."""
+
+    expected: int
+    worst_case: int
+    output_tokens: int
+    reply_limit: int | None
+    basis: Basis
+
+
 def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names in a call take as long as the sums
     price: Price,
     input_tokens: int,
@@ -164,10 +177,45 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
     now = then = price.tariff
     if price.long_input:
         now, then = price.at(input_tokens).tariff, price.at(most).tariff
-    of_input, _, written, output, of_image, places, unit = then
+    expected, worst, length, limit, basis = chat_units(
+        now,
+        then,
+        input_tokens,
+        most,
+        requested,
+        model_limit,
+        usual,
+        None if cap is None else int(cap.scaleb(then.places)),
+        context_window,
+        images,
+        replies,
+        writes_cache,
+    )
+    context_tokens = input_tokens + (requested or 0)
+    return Estimate(expected * now.unit, worst * then.unit, input_tokens, length, context_tokens, limit, basis)
+
+
+def chat_units(  # noqa: PLR0917 - as above
+    now: Tariff,
+    then: Tariff,
+    input_tokens: int,
+    most: int,
+    requested: int | None,
+    model_limit: int | None,
+    usual: int | None,
+    cap: int | None,
+    context_window: int | None = None,
+    images: int = 0,
+    replies: int = 1,
+    writes_cache: bool = False,
+) -> ChatUnits:
+    """What `estimate_chat` says, in whole numbers: expected at the tariff `now`, at the worst by `then`.
+
+    `most` is what `input_tokens` may come to at the provider, and `cap` in units of `then`.
+    """
+    of_input, _, written, output, of_image, _, _ = then
     at_most = most * (written if writes_cache and written > of_input else of_input) + images * of_image
     each_at_most = output * replies
-    worst: Decimal | None = None
     limit: int | None = None
     if requested is not None:
         length = min(requested, usual) if usual else requested
@@ -183,19 +231,14 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
         # Where it matters a limit is sent, since the one that we know of the model may be out of date.
         if each_at_most and (cap is not None or not model_limit):
             limit = longest
-            worst = (at_most + longest * each_at_most) * unit
-            if cap is not None and worst > cap:
+            if cap is not None and at_most + longest * each_at_most > cap:
                 # A limit below the usual length would not save the request but mutilate its reply.
-                affordable = (int(cap.scaleb(places)) - at_most) // each_at_most
-                longest = limit = max(affordable, length)
-                worst = None
+                longest = limit = max((cap - at_most) // each_at_most, length)
     length *= replies
-    return Estimate(
-        (input_tokens * now.input + images * now.image + length * now.output) * now.unit,
-        (at_most + longest * each_at_most) * unit if worst is None else worst,
-        input_tokens,
+    return ChatUnits(
+        input_tokens * now.input + images * now.image + length * now.output,
+        at_most + longest * each_at_most,
         length,
-        input_tokens + (requested or 0),
         limit,
         basis,
     )
@@ -216,16 +259,20 @@ def most_of(tokens: int) -> int:
 def cost(usage: Usage, price: Price) -> Decimal:
     """Dollars for a call: input, cached input and input written to a cache at their prices, output, images."""
     each = price.at(usage.input_tokens).tariff
+    return cost_units(usage, each) * each.unit
+
+
+def cost_units(usage: Usage, each: Tariff) -> int:
+    """What `cost` says, in whole numbers of the tariff's unit."""
     cached = min(usage.cached_tokens, usage.input_tokens)
     written = min(usage.cache_write_tokens, usage.input_tokens - cached)
-    units = (
+    return (
         (usage.input_tokens - cached - written) * each.input
         + cached * each.cached
         + written * each.written
         + usage.output_tokens * each.output
         + usage.images * each.image
     )
-    return units * each.unit
 
 
 def price_of(configured: Price | None, mapped: Price | None, *, unknown_is_free: bool) -> Price | None:
