@@ -1,27 +1,31 @@
 """What one process holds and spends, written down before it goes on, for whoever survives it.
 
-A line is a CRC and a JSON list. It reaches the operating system in one write, so it survives
-`kill -9`; `sync` makes it survive a power cut. A process keeps its journal's lock file locked for as
-long as it lives, so whoever gets the lock knows that its owner is dead. That holds within one
-machine: a journal is recovered where it was written.
+A line is a CRC and a JSON list. It is copied into memory that maps the file, which is the operating
+system's, so it survives `kill -9`; `sync` makes it survive a power cut. What of the file is not used
+yet is zeros. A process keeps its journal's lock file locked for as long as it lives, so whoever gets
+the lock knows that its owner is dead. That holds within one machine: a journal is recovered where it
+was written.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from itertools import chain
+from mmap import ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
+from threading import Lock
 from time import time
 from typing import Any
+from zlib import crc32
 
 import orjson
 
@@ -38,6 +42,10 @@ _VERSION = 2
 _READABLE = (1, 2)
 _BEGUN_SECONDS = 60.0
 _MOST = 2**63 - 1
+_PIECE = 256 * 1024
+"""So much of the disk is taken at a time, for a thousand records or so."""
+_UNABLE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
+"""What a filesystem says that cannot take room beforehand, or cannot be mapped."""
 
 
 class Journal:
@@ -47,10 +55,9 @@ class Journal:
         self._name = name
         self._folder = folder
         self._number = 0
-        self._segment = -1
-        self._torn = False
-        self.size = 0
-        """Bytes in the present segment."""
+        self._segment = _Segment(-1)
+        self._switching = Lock()
+        self._put: Callable[[bytes], object] = _no_room
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Locked before it goes by the name that others look for: they take what is not locked for abandoned.
@@ -58,35 +65,47 @@ class Journal:
             self._lock = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             unseen.rename(self._lock_path)
-            self.rotate(0, ())
+            try:
+                self.rotate(0, ())
+            except BaseException:
+                # Or it would be in the way of the next that goes by this name, once there is room.
+                self.remove()
+                raise
         except OSError as error:
             raise LedgerError(
                 f"Journal {str(folder)!r} cannot be made: {error.strerror}. Name a folder that this process may write "
                 "to."
             ) from error
 
+    @property
+    def size(self) -> int:
+        """Bytes written to the present segment."""
+        return self._segment.size
+
     def write(self, record: Sequence[object]) -> None:
-        """Append one record; raises `LedgerUnavailable` when the disk takes it not or not whole."""
+        """Append one record, whole or not at all; raises `LedgerUnavailable` when the disk has no room for it."""
         try:
             line = orjson.dumps(record)
         except TypeError:  # a number beyond 64 bits, which no provider means
             line = orjson.dumps([min(each, _MOST) if isinstance(each, int) else each for each in record])
-        line = b"%08x %b\n" % (zlib.crc32(line), line)
-        if self._torn:
-            # Not the line break alone, which might be all that the torn one lacks.
-            line = b"#\n" + line
+        line = b"%08x %b\n" % (crc32(line), line)
         try:
-            written = os.write(self._segment, line)
+            try:
+                self._put(line)
+            except ValueError:  # it goes beyond what is mapped
+                self._put = self._segment.with_room_for(len(line))
+                self._put(line)
         except OSError as error:
             raise LedgerUnavailable(str(self._folder), error.strerror or "it cannot be written") from error
-        self.size += written
-        self._torn = written < len(line)
-        if self._torn:
-            raise LedgerUnavailable(str(self._folder), "the disk is full")
 
     def sync(self) -> None:
-        """Make all that was written survive a power cut. Blocks: not for the event loop."""
-        os.fdatasync(self._segment)
+        """Make all that was written survive a power cut. Blocks: for another thread than writes."""
+        with self._switching:  # or the number might be another file's by now
+            file = os.dup(self._segment.file)
+        try:
+            os.fdatasync(file)
+        finally:
+            os.close(file)
 
     def rotate(self, spends: int, records: Iterable[Sequence[object]]) -> list[Path]:
         """Begin a new segment with these records, and say which ones it may replace.
@@ -97,10 +116,10 @@ class Journal:
         before = self._segments()
         self._number += 1
         path = self._folder / f"{self._name}-{self._number:06}.journal"
-        segment = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        if self._segment >= 0:
-            os.close(self._segment)
-        self._segment, self._torn, self.size = segment, False, 0
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with self._switching:
+            self._segment.close()
+            self._segment, self._put = _Segment(file), _no_room
         self.write(["v", _VERSION, spends])
         for record in records:
             self.write(record)
@@ -108,8 +127,8 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the journal as it is: whoever finds it next recovers it."""
-        os.close(self._segment)
-        self._segment = -1  # the number may soon be another file's
+        with self._switching:
+            self._segment.close()
         os.close(self._lock)
 
     def remove(self) -> None:
@@ -130,6 +149,75 @@ class Journal:
 
     def _segments(self) -> list[Path]:
         return sorted(self._folder.glob(f"{self._name}-*.journal"))
+
+
+class _Segment:
+    """A file that is appended to, by copying into memory that maps it.
+
+    A copy that finds no room on the disk kills the process (SIGBUS), so room is taken beforehand. Where
+    a filesystem cannot promise any, lines are written to the file instead.
+    """
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+        self._mapped = True
+        self._memory: mmap | None = None
+        self._start = 0
+        """Where the memory begins; without any, where the next line does."""
+
+    @property
+    def size(self) -> int:
+        return self._start if self._memory is None else self._start + self._memory.tell()
+
+    def with_room_for(self, length: int) -> Callable[[bytes], object]:
+        """What appends a line of this length and those after it. With a `ValueError` it asks for more room."""
+        if self._mapped:
+            try:
+                return self._map(length).write
+            except OSError as error:
+                if self.size or error.errno not in _UNABLE:
+                    raise
+                self._mapped = False
+        return self._append
+
+    def _map(self, length: int) -> mmap:
+        # Btrfs, which counts no files, takes room anew for whatever is changed, and a full one kills all the same.
+        if not os.fstatvfs(self.file).f_files:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        size = self.size
+        start = size - size % ALLOCATIONGRANULARITY
+        room = -(-(size + length - start) // _PIECE) * _PIECE
+        os.posix_fallocate(self.file, start, room)
+        memory = mmap(self.file, room, offset=start)
+        memory.seek(size - start)
+        if self._memory is not None:
+            self._memory.close()
+        self._start, self._memory = start, memory
+        return memory
+
+    def _append(self, line: bytes) -> None:
+        written = os.pwrite(self.file, line, self._start)
+        if written < len(line):
+            os.ftruncate(self.file, self._start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._start += written
+
+    def close(self) -> None:
+        """Close the file, if there is one, without the zeros at its end."""
+        if self._memory is not None:
+            self._start = self.size
+            self._memory.close()
+            self._memory = None
+        file, self.file = self.file, -1  # the number may soon be another file's
+        if file >= 0:
+            with suppress(OSError):  # whoever reads it does with them
+                os.ftruncate(file, self._start)
+            os.close(file)
+
+
+def _no_room(_line: bytes) -> None:
+    """Appends to a segment that was given no room yet."""
+    raise ValueError
 
 
 def scope_record(scope: Scope) -> orjson.Fragment:
@@ -337,11 +425,14 @@ def _records(segments: Iterable[Path]) -> Iterator[list[Any]]:
     for path in segments:
         with path.open("rb") as lines:
             for line in lines:
-                checksum, _, written = line.rstrip(b"\n").partition(b" ")
-                if checksum == b"%08x" % zlib.crc32(written) and written:
+                checksum, _, written = line.rstrip(b"\n\0").partition(b" ")
+                if checksum == b"%08x" % crc32(written) and written:
                     yield orjson.loads(written)
                 elif checksum:
                     log.warning("Journal %s has a line that was never finished", path.stem)
+                if b"\0" in line:
+                    # Its owner came no further. What there is beyond, a power cut kept of what was never synced.
+                    break
 
 
 def _locked(path: Path) -> int | None:

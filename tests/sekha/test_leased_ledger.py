@@ -27,13 +27,10 @@ from sekha.errors import BudgetExceeded, LedgerUnavailable
 from sekha.ledger import Budget, Hold, Ledger, Scope, Spend
 from sekha.ledgers import open_database, open_leased, open_ledger
 from sekha.ledgers.database import Database, Transaction
-from sekha.ledgers.encoding import picos
-from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
 from sekha.ledgers.leased import LeasedLedger
 from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.pricing import Usage
-from tests.fixtures.full import room_for
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -820,28 +817,6 @@ async def test_journals_are_kept_apart_by_ledger_and_not_by_password(tmp_path: P
     assert len(listed(tmp_path / "journals")) == 3
 
 
-@pytest.mark.parametrize("lacking", [1, 2, 40])
-def test_a_record_that_the_disk_took_in_part_is_none_and_what_follows_keeps_its_number(
-    journals: Path, lacking: int
-) -> None:
-    def record(cost: int) -> tuple[object, ...]:
-        return spend_record("c", "hold", spend("0"), scope_record(SCOPE), cost, cost)
-
-    journal = Journal(journals, "dying")
-    begun = journal.size
-    journal.write(record(1))
-    length = journal.size - begun
-
-    with room_for(journal.size + length - lacking), pytest.raises(LedgerUnavailable, match="full"):
-        journal.write(record(2))
-    journal.write(record(3))
-    journal.close()
-    [found] = abandoned(journals)
-    found.close()
-
-    assert [(number, picos(each.cost)) for number, each in found.spends] == [(1, 1), (2, 3)]
-
-
 def leave_behind(journals: Path, *records: str) -> None:
     """Leave a journal behind as a process that was killed."""
     journals.mkdir()
@@ -855,15 +830,18 @@ def listed(folder: Path) -> list[str]:
 
 
 def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Bytes in use; what a journal has room for beyond them is zeros."""
+    return sum(len(path.read_bytes().rstrip(b"\0")) for path in folder.iterdir())
 
 
 def copied(journals: Path, to: Path, *, without: int = 0) -> Path:
-    """The journals as they are, as if their owner were dead; cut off so many bytes before their end."""
+    """The journals as they are, as if their owner were dead; without so many of the bytes it wrote last."""
     to.mkdir()
     for path in journals.iterdir():
-        written = path.read_bytes()
-        (to / path.name).write_bytes(written[: len(written) - without] if path.suffix == ".journal" else written)
+        everything = path.read_bytes()
+        written = everything.rstrip(b"\0")
+        kept = written[: len(written) - without] if path.suffix == ".journal" else written
+        (to / path.name).write_bytes(kept.ljust(len(everything), b"\0"))
     return to
 
 
