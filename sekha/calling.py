@@ -92,7 +92,7 @@ class Gate(Protocol):
         ...
 
 
-async def call_in_turn(
+async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     candidates: Sequence[Candidate],
     call: Callable[[Candidate, float], Awaitable[T]],
     *,
@@ -101,6 +101,7 @@ async def call_in_turn(
     deadline_seconds: float,
     circuits: Gate | None = None,
     whole: bool = True,
+    began_at: float | None = None,
 ) -> Answered[T]:
     """Try each candidate once, then those worth retrying again, within one deadline.
 
@@ -113,22 +114,26 @@ async def call_in_turn(
     A candidate is passed over while its circuit lets no call through; `CircuitOpen` when that leaves
     nobody. Every call that ends is noted, once. When `call` returns not the `whole` answer but a stream
     that has begun, its reader notes the end; a probe has done its part by beginning.
+
+    With `began_at`, the first candidate was let through and asked then, and its first `call` but waits for it.
     """
     now = clock.now
-    ends_at = now() + deadline_seconds
+    ends_at = (now() if began_at is None else began_at) + deadline_seconds
     failed: _Failed | None = None
     for turn in count():
         for candidate in candidates:
             name = candidate.model.name
             if failed is not None and not failed.lets_ask(name):
                 continue
-            probe = None if circuits is None or circuits.admit(name) else await circuits.claim(name)
-            # Asked once more, since somebody else's probe may have closed it while we waited for ours.
-            if probe is None and circuits is not None and not circuits.admit(name):
-                if failed is not None:
-                    failed.give_up(name)
-                continue
-            began = now()
+            probe: str | None = None
+            if began_at is None and circuits is not None:
+                probe = None if circuits.admit(name) else await circuits.claim(name)
+                # Asked once more, since somebody else's probe may have closed it while we waited for ours.
+                if probe is None and not circuits.admit(name):
+                    if failed is not None:
+                        failed.give_up(name)
+                    continue
+            began, began_at = now() if began_at is None else began_at, None
             try:
                 answer = await call(candidate, ends_at - began)
             except ProviderError as error:

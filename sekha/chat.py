@@ -29,6 +29,7 @@ __all__ = [
     "Reply",
     "StreamSteps",
     "answer",
+    "carried_out",
     "stream",
 ]
 
@@ -286,6 +287,13 @@ async def _in_order(
     estimates = await steps.estimate(request)
     plan = await steps.select(request, estimates)
     hold = await reserved(steps, plan)
+    return await carried_out(steps, plan, hold, call)
+
+
+async def carried_out(
+    steps: ChatSteps | StreamSteps, plan: Plan, hold: Hold, call: Callable[[Plan, Hold], Awaitable[Reply]]
+) -> Reply:
+    """The rest of the line, where money is held: call, and settle however that ends."""
     try:
         reply = await call(plan, hold)
     except BaseException:

@@ -116,6 +116,11 @@ class Keyring:
         found = self._look_up(authorization)
         return None if found is None else found.key
 
+    def known(self, authorization: bytes | None) -> Pass:
+        """Whose request it is, before anything is taken of the key's limits. Raises `Unauthenticated`."""
+        found = self._look_up(authorization)
+        return EVERYBODY if found is None else Pass(found.key.name, found.allowed, found.limit)
+
     def admit(self, authorization: bytes | None, *, tokens: int) -> Pass:
         """Let a request of about so many tokens in. Raises `Unauthenticated` and `KeyLimited`."""
         found = self._look_up(authorization)

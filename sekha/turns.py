@@ -6,7 +6,7 @@ import asyncio
 import logging
 from weakref import WeakKeyDictionary
 
-__all__ = ["Turn", "turn_of"]
+__all__ = ["MOST_BYTES", "Turn", "turn_of"]
 
 log = logging.getLogger("sekha.turns")
 

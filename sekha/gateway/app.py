@@ -7,14 +7,17 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sekha.errors import NoSuchPage, SekhaError
-from sekha.gateway import chats, embeddings, explaining, pages, searches
+from sekha.gateway import chats, embeddings, explaining, pages, searches, shortcut
 from sekha.gateway.exchange import AsgiExchange, Exchange, Message, Receive, Send
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.problems import answer_to
 from sekha.gateway.serving import Serving
+
+if TYPE_CHECKING:
+    from sekha.gateway.http_server import HttpExchange
 
 __all__ = ["ROUTES", "Gateway"]
 
@@ -57,6 +60,7 @@ class Gateway:
         access: AccessLog | None = None,
     ) -> None:
         self.serving = serving
+        self._shortcut = shortcut.Shortcut(serving)
         self._access = access if access is not None and access.shown else None
         self._routes = routes
         self._prefixes = tuple((route.partition("{")[0], route) for route in routes if "{" in route)
@@ -78,18 +82,30 @@ class Gateway:
     async def replace(self, serving: Serving) -> None:
         """Serve with another configuration from now on; the one before ends with its last request."""
         before, self.serving = self.serving, serving
+        self._shortcut = shortcut.Shortcut(serving)
         while before.under_way:
             self._idle.clear()
             await self._idle.wait()
         await before.aclose()
 
+    def begin(self, x: HttpExchange, body: bytes) -> bool:
+        """Begin to answer an ordinary chat without a task, and say whether it is one."""
+        serving = self.serving
+        if x.path != shortcut.PAGE or x.method != "POST" or not self._shortcut.begin(self, x, body):
+            return False
+        serving.under_way += 1
+        serving.metrics.under_way += 1
+        return True
+
     async def exchange(self, x: Exchange) -> None:
         """Answer one request. Whoever cancels it because its caller left, says so in `x.left`."""
-        serving = self.serving
-        metrics = serving.metrics
-        serving.under_way += 1
-        metrics.under_way += 1
-        started = perf_counter()
+        begun = x.begun
+        if begun is None:
+            serving, started = self.serving, perf_counter()
+            serving.under_way += 1
+            serving.metrics.under_way += 1
+        else:
+            serving, started = begun.serving, begun.began
         page = x.path
         methods = self._routes.get(page)
         if methods is None:
@@ -117,14 +133,17 @@ class Gateway:
                     *answer_to(SekhaError(f"This is a fault of the gateway's. Report {x.request_id.decode()}."))
                 )
         finally:
-            metrics.under_way -= 1
-            seconds = perf_counter() - started
-            metrics.request(page, x.status, seconds)
-            if self._access is not None:
-                _note(self._access, x, seconds, refused)
-            serving.under_way -= 1
-            if not serving.under_way and serving is not self.serving:
-                self._idle.set()
+            self.over(serving, x, page, perf_counter() - started, refused)
+
+    def over(self, serving: Serving, x: Exchange, page: str, seconds: float, refused: str | None = None) -> None:
+        """Count and log a request that has ended."""
+        serving.metrics.under_way -= 1
+        serving.metrics.request(page, x.status, seconds)
+        if self._access is not None:
+            _note(self._access, x, seconds, refused)
+        serving.under_way -= 1
+        if not serving.under_way and serving is not self.serving:
+            self._idle.set()
 
     def _under_prefix(self, path: str) -> tuple[str, Mapping[str, Handler]]:
         """The route that a path is on. The names of models hold slashes, so `{model}` is all that is left of it."""

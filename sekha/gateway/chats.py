@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from decimal import Decimal
 
 import orjson
 
@@ -13,8 +14,9 @@ from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import ChatAsked, chat_asked, chat_reply, money, sekha_note
+from sekha.registry import Model
 
-__all__ = ["complete"]
+__all__ = ["Pipe", "complete", "headers_of", "stream_headers"]
 
 _JSON = (b"content-type", b"application/json")
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -22,13 +24,15 @@ _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 
 async def complete(serving: Serving, x: Exchange) -> None:
     """Answer a chat, whole or as it comes."""
+    if x.begun is not None:
+        return await x.begun.in_line()
     serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
     by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
     asked = chat_asked(body, by=by)
     by.check(serving.resources.registry, asked.request.model, asked.request.task)
     under_way = x.under_way = UnderWay(serving, "chat", asked.request, by)
-    pipe = _Pipe(x, serving, asked, under_way) if asked.stream else None
+    pipe = Pipe(x, serving, asked, under_way) if asked.stream else None
     try:
         if pipe is not None:
             reply = await stream(asked.request, serving.stream, pipe)
@@ -56,7 +60,20 @@ def headers_of(reply: Reply) -> Headers:
     ]
 
 
-class _Pipe:
+def stream_headers(model: Model, expected: Decimal) -> Headers:
+    return [
+        _EVENTS,
+        (b"cache-control", b"no-cache"),
+        # Nginx and its kin hold a stream back otherwise.
+        (b"x-accel-buffering", b"no"),
+        (b"x-sekha-provider", model.provider_id.encode()),
+        (b"x-sekha-model", model.id.encode()),
+        # What it did cost is known at its end, and written there.
+        (b"x-sekha-estimated-cost", money(expected)),
+    ]
+
+
+class Pipe:
     """Hands a streamed answer on, as it was written, and ends it truthfully."""
 
     def __init__(self, x: Exchange, serving: Serving, asked: ChatAsked, under_way: UnderWay) -> None:
@@ -69,21 +86,12 @@ class _Pipe:
         self._last = b""
 
     async def begin(self, opened: Opened) -> None:
-        model = opened.candidate.model
         self._under_way.said = opened.events.said
+        if self._x.status:
+            return  # it has begun before it had a task
+        model = opened.candidate.model
         self._serving.metrics.first(model.provider_id, model.id, self._under_way.seconds)
-        await self._x.begin(
-            [
-                _EVENTS,
-                (b"cache-control", b"no-cache"),
-                # Nginx and its kin hold a stream back otherwise.
-                (b"x-accel-buffering", b"no"),
-                (b"x-sekha-provider", model.provider_id.encode()),
-                (b"x-sekha-model", model.id.encode()),
-                # What it did cost is known at its end, and written there.
-                (b"x-sekha-estimated-cost", money(opened.candidate.estimate.expected)),
-            ]
-        )
+        await self._x.begin(stream_headers(model, opened.candidate.estimate.expected))
 
     async def write(self, piece: bytes) -> None:
         if self._asked.wants_usage:

@@ -12,6 +12,7 @@ from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.problems import Headers
 
 if TYPE_CHECKING:
+    from sekha.gateway.begun import BegunChat
     from sekha.gateway.finished import UnderWay
 
 __all__ = ["AsgiExchange", "Exchange", "Message", "Receive", "Send"]
@@ -31,6 +32,7 @@ class Exchange(ABC):
 
     __slots__ = (
         "authorization",
+        "begun",
         "ended",
         "left",
         "method",
@@ -49,8 +51,10 @@ class Exchange(ABC):
         self.request_id = b""
         self.status = 0
         """Of the reply; 0 until it has begun."""
-        self.under_way: UnderWay | None = None
+        self.under_way: UnderWay | BegunChat | None = None
         """What is noted of it, once it is known what is asked."""
+        self.begun: BegunChat | None = None
+        """What was done for it before it had a task."""
         self.ended = False
         """Whether the reply is out."""
         self.left = False

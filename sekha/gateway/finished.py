@@ -49,19 +49,28 @@ class UnderWay:
         "_began",
         "_by",
         "_flow",
-        "_notes",
-        "_request",
         "_serving",
         "answer",
         "error",
+        "notes",
         "outcome",
+        "request",
         "run_id",
         "said",
     )
 
-    def __init__(self, serving: Serving, flow: str, request: Asked, by: Pass = EVERYBODY) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        flow: str,
+        request: Asked,
+        by: Pass = EVERYBODY,
+        *,
+        run_id: str | None = None,
+        began: float | None = None,
+    ) -> None:
         self._by = by
-        self.run_id = new_run_id()
+        self.run_id = run_id or new_run_id()
         self.answer: Answered | None = None
         self.outcome: Outcome | None = None
         self.error: str | None = None
@@ -70,17 +79,42 @@ class UnderWay:
         """The text of an answer that went out in pieces."""
         self._serving = serving
         self._flow = flow
-        self._request = request
-        self._notes = take_notes()
-        self._began = time.perf_counter()
+        self.request = request
+        self.notes = take_notes()
+        self._began = time.perf_counter() if began is None else began
 
     @property
     def key(self) -> str | None:
-        return self._request.key
+        return self.request.key
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._began
+
+    def noted_before(
+        self,
+        plan: object,
+        hold: object = None,
+        *,
+        began: float,
+        estimated_at: float,
+        selected_at: float,
+        reserved_at: float,
+    ) -> object:
+        """Note the steps before a call that were taken elsewhere, up to its plan and hold, and return the hold."""
+        estimates, hold = object(), hold or object()
+        self.notes += [
+            ("estimate_cost", (self.request,), began, estimated_at, estimates, None),
+            ("select_provider", (self.request, estimates), estimated_at, selected_at, plan, None),
+            ("reserve_budget", (plan,), selected_at, reserved_at, hold, None),
+        ]
+        return hold
+
+    def record(self, by: Answered, seconds: float) -> None:
+        """Record an answer that the recorder wants."""
+        if self._serving.recorder is not None:
+            run = self._run("answered", seconds, time.time(), by, None, "", by.attempts)
+            self._serving.recorder.record(run)
 
     def answered(self, by: Answered) -> None:
         """Note an answer. Behind it: what is written in a turn of the event loop goes out at the turn's end."""
@@ -124,7 +158,7 @@ class UnderWay:
 
     def _task(self, by: Answered) -> Sequence[str]:
         """The tag of what the model was asked to do: what the caller said, else what it is listed for."""
-        request = self._request
+        request = self.request
         if isinstance(request, ChatRequest) and request.task is not None:
             return (f"task:{request.task}",)
         models = self._serving.resources.registry.providers[by.provider_id].models
@@ -132,7 +166,7 @@ class UnderWay:
 
     def _content(self) -> Mapping[str, Any]:
         """Prompt and reply, for a configuration that says `content: true`."""
-        request = self._request
+        request = self.request
         match request:
             case ChatRequest():
                 text = self.said() if self.said is not None else getattr(self.answer, "text", None)
@@ -152,7 +186,7 @@ class UnderWay:
         message: str,
         attempts: tuple[Attempt, ...],
     ) -> Run:
-        request = self._request
+        request = self.request
         parameters: dict[str, object]
         match request:
             case ChatRequest():
@@ -182,7 +216,7 @@ class UnderWay:
             outcome=outcome,
             error=error,
             message=message,
-            steps=trace_of(self._notes).steps,
+            steps=trace_of(self.notes).steps,
             clock_offset=time.time() - time.perf_counter(),
             parameters=parameters,
             content=self._content() if self._serving.records_content else None,

@@ -23,7 +23,7 @@ import httptools
 
 from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.heads import MOST_DIGITS, Head, plain_head
+from sekha.gateway.heads import Head, head_of
 from sekha.gateway.problems import Headers
 from sekha.turns import turn_of
 
@@ -35,6 +35,10 @@ WRITE_SECONDS = 60.0
 """Within these a caller takes in some of what waits for him, or is cut: for him a provider works and money is held."""
 _UNREAD_BYTES = 256 * 1024
 """Of a body that nobody has asked for yet; whoever sends more has to wait."""
+_SHORT_BYTES = 64 * 1024
+"""Of a body that is waited for before anything is done for it."""
+_SHORT_SECONDS = 1.0
+"""How long: then whoever answers waits for the rest, and says so when it does not come."""
 _FIELD = b": ".join
 _CR, _LF = b"\r\n"
 _SWEEP_SECONDS = 1.0
@@ -47,6 +51,10 @@ class _Answers(Protocol):
     """The gateway, as far as a server knows it."""
 
     async def exchange(self, x: Exchange, /) -> None: ...
+
+    def begin(self, x: HttpExchange, body: bytes, /) -> bool:
+        """Begin to answer without a task, where that can be, and say whether it can."""
+        ...
 
 
 class Connections:
@@ -215,24 +223,53 @@ class HttpExchange(Exchange):
         connection.write(body)
         self._end()
 
+    def answer_now(self, body: bytes, headers: Headers) -> None:
+        """Answer with 200, and without waiting for a caller who reads slowly: one answer is all that waits for him."""
+        self.status = 200
+        self._connection.write(self._head(200, headers, b"content-length: %d" % len(body)) + body)
+        self._end()
+
+    def hand_over(self) -> asyncio.Task[None]:
+        """Go on with a task of its own, as every request does that was not begun at once."""
+        if self.begun is not None:
+            self.begun.stop()
+        return self._connection.serve(self)
+
     async def begin(self, headers: Headers) -> None:
+        self.begin_now(headers)
+
+    async def go_on(self, piece: bytes) -> None:
+        if self._connection.writing_paused:
+            await self._connection.drain()
+        self.go_on_now(piece)
+
+    async def end(self, piece: bytes = b"") -> None:
+        if self._connection.writing_paused:
+            await self._connection.drain()
+        self.end_now(piece)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the caller takes in less than is written to him."""
+        return self._connection.writing_paused
+
+    def begin_now(self, headers: Headers) -> None:
         # Before chunks were known, a reply ended with its connection.
         self.keeps = self.keeps and self.chunked
         head = self._head(200, headers, b"transfer-encoding: chunked" if self.chunked else b"")
         self.status = 200
         self._connection.write(head)
 
-    async def go_on(self, piece: bytes) -> None:
-        connection = self._connection
-        if connection.writing_paused:
-            await connection.drain()
+    def go_on_now(self, piece: bytes) -> None:
         if piece:
-            connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
+            self._connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
 
-    async def end(self, piece: bytes = b"") -> None:
-        await self.go_on(piece)
+    def end_now(self, piece: bytes) -> None:
         if self.chunked:
-            self._connection.write(b"0\r\n\r\n")
+            last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(piece), piece) if piece else b"0\r\n\r\n"
+            self._connection.write(last)
+        elif piece:
+            self._connection.write(piece)
         self._end()
 
     def _head(self, status: int, headers: Headers, length: bytes) -> bytes:
@@ -330,15 +367,12 @@ class HttpConnection(asyncio.Protocol):
 
     def _again(self, head: Head, data: bytes) -> bool:
         """Begin a request whose head is known. Returns whether it is."""
-        if not data.startswith(head.before):
+        found = head.plain.body_of(data)
+        if found is None:
             return False
-        start = len(head.before)
-        end = data.find(b"\r", start, start + MOST_DIGITS + 1)
-        digits = data[start:end]
-        if end < 0 or not digits.isdigit() or not data.startswith(head.after, end):
-            return False
-        body = data[end + len(head.after) :]
-        missing = int(digits) - len(body)
+        start, length = found
+        body = data[start:]
+        missing = length - len(body)
         if missing < 0:
             # More follows: that is for the parser.
             return False
@@ -349,7 +383,7 @@ class HttpConnection(asyncio.Protocol):
         x.authorization = head.authorization
         x.identify(None)
         x.headed = True
-        self._serve(x)
+        self._serve(x, length)
         if body:
             x.received(body)
         if missing:
@@ -357,6 +391,7 @@ class HttpConnection(asyncio.Protocol):
             self._missing = missing
         else:
             x.whole = True
+            self._begin(x)
         return True
 
     def _rest_of_body(self, data: bytes) -> bytes:
@@ -391,9 +426,8 @@ class HttpConnection(asyncio.Protocol):
         self._unusable = True
         self._queue.clear()
         x = self._serving
-        if x is not None and x.task is not None and not x.ended:
-            x.left = True
-            x.task.cancel()
+        if x is not None and not x.ended:
+            self._leave(x)
         self.resume_writing()
         self.all.lost(self)
 
@@ -444,10 +478,10 @@ class HttpConnection(asyncio.Protocol):
         x.headed = True
         self._head_bytes = 0
         if self._length and x.keeps and not x.waits_to_send and self._asked_id is None:
-            self._known = plain_head(self._raw, self._length, x)
+            self._known = head_of(self._raw, self._length, x)
         self._raw = b""  # what else is in it begins elsewhere
         if self._serving is None:
-            self._serve(x)
+            self._serve(x, int(self._length) if self._length and not x.waits_to_send else None)
         else:
             self._queue.append(x)
             self.pause_reading()
@@ -466,6 +500,8 @@ class HttpConnection(asyncio.Protocol):
         if self._serving is None:
             # It was answered before it was all here.
             self._deadline = self.all.loop.time() + self.all.idle_seconds
+        elif self._serving is x:
+            self._begin(x)
 
     # Its exchange calls these.
 
@@ -508,7 +544,11 @@ class HttpConnection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Let go of a caller who takes too long to send or to read, or has sent nothing for long."""
-        if now > self._deadline:
+        if now > self._deadline and self._serving is not None:
+            # Its body is late: the one who reads it says so.
+            self._deadline = inf
+            self.serve(self._serving)
+        elif now > self._deadline:
             self._unusable = True
             self.all.turn.close(self._transport)
             self._deadline = inf
@@ -532,11 +572,36 @@ class HttpConnection(asyncio.Protocol):
     def abort(self) -> None:
         self._transport.abort()
 
-    def _serve(self, x: HttpExchange) -> None:
+    def _leave(self, x: HttpExchange) -> None:
+        """Cancel a request whose caller is gone."""
+        x.left = True
+        if x.task is None and x.begun is not None:
+            # Once it runs: a task that is cancelled before does nothing at all.
+            self.all.loop.call_soon(x.hand_over().cancel)
+        elif x.task is not None:
+            x.task.cancel()
+
+    def _serve(self, x: HttpExchange, length: int | None = None) -> None:
+        """Serve it: a short body of known length is waited for, since it is here as a rule, or in a moment."""
         self._serving = x
-        self._deadline = inf
+        if length is None or length > _SHORT_BYTES:
+            self._deadline = inf
+            self.serve(x)
+        else:
+            self._deadline = self.all.loop.time() + _SHORT_SECONDS
+
+    def _begin(self, x: HttpExchange) -> None:
+        """Begin with a request that is whole, unless it was served before it was."""
+        if x.task is None:
+            self._deadline = inf
+            body = x.parts[0] if len(x.parts) == 1 else b"".join(x.parts)
+            if not self.all.gateway.begin(x, body):
+                self.serve(x)
+
+    def serve(self, x: HttpExchange) -> asyncio.Task[None]:
         task = x.task = self.all.loop.create_task(self._answer(x))
         self.all.tasks.add(task)
+        return task
 
     async def _answer(self, x: HttpExchange) -> None:
         task = x.task
@@ -571,10 +636,9 @@ class HttpConnection(asyncio.Protocol):
             self._last()
             return
         self._unusable = True
-        if x is not None and x.task is not None:
+        if x is not None and not x.ended:
             self._serving = None
-            x.left = True
-            x.task.cancel()
+            self._leave(x)
         if x is None or not x.status:
             line = _STATUS_LINES[status]
             self.write(b"%b%bcontent-length: 0\r\nconnection: close\r\n\r\n" % (line, self.all.date))

@@ -46,7 +46,7 @@ async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) ->
     memory = _memory(loaded, resources.registry, state / "memory")
     await circuits.start()
     await recorder.start()
-    serving = Serving(resources, metrics, recorder=recorder, memory=memory, at_once=True, processes=workers)
+    serving = Serving(resources, metrics, recorder=recorder, memory=memory, leased=ledger, processes=workers)
     if memory is not None:
         memory.start(serving)
     return serving

@@ -13,10 +13,12 @@ from sekha.keys import Key, Keyring
 from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.search import SearchSteps
+from sekha.steps.calls import SentSteps
 from sekha.trace import noted
 
 if TYPE_CHECKING:
     from sekha.gateway.remembering import Remembering
+    from sekha.ledgers.leased import LeasedLedger
     from sekha.recording.recorder import Recorder
 
 __all__ = ["BODY_MB", "BODY_SECONDS", "BYTES_PER_TOKEN", "Serving"]
@@ -38,10 +40,12 @@ class Serving:
         *,
         recorder: Recorder | None = None,
         memory: Remembering | None = None,
-        at_once: bool = False,
+        leased: LeasedLedger | None = None,
         processes: int = 1,
     ) -> None:
+        """`leased` is the ledger of `resources`, where it is one whose holds can be taken and settled at once."""
         self.resources = resources
+        self.leased = leased
         self.under_way = 0
         """Requests that use it."""
         self.recorder = recorder
@@ -73,7 +77,7 @@ class Serving:
                 reserve=money.reserve_budget,
                 call=calls.call_provider,
                 settle=money.settle_cost,
-                at_once=at_once,
+                at_once=leased is not None,
             ),
             time.perf_counter,
         )
@@ -85,7 +89,7 @@ class Serving:
                 open=calls.open_stream,
                 relay=calls.relay_stream,
                 settle=money.settle_cost,
-                at_once=at_once,
+                at_once=leased is not None,
             ),
             time.perf_counter,
         )
@@ -96,11 +100,12 @@ class Serving:
                 reserve=money.reserve_budget,
                 embed=calls.embed_raw,
                 settle=money.settle_cost,
-                at_once=at_once,
+                at_once=leased is not None,
             ),
             time.perf_counter,
         )
         self.search: SearchSteps = noted(self.runtime.search_steps, time.perf_counter)
+        self.sent: SentSteps = noted(SentSteps(calls.call_provider, calls.open_stream), time.perf_counter)
 
     async def aclose(self) -> None:
         await self.health.aclose()

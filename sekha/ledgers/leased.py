@@ -81,14 +81,25 @@ _NEVER = float("inf")
 class _Open:
     """A hold that is neither settled nor released."""
 
-    __slots__ = ("at", "expires_at", "hold", "left", "named", "scope", "single")
+    __slots__ = ("at", "expires_at", "hold", "left", "name", "named", "scope", "single")
 
-    def __init__(self, hold: Hold, left: dict[Pool, int], at: datetime, scope: KnownScope | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        hold: Hold | Callable[[], Hold],
+        left: dict[Pool, int],
+        *,
+        at: datetime,
+        expires_at: datetime,
+        scope: KnownScope | None,
+    ) -> None:
+        self.name = name
         self.hold = hold
+        """Or what makes it: few holds are ever looked at."""
         self.left = left
         self.at = at
         self.scope = scope
-        self.expires_at = hold.expires_at
+        self.expires_at = expires_at
         self.named = False
         """A spend under it goes by its name."""
         self.single = False
@@ -96,7 +107,13 @@ class _Open:
 
     def record(self) -> list[object]:
         left = [[pool.index, amount] for pool, amount in self.left.items()]
-        return ["h", self.hold.id, self.at, left, self.scope and self.scope.record, self.named]
+        return ["h", self.name, self.at, left, self.scope and self.scope.record, self.named]
+
+    def seen(self) -> Hold:
+        """The hold as whoever made it has it."""
+        if callable(self.hold):
+            self.hold = self.hold()
+        return self.hold
 
 
 _Known: TypeAlias = tuple[Budget, Pool, int]
@@ -236,26 +253,20 @@ class LeasedLedger:
         if under is None and self._is_foreign(hold):
             await self._ledger.charge(hold, spend)
         elif spend.id not in self._recent and spend.id not in self._less_recent:
-            written = self._spend("c", hold, under, spend)
+            written = self._spend("c", hold.id, under, spend, picos(spend.cost), picos(spend.estimated))
             if under is not None:
                 under.named |= spend.id == hold.id
                 if under.expires_at > spend.at:
                     under.expires_at = max(under.expires_at, spend.at + timedelta(seconds=hold.ttl_seconds))
             if not written:
-                await self._ask(_nothing)
+                await self.recorded()
 
     async def settle(self, hold: Hold, spend: Spend) -> None:
         under = self._open.get(hold.id)
         if under is None and self._is_foreign(hold):
             await self._ledger.settle(hold, spend)
-        elif spend.id in self._recent or spend.id in self._less_recent:
-            self._release(hold.id)
-        else:
-            written = self._spend("s", hold, under, spend)
-            if under is not None:
-                self._free(under)
-            if not written:
-                await self._ask(_nothing)
+        elif not self._settle(hold.id, under, spend, picos(spend.cost), picos(spend.estimated)):
+            await self.recorded()
 
     async def release(self, hold: Hold) -> None:
         if hold.id not in self._open and self._is_foreign(hold):
@@ -303,6 +314,79 @@ class LeasedLedger:
         if self._journal is not None:
             await self._hand_over(self._journal)
         await self._ledger.aclose()
+
+    # --- at once, or not at all --------------------------------------------------------------
+
+    def reserve_now(
+        self,
+        budgets: tuple[Budget, ...],
+        needs: Sequence[int],
+        *,
+        at: datetime,
+        ttl_seconds: float,
+        scope: Scope,
+    ) -> str | None:
+        """Hold so many picos against each of these budgets, and name the hold.
+
+        None, and nothing has happened, where there is not as much left as far as is known here, or where the
+        shared ledger, which alone may refuse, would have to be asked.
+        """
+        now = monotonic()
+        if self._closing or now - self._behind_since > self._behind_seconds or at >= self._next_expiry:
+            return None
+        left: dict[Pool, int] = {}
+        for budget, need in zip(budgets, needs, strict=True):
+            if not need:
+                continue
+            known = self._known.get(id(budget))
+            if known is None:
+                return None
+            _, pool, limit = known
+            pool.asked = self._beat
+            if (
+                pool.free < need
+                or pool.limit > limit
+                or not pool.since <= at < pool.until
+                or pool.refreshed + BEHIND_SECONDS <= now
+                or not pool.start <= at < pool.end
+                or limit - pool.spent - pool.pending - pool.elsewhere - pool.held < need
+                or pool in left
+            ):
+                return None
+            left[pool] = need
+        self._holds += 1
+        name = f"{self._owner}-{self._holds:x}"
+        if left:
+            expires_at = at + (self._lasting.get(ttl_seconds) or self._last(ttl_seconds))
+            made_of = partial(_made, name, budgets, needs, expires_at, ttl_seconds)
+            known_scope = self._scopes.get(scope) or self._scope(scope)
+            try:
+                self._hold(_Open(name, made_of, left, at=at, expires_at=expires_at, scope=known_scope))
+            except LedgerUnavailable:
+                return None
+        return name
+
+    def held_now(self, name: str, *, at: datetime, ttl_seconds: float) -> Hold:
+        """The hold that `reserve_now` named; one without amounts when nothing is held under it."""
+        under = self._open.get(name)
+        if under is not None:
+            return under.seen()
+        return _made(name, (), (), at + timedelta(seconds=ttl_seconds), ttl_seconds)
+
+    def settle_now(self, name: str, spend: Spend, *, cost: int, estimated: int) -> bool:
+        """Settle what `reserve_now` held, with the spend's dollars in picos too.
+
+        False when the journal could not take it: then `recorded` is to be awaited before anybody is told.
+        """
+        return self._settle(name, self._open.get(name), spend, cost, estimated)
+
+    def release_now(self, name: str) -> None:
+        """Free what `reserve_now` held."""
+        self._release(name)
+
+    async def recorded(self) -> None:
+        """Return when everything that was spent until now is in the shared ledger."""
+        await self._ask(_nothing)
 
     # --- in memory, and in the journal -------------------------------------------------------
 
@@ -357,25 +441,37 @@ class LeasedLedger:
 
     def _take(self, hold: Hold, needs: dict[Pool, int], at: datetime, scope: Scope | None) -> None:
         known = None if scope is None else self._scopes.get(scope) or self._scope(scope)
-        under = _Open(hold, needs, at, known)
+        self._hold(_Open(hold.id, hold, needs, at=at, expires_at=hold.expires_at, scope=known))
+
+    def _hold(self, under: _Open) -> None:
         (self._journal or self._start()).write(under.record())
-        for pool, need in needs.items():
+        for pool, need in under.left.items():
             pool.free -= need
             pool.held += need
             pool.used = self._beat
-        self._open[hold.id] = under
-        self._next_expiry = min(self._next_expiry, hold.expires_at)
+        self._open[under.name] = under
+        self._next_expiry = min(self._next_expiry, under.expires_at)
 
-    def _spend(self, kind: Literal["c", "s"], hold: Hold, under: _Open | None, spend: Spend) -> bool:
+    def _settle(self, hold: str, under: _Open | None, spend: Spend, cost: int, estimated: int) -> bool:
+        if spend.id in self._recent or spend.id in self._less_recent:
+            self._release(hold)
+            return True
+        written = self._spend("s", hold, under, spend, cost, estimated)
+        if under is not None:
+            self._free(under)
+        return written
+
+    def _spend(  # noqa: PLR0917 - for each request, and names take half as long again
+        self, kind: Literal["c", "s"], hold: str, under: _Open | None, spend: Spend, cost: int, estimated: int
+    ) -> bool:
         """Note a spend; False when the journal could not take it, and it must be recorded before the caller goes on."""
         name, at = spend.id, spend.at
         if at.tzinfo is None:
             raise ValueError("a ledger's times need a zone; pass datetime.now(UTC)")
-        cost, estimated = picos(spend.cost), picos(spend.estimated)
         scope = self._scopes.get(spend.scope) or self._scope(spend.scope)
         journal = self._journal or self._start()
         try:
-            journal.write(spend_record(kind, hold.id, spend, scope.record, cost, estimated))
+            journal.write(spend_record(kind, hold, spend, scope.record, cost, estimated))
             written = True
         except LedgerUnavailable:
             written = False
@@ -419,7 +515,7 @@ class LeasedLedger:
                 self._start().write(["r", hold])
 
     def _free(self, under: _Open) -> None:
-        del self._open[under.hold.id]
+        del self._open[under.name]
         for pool, left in under.left.items():
             pool.held -= left
             if pool.debt:
@@ -800,7 +896,7 @@ class LeasedLedger:
             await asyncio.wait([self._syncing])
         holds = [
             (
-                replace(under.hold, expires_at=under.expires_at),
+                replace(under.seen(), expires_at=under.expires_at),
                 [Slice(pool.match, pool.period, left, 0) for pool, left in under.left.items()],
             )
             for under in self._open.values()
@@ -824,6 +920,13 @@ class LeasedLedger:
         journal.remove()
         with suppress(LedgerError):  # a row too many, which nobody misreads
             await self._ledger.forget(self._owner)
+
+
+def _made(
+    name: str, budgets: tuple[Budget, ...], needs: Sequence[int], expires_at: datetime, ttl_seconds: float
+) -> Hold:
+    amounts = {budget.name: to_dollars(need) for budget, need in zip(budgets, needs, strict=True) if need}
+    return Hold(id=name, budgets=budgets, amounts=amounts, expires_at=expires_at, ttl_seconds=ttl_seconds)
 
 
 async def _nothing() -> None:

@@ -21,7 +21,7 @@ import re
 import ssl
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf
@@ -30,7 +30,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from sekha.turns import turn_of
+from sekha.plain_heads import PlainHead, plain_head
+from sekha.turns import MOST_BYTES, turn_of
 
 __all__ = ["AnswerCut", "BadResponse", "HttpClient", "HttpLimits", "NotSent", "Response", "Target"]
 
@@ -38,6 +39,8 @@ _SWEEP_SECONDS = 0.1
 # A kept connection that the other side had closed is noticed within a round trip. What is lost later than
 # this may have been worked on, and paid for, so it is not sent again.
 _STALE_SECONDS = 1.0
+_LEARNED = 8
+"""Heads of answers that a connection remembers in vain before it stops: most providers never send one twice."""
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -138,14 +141,43 @@ class HttpClient:
         pool = self._pools.get(target.origin) or self._pool(target)
         expires_at = loop.time() + timeout_seconds
         connection = pool.take() or await pool.connection(expires_at)
-        reused = connection.used
         response = Response(connection, loop, expires_at, whole)
-        sent_at = loop.time()
+        connection.send(response, target.head, body)
+        return await self._first(response, target, body)
+
+    def is_idle(self, target: Target) -> bool:
+        """Whether a connection lies idle there, as far as is known."""
+        pool = self._pools.get(target.origin)
+        return pool is not None and bool(pool.idle)
+
+    def send_now(
+        self, target: Target, body: bytes, *, timeout_seconds: float, whole: bool, told: Callable[[], None]
+    ) -> Response | None:
+        """Send, and call `told` whenever there is more: the `whole` answer, or its head and then each block.
+
+        None, and nothing has happened, where no connection lies idle. `take_over` makes of it what `post` or
+        `open` would have returned.
+        """
+        pool = self._pools.get(target.origin)
+        if pool is None or (connection := pool.take()) is None:
+            return None
+        response = Response(connection, pool.loop, pool.loop.time() + timeout_seconds, whole)
+        response.told = told
+        connection.send(response, target.head, body)
+        return response
+
+    def take_over(self, response: Response, target: Target, body: bytes) -> Awaitable[Response]:
+        """Wait for what `send_now` sent, as whoever had called `post` or `open` would."""
+        response.told = None
+        return self._first(response, target, body)
+
+    async def _first(self, response: Response, target: Target, body: bytes) -> Response:
+        """Wait for the first of an answer, and ask once more where a kept connection turns out to have been closed."""
         try:
-            connection.send(response, target.head, body)
-            await response.more()
+            if response.whole or not response.headed:
+                await response.more()
         except ConnectionError:
-            if not reused or response.started or loop.time() - sent_at > _STALE_SECONDS:
+            if not response.reused or response.started or response.loop.time() - response.sent_at > _STALE_SECONDS:
                 raise
         except BaseException:
             response.close()
@@ -154,11 +186,11 @@ class HttpClient:
             return response
         # A pool with no connection left may have been forgotten meanwhile.
         pool = self._pools.get(target.origin) or self._pool(target)
-        connection = await pool.connect(expires_at)
-        response = Response(connection, loop, expires_at, whole)
-        connection.send(response, target.head, body)
-        await response.wait()
-        return response
+        connection = await pool.connect(response.expires_at)
+        again = Response(connection, response.loop, response.expires_at, response.whole)
+        connection.send(again, target.head, body)
+        await again.wait()
+        return again
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -192,17 +224,20 @@ class Response:
     __slots__ = (
         "_connection",
         "_left",
-        "_loop",
         "_waiter",
         "complete",
         "error",
         "expires_at",
         "headed",
+        "loop",
         "parts",
         "raw_headers",
+        "reused",
+        "sent_at",
         "size",
         "started",
         "status",
+        "told",
         "unpack",
         "whole",
     )
@@ -219,9 +254,14 @@ class Response:
         self.expires_at = expires_at
         """The loop's time at which waiting ends with `TimeoutError`. Set it later to allow more."""
         self.unpack: Any = None
+        self.told: Callable[[], None] | None = None
+        """Called when more is there, in place of `more`."""
+        self.reused = connection.used
+        """Whether its connection had carried another, and so may have been closed meanwhile."""
+        self.sent_at = loop.time()
         self._connection = connection
         self._left = False
-        self._loop = loop
+        self.loop = loop
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self.parts: list[bytes] = []
         self.size = 0
@@ -272,7 +312,7 @@ class Response:
         """Take the rest unread, so that the connection can be used again; what is not there by then is cut off."""
         self._left = True
         self.parts.clear()
-        self.expires_at = self._loop.time() + seconds
+        self.expires_at = self.loop.time() + seconds
 
     async def wait(self) -> None:
         """Wait for `more`; who is cancelled meanwhile wants no more."""
@@ -287,7 +327,7 @@ class Response:
 
         Whoever is cancelled while awaiting it has to `close`.
         """
-        waiter = self._waiter = self._loop.create_future()
+        waiter = self._waiter = self.loop.create_future()
         if self.complete or self.error is not None:
             self.wake()
         return waiter
@@ -296,7 +336,7 @@ class Response:
 
     @property
     def is_awaited(self) -> bool:
-        return self._waiter is not None or self._left
+        return self._waiter is not None or self._left or self.told is not None
 
     def restart(self) -> None:
         """Forget an interim answer, such as 100 Continue; the real one follows."""
@@ -313,6 +353,9 @@ class Response:
             self.wake()
 
     def wake(self) -> None:
+        if self.told is not None:
+            self.told()
+            return
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             if self.error is None:
@@ -328,9 +371,14 @@ class _Connection(asyncio.Protocol):
         "_excess",
         "_head_bytes",
         "_keeps",
+        "_known",
+        "_known_headers",
+        "_learned",
         "_limits",
+        "_missing",
         "_parser",
         "_pool",
+        "_raw",
         "_response",
         "_transport",
         "closing",
@@ -352,6 +400,14 @@ class _Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._excess = False
         self._keeps = False
+        self._raw = b""
+        """What an answer began with, that is being parsed."""
+        self._known: PlainHead | None = None
+        """The last head of an answer that was plain."""
+        self._known_headers: list[tuple[bytes, bytes]] = []
+        self._learned = 0
+        self._missing = 0
+        """Bytes of an answer whose head was known, so that the parser has no part in it."""
 
     def send(self, response: Response, head: bytes, body: bytes) -> None:
         self._response = response
@@ -359,8 +415,11 @@ class _Connection(asyncio.Protocol):
         self.used = True
         self.idle_since = inf
         write = self._pool.turn.write
-        write(self._transport, b"%b%d\r\n\r\n" % (head, len(body)))
-        write(self._transport, body)
+        if len(body) > MOST_BYTES:  # not copied once more
+            write(self._transport, b"%b%d\r\n\r\n" % (head, len(body)))
+            write(self._transport, body)
+        else:
+            write(self._transport, b"%b%d\r\n\r\n%b" % (head, len(body), body))
 
     def abort(self) -> None:
         self._end(ConnectionAbortedError("closed by us"))
@@ -396,6 +455,10 @@ class _Connection(asyncio.Protocol):
             # Nothing was asked.
             self._end(BadResponse("nothing was asked"))
             return
+        if response.whole and (self._missing or not response.started):
+            if self._again(response, data):
+                return
+            self._raw = data
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
@@ -410,6 +473,8 @@ class _Connection(asyncio.Protocol):
         if response.whole and response.size > self._limits.body_bytes:
             self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
         elif response.complete:
+            if self._raw:
+                self._learn(response)
             self._finish(response)
         elif not response.headed:
             self._head_bytes += len(data)
@@ -420,6 +485,44 @@ class _Connection(asyncio.Protocol):
                 self.paused = True
                 self._transport.pause_reading()
             response.wake()
+
+    def _again(self, response: Response, data: bytes) -> bool:
+        """Take a piece of an answer whose head is known. Returns whether it is."""
+        missing = self._missing
+        if not missing:
+            found = None if self._known is None else self._known.body_of(data)
+            if found is None:
+                return False
+            start, missing = found
+            if missing > self._limits.body_bytes or missing < len(data) - start:
+                # Too long, or more than was asked for: that is for the parser.
+                return False
+            response.started = response.headed = True
+            response.status = 200
+            response.raw_headers = self._known_headers
+            self._keeps = True
+            self._learned = 0
+            data = data[start:]
+        elif len(data) > missing:
+            data, self._excess = data[:missing], True
+        if data:
+            response.parts.append(data)
+            response.size += len(data)
+        self._missing = missing - len(data)
+        if not self._missing:
+            response.complete = True
+            self._finish(response)
+        return True
+
+    def _learn(self, response: Response) -> None:
+        """Remember the head of an answer, when it is one that may come again."""
+        raw, self._raw = self._raw, b""
+        if response.status == 200 and response.unpack is None and self._keeps and self._learned < _LEARNED:
+            self._learned += 1
+            for name, value in response.raw_headers:
+                if len(name) == 14 and name.lower() == b"content-length":
+                    self._known = plain_head(raw, value)
+                    self._known_headers = response.raw_headers
 
     def eof_received(self) -> None:
         self.closing = True

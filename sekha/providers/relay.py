@@ -9,10 +9,9 @@ A cost that a provider names in its usage, as OpenRouter does, stays in the body
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits,
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
 
-__all__ = ["RelayProvider", "RelayStream"]
+__all__ = ["Begun", "RelayProvider", "RelayStream"]
 
 _CHAT = "/chat/completions"
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
@@ -46,6 +45,7 @@ _KEPT_BYTES = 4 * 1024 * 1024
 # From the provider's last word to the end of its answer, when its connection is free again.
 _TAIL_SECONDS = 1.0
 _EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
+_DATA = b"data: "
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ERROR = b'"error"'
 # No usage of a chat is without it.
@@ -55,7 +55,16 @@ _EMBEDDING = b'"embedding":'
 _COMMA = ord(",")
 _NOT_JSON = "it is not the JSON of its API"
 _NOT_VECTORS = "its vectors are not lists of numbers of one length"
+_UNWRITABLE = "a field of it cannot be written as JSON"
 _NOTHING_SAID = "the stream ended before anything was said"
+
+
+class Begun(NamedTuple):
+    """A call that was sent, and whose answer is still to come."""
+
+    response: Response
+    target: Target
+    body: bytes
 
 
 class RelayProvider:
@@ -68,18 +77,56 @@ class RelayProvider:
         self._http = HttpClient(limits=limits)
         self._targets: dict[str, Target] = {}
 
-    async def complete(self, call: ChatCall) -> Completion:
+    async def complete(self, call: ChatCall, begun: Begun | None = None) -> Completion:
+        """`begun` is this very call, where `begin` has sent it."""
         failed = self._failing(call.model, partial(texts_of, call.messages))
-        response = await self._answer(_CHAT, self._chat_body(call, failed), call.timeout_seconds, failed)
-        raw = response.content
-        body = _parsed(response, raw, failed)
-        choices = body.get("choices")
-        if type(choices) is not list or not choices:
-            raise failed.bad("it has no choices")
-        for choice in choices:
-            if type(choice) is not dict or type(choice.get("message")) is not dict:
-                raise failed.bad("a choice has no message")
-        return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
+        if begun is None:
+            response = await self._answer(_CHAT, self._chat_body(call, failed), call.timeout_seconds, failed)
+        else:
+            response = await _answered(self._http.take_over(*begun), failed)
+        return _completion(response, failed)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `begin` is likely to find a connection that lies idle."""
+        target = self._targets.get(_CHAT)
+        return target is not None and self._http.is_idle(target)
+
+    def begin(
+        self,
+        model: Model,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        timeout_seconds: float,
+        told: Callable[[], None],
+        stream: bool = False,
+    ) -> Begun | None:
+        """Send what `complete` or `open_stream` would, and call `told` whenever there is more of the answer.
+
+        None, and nothing has happened, where that cannot be done at once.
+        """
+        target = self._targets.get(_CHAT)
+        if target is None:
+            return None
+        try:
+            body = self._chat_bytes(model.id, messages, options, stream=stream)
+        except orjson.JSONEncodeError:
+            return None
+        response = self._http.send_now(target, body, timeout_seconds=timeout_seconds, whole=not stream, told=told)
+        return None if response is None else Begun(response, target, body)
+
+    def stream_of(self, begun: Begun, model: Model, *, timeout_seconds: float) -> RelayStream:
+        """The answer of a call that `begin` sent, before it has begun. It gets no usage to hand on."""
+        failed = self._failing(model, _no_texts)
+        return RelayStream(begun.response, failed, timeout_seconds=timeout_seconds, hands_on_usage=False)
+
+    def completion(self, begun: Begun, model: Model) -> Completion:
+        """What came of a call that has ended. Raises `ProviderError`, not to be shown, for what is no answer."""
+        response, failed = begun.response, self._failing(model, _no_texts)
+        if response.error is not None or response.status != 200:
+            raise failed.bad("it is no answer")
+        return _completion(response, failed)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         events = await self._open(call, hands_on_usage=True)
@@ -90,11 +137,11 @@ class RelayProvider:
         finally:
             await events.aclose()
 
-    async def open_stream(self, call: ChatCall) -> RelayStream:
+    async def open_stream(self, call: ChatCall, begun: Begun | None = None) -> RelayStream:
         """Ask, and wait for the first event: until it is here, a failure leaves room for another provider."""
         options = call.options.get("stream_options")
         asked = isinstance(options, Mapping) and bool(options.get("include_usage"))
-        return await self._open(call, hands_on_usage=asked)
+        return await self._open(call, begun, hands_on_usage=asked)
 
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
         import numpy as np
@@ -152,41 +199,47 @@ class RelayProvider:
         return _Failing(self._spec.id, model.id, self._secret, texts)
 
     def _chat_body(self, call: ChatCall, failed: _Failing, *, stream: bool = False) -> bytes:
-        body: dict[str, Any] = {"model": call.model.id, "messages": call.messages}
-        for name, value in call.options.items():
+        try:
+            return self._chat_bytes(call.model.id, call.messages, call.options, stream=stream)
+        except orjson.JSONEncodeError as error:
+            raise failed.rejected(_UNWRITABLE) from wordless(error)
+
+    def _chat_bytes(
+        self, model_id: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, stream: bool
+    ) -> bytes:
+        body: dict[str, Any] = {"model": model_id, "messages": messages}
+        for name, value in options.items():
             if value is not None and name not in _OURS:
                 body[name] = value
-        if "max_tokens" in body and self._spec.kind == "openai" and _refuses_max_tokens(call.model.id):
+        if "max_tokens" in body and self._spec.kind == "openai" and _refuses_max_tokens(model_id):
             limit = body.pop("max_tokens")
             body.setdefault("max_completion_tokens", limit)
         if stream:
-            options = call.options.get("stream_options")
+            asked = options.get("stream_options")
             body["stream"] = True
-            body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
-        return self._json(body, failed)
+            body["stream_options"] = {**(asked if isinstance(asked, Mapping) else {}), "include_usage": True}
+        return orjson.dumps(body, default=_plain)
 
     def _json(self, body: Mapping[str, Any], failed: _Failing) -> bytes:
         try:
             return orjson.dumps(body, default=_plain)
         except orjson.JSONEncodeError as error:
-            raise failed.rejected("a field of it cannot be written as JSON") from wordless(error)
+            raise failed.rejected(_UNWRITABLE) from wordless(error)
 
     async def _answer(self, path: str, body: bytes, timeout_seconds: float, failed: _Failing) -> Response:
         target = self._targets.get(path) or self._target(path, failed)
-        try:
-            response = await self._http.post(target, body, timeout_seconds=timeout_seconds)
-        except (OSError, BadResponse) as error:
-            raise failed.unanswered(error) from wordless(error)
-        if response.status != 200:
-            raise failed.refused(response, response.content)
-        return response
+        return await _answered(self._http.post(target, body, timeout_seconds=timeout_seconds), failed)
 
-    async def _open(self, call: ChatCall, *, hands_on_usage: bool) -> RelayStream:
+    async def _open(self, call: ChatCall, begun: Begun | None = None, *, hands_on_usage: bool) -> RelayStream:
         failed = self._failing(call.model, partial(texts_of, call.messages))
-        target = self._targets.get(_CHAT) or self._target(_CHAT, failed)
-        body = self._chat_body(call, failed, stream=True)
+        if begun is None:
+            target = self._targets.get(_CHAT) or self._target(_CHAT, failed)
+            body = self._chat_body(call, failed, stream=True)
+            opening = self._http.open(target, body, timeout_seconds=call.timeout_seconds)
+        else:
+            opening = self._http.take_over(*begun)
         try:
-            response = await self._http.open(target, body, timeout_seconds=call.timeout_seconds)
+            response = await opening
         except (OSError, BadResponse) as error:
             raise failed.unanswered(error) from wordless(error)
         stream = RelayStream(response, failed, timeout_seconds=call.timeout_seconds, hands_on_usage=hands_on_usage)
@@ -218,7 +271,6 @@ class RelayStream:
         self._failed = failed
         self._timeout_seconds = timeout_seconds
         self._hands_on_usage = hands_on_usage
-        self._loop = asyncio.get_running_loop()
         self._events = EventSplitter()
         self._first = b""
         self._done = False
@@ -246,6 +298,20 @@ class RelayStream:
             raise failed.bad("it is no stream of events")
         self._first = self._sought(seen)
 
+    def begin_now(self) -> bool:
+        """`begin`, where what has come begins as nearly all answers do; False where that is to be awaited or raised."""
+        response = self._response
+        seen = response.content
+        if response.status != 200 or response.error is not None or not seen.startswith(_DATA) or b"\r" in seen:
+            return False
+        end = seen.find(b"\n\n")
+        first = json_object(seen[len(_DATA) : end]) if end > 0 else None
+        if first is None or "error" in first:
+            return False
+        response.take()
+        self._first = self._sought(self._events.feed(seen))
+        return True
+
     def said(self) -> str:
         """The text that arrived, of every choice, with the calls of tools."""
         return "".join([*self._texts, *texts_in(self._kept)])
@@ -254,33 +320,61 @@ class RelayStream:
         return self
 
     async def __anext__(self) -> bytes:
-        block, self._first = self._first, b""
         response = self._response
-        while not block:
-            if self._failure is not None:
-                raise self._failure
+        while (block := self.take()) is None:
             if self._done:
                 raise StopAsyncIteration
+            if response.parts or response.complete:
+                continue
             try:
-                if not response.parts and not response.complete:
-                    response.expires_at = self._loop.time() + self._timeout_seconds
-                    await response.more()
-                data = response.take()
-                if data is None:
-                    continue
-                block = self._events.feed(data) if data else self._events.rest()
+                response.expires_at = response.loop.time() + self._timeout_seconds
+                await response.more()
             except (OSError, BadResponse) as error:
                 raise self._failed.broken_by(error) from wordless(error)
             except BaseException:
                 response.close()
                 raise
-            if block:
-                block = self._sought(block)
-            if not data:
-                self._end()
         return block
 
+    def take(self) -> bytes | None:
+        """The next block of what has come; None where there is none yet, or none any more since it `has_ended`.
+
+        Raises what broke it.
+        """
+        block, self._first = self._first, b""
+        if block:
+            return block
+        if self._failure is not None:
+            raise self._failure
+        response = self._response
+        if self._done or (data := response.take()) is None:
+            return None
+        try:
+            block = self._events.feed(data) if data else self._events.rest()
+        except BadResponse as error:
+            raise self._failed.broken_by(error) from wordless(error)
+        if block:
+            block = self._sought(block)
+        if not data:
+            self._end()
+        if not block and self._failure is not None:
+            raise self._failure
+        return block or None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its provider said that it ended, and all of it was taken."""
+        return self._done and not self._first
+
+    def listen(self) -> None:
+        """Allow the provider its time anew for what comes next."""
+        self._response.expires_at = self._response.loop.time() + self._timeout_seconds
+
     async def aclose(self) -> None:
+        self.let_go()
+
+    def let_go(self) -> None:
+        """`aclose`, which waits for nothing."""
         if self._done:
             self._response.leave(_TAIL_SECONDS)
         else:
@@ -405,6 +499,32 @@ class _Failing(NamedTuple):
             raise DimensionMismatch(
                 declared=declared, returned=returned, provider_id=self.provider_id, model_id=self.model_id
             )
+
+
+async def _answered(answer: Awaitable[Response], failed: _Failing) -> Response:
+    try:
+        response = await answer
+    except (OSError, BadResponse) as error:
+        raise failed.unanswered(error) from wordless(error)
+    if response.status != 200:
+        raise failed.refused(response, response.content)
+    return response
+
+
+def _completion(response: Response, failed: _Failing) -> Completion:
+    raw = response.content
+    body = _parsed(response, raw, failed)
+    choices = body.get("choices")
+    if type(choices) is not list or not choices:
+        raise failed.bad("it has no choices")
+    for choice in choices:
+        if type(choice) is not dict or type(choice.get("message")) is not dict:
+            raise failed.bad("a choice has no message")
+    return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
+
+
+def _no_texts() -> Sequence[str]:
+    return ()
 
 
 def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:

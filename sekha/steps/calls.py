@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
 
 import orjson
 
@@ -29,7 +29,10 @@ from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.money import spend_of
 from sekha.vectors.base import Vector
 
-__all__ = ["Calls"]
+if TYPE_CHECKING:
+    from sekha.providers.relay import Begun, RelayProvider
+
+__all__ = ["Calls", "Sent", "SentSteps"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,20 +45,42 @@ CALLS_AT_ONCE = 4
 _OPENAI_COMPATIBLE: frozenset[ProviderKind] = frozenset({"openai", "openrouter"})
 
 
+class Sent(NamedTuple):
+    """The call to the first candidate, where it was sent before the step began that waits for it."""
+
+    begun: Begun
+    at: float
+    """By the clock of `Resources`."""
+    taken: Taken | None
+    """What it took of the provider's limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentSteps:
+    """The steps of a line that wait for a call which was sent before."""
+
+    call: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Reply]]
+    open: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Opened]]
+
+
 class Calls:
     def __init__(self, resources: Resources) -> None:
         self._open = resources
 
-    async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Reply:
+    async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> Reply:
         """Ask the candidates in turn, with retries, until one answers."""
         lost = _Lost(self._open, chosen, hold, hold.id)
+        begun = [] if sent is None else [sent.begun]
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[Completion]:
             provider = self._open.provider(candidate.model.provider_id)
-            return lost.attempt(candidate, _worst_of, provider.complete, self._call(request, candidate, seconds))
+            call = self._call(request, candidate, seconds)
+            if begun:
+                return lost.attempt(candidate, _worst_of, cast("RelayProvider", provider).complete, call, begun.pop())
+            return lost.attempt(candidate, _worst_of, provider.complete, call)
 
         try:
-            answered = await self._in_turn(chosen, once)
+            answered = await self._in_turn(chosen, once, sent=sent)
             completion, candidate, attempts, _ = answered
             model = candidate.model
             usage = completion.usage or await self._counted_usage(request, completion, model)
@@ -78,19 +103,23 @@ class Calls:
             raise
         return reply
 
-    async def open_stream(self, request: ChatRequest, chosen: Plan, hold: Hold) -> Opened:
+    async def open_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> Opened:
         """Ask the candidates in turn until the first piece of an answer arrives."""
         lost = _Lost(self._open, chosen, hold, hold.id)
+        begun = [] if sent is None else [sent.begun]
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[RawStream]:
             provider = self._open.provider(candidate.model.provider_id)
             call = self._call(request, candidate, seconds)
+            if begun:
+                relay = cast("RelayProvider", provider)
+                return lost.attempt(candidate, _worst_of, relay.open_stream, call, begun.pop())
             if hasattr(provider, "open_stream"):
                 return lost.attempt(candidate, _worst_of, cast("ByteProvider", provider).open_stream, call)
             return lost.attempt(candidate, _worst_of, ChunkStream.open, provider, call)
 
         try:
-            answered = await self._in_turn(chosen, once, whole=False)
+            answered = await self._in_turn(chosen, once, whole=False, sent=sent)
         except BaseException:
             await lost.free()
             raise
@@ -300,14 +329,25 @@ class Calls:
         await to_the_end(ledger.charge(hold, spend))
 
     async def _in_turn(
-        self, chosen: Plan, once: Callable[[Candidate, float], Awaitable[T]], *, whole: bool = True
+        self,
+        chosen: Plan,
+        once: Callable[[Candidate, float], Awaitable[T]],
+        *,
+        whole: bool = True,
+        sent: Sent | None = None,
     ) -> Answered[T]:
         rates = self._open.rates
         taken: dict[str, Taken] = {}
+        counts = sent is None
+        if sent is not None and sent.taken is not None:
+            taken[chosen.first.model.provider_id] = sent.taken
 
         def counted(candidate: Candidate, seconds: float) -> Awaitable[T]:
+            nonlocal counts
             provider_id, estimate = candidate.model.provider_id, candidate.estimate
-            if took := rates.take(provider_id, estimate.input_tokens + estimate.output_tokens):
+            if not counts:
+                counts = True
+            elif took := rates.take(provider_id, estimate.input_tokens + estimate.output_tokens):
                 taken[provider_id] = took
             return once(candidate, seconds)
 
@@ -319,6 +359,7 @@ class Calls:
             deadline_seconds=self._open.patience_seconds(chosen),
             circuits=self._open.circuits,
             whole=whole,
+            began_at=None if sent is None else sent.at,
         )
         answer, candidate, attempts, _ = answered
         model = candidate.model

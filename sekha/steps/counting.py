@@ -13,7 +13,7 @@ from sekha.chat import ChatRequest
 from sekha.images import Formula, formula_of
 from sekha.registry import Registry
 
-__all__ = ["Counters", "count_chat", "count_embedding", "count_reply"]
+__all__ = ["INLINE", "Counters", "count_chat", "count_embedding", "count_reply"]
 
 INLINE = 20_000
 """Characters up to which counting is quicker than a thread."""
@@ -46,6 +46,10 @@ class Counters:
         name = tokenizer.name if formula is None else f"{tokenizer.name}, {formula}"
         self._ways[name] = _Way(tokenizer.name, formula)
         return Counter(name, tokenizer.exact)
+
+    def tokenizer(self, name: str) -> tokens.TokenizerName:
+        """The tokenizer of a counter."""
+        return self._ways[name].tokenizer
 
     def count_short(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count] | None:
         """What each of these counters makes of a chat; None for one that is better counted in a thread."""

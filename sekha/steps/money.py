@@ -16,12 +16,14 @@ from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import LedgerError, NoCandidate
 from sekha.ledger import Budget, Hold, Scope, Spend, remaining
 from sekha.lineup import REMEMBERED, LineUp, line_up
+from sekha.registry import Model
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan, explain, plan
 from sekha.steps.counting import Counters
+from sekha.tokens import TokenizerName
 from sekha.vision import are_heavy
 
-__all__ = ["HOLD_SECONDS", "Money", "UsualReplies", "spend_of"]
+__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "spend_of"]
 
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
@@ -32,7 +34,7 @@ SCOPES = 1_000
 log = logging.getLogger("sekha.money")
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What all asks that are alike have in common."""
 
     lined_up: LineUp
@@ -47,7 +49,7 @@ class Money:
         self._open = resources
         self._counters = Counters(resources.registry)
         self._usual = UsualReplies(resources)
-        self._known: dict[Ask, _Known] = {}
+        self._known: dict[Ask, Known] = {}
         self._lined_up: set[LineUp] = set()
         """All line-ups in there, which asks of one form share."""
         self._budgets = {budget.name: budget for budget in resources.budgets}
@@ -113,6 +115,19 @@ class Money:
                 error.retry_after_seconds = self._open.circuits.soonest(name for name, _ in error.reasons)
             raise
 
+    def known(self, ask: Ask) -> Known | None:
+        """What all asks like this one have in common; None before the first of them was estimated."""
+        return self._known.get(ask)
+
+    def usual_tokens(self, name: str) -> int | None:
+        """How long the replies of `provider/model` usually are, where it has a history."""
+        return self._usual.known().get(name)
+
+    def tokenizer_of(self, model: Model) -> tuple[TokenizerName, bool]:
+        """What counts words for a model, and whether its provider counts just so."""
+        counter = self._counters.of_words[model.id]
+        return self._counters.tokenizer(counter.name), counter.exact
+
     def explain_choice(self, estimates: Estimates) -> Explanation:
         """Say who would be asked and why, and which rule drops each of the others."""
         return explain(estimates, self._open.registry, self._open.conditions(estimates))
@@ -151,13 +166,13 @@ class Money:
         names = self._covered[scope] = tuple(budget.name for budget in self._open.budgets if budget.covers(scope))
         return names
 
-    async def _meet(self, ask: Ask) -> _Known:
+    async def _meet(self, ask: Ask) -> Known:
         """Work out what all asks like this one have in common."""
         lined_up = line_up(ask, self._open.registry)
         if ask.kind == "chat":
             await self._usual.read(lined_up)
         counters = lined_up.counter_names(self._counters.of_words)
-        known = _Known(lined_up, lined_up.covered(ask, self._open.budgets), counters)
+        known = Known(lined_up, lined_up.covered(ask, self._open.budgets), counters)
         if ask.pictures is None:  # the same images hardly ever come again
             entrants = sum(len(each.entrants) for each in self._lined_up | {lined_up})
             if len(self._known) >= ASKS or (entrants > REMEMBERED and lined_up not in self._lined_up):

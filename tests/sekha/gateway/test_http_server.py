@@ -26,6 +26,9 @@ class App:
         self._answers = answers
         self.left: list[str] = []
 
+    def begin(self, x: Exchange, body: bytes, /) -> bool:
+        return False
+
     async def exchange(self, x: Exchange, /) -> None:
         try:
             await self._answers(x)

@@ -1,0 +1,481 @@
+"""A chat on the short way: sent with its request at hand, answered with the provider's, or handed over to the line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import orjson
+
+from sekha.calling import Attempt
+from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Reply, carried_out
+from sekha.errors import ProviderError, SekhaError
+from sekha.gateway.chats import Pipe, headers_of, stream_headers
+from sekha.gateway.finished import UnderWay
+from sekha.gateway.lanes import Lane
+from sekha.gateway.problems import Headers
+from sekha.gateway.serving import Serving
+from sekha.gateway.wire import ChatAsked, chat_reply, chat_request, money, with_note
+from sekha.ledger import Hold, Spend
+from sekha.pricing import Estimate, Usage, chat_units, cost_units, most_of
+from sekha.providers.relay import RelayStream
+from sekha.recording.run import new_run_id
+from sekha.routing import Candidate, Plan
+from sekha.steps.calls import Sent
+
+if TYPE_CHECKING:
+    from sekha.gateway.app import Gateway
+    from sekha.gateway.http_server import HttpExchange
+    from sekha.ledgers.leased import LeasedLedger
+    from sekha.trace import Notes
+
+__all__ = ["BegunAnswer", "BegunChat", "BegunStream"]
+
+log = logging.getLogger("sekha.gateway")
+
+_PAGE = "/v1/chat/completions"
+_NOT_OPTIONS = ("model", "messages", "stream", *REPLY_LIMITS)
+
+
+class BegunChat(ABC):
+    """One chat on the short way. It may be handed over to the line at any moment."""
+
+    __slots__ = (
+        "_by",
+        "_called_at",
+        "_ended_at",
+        "_estimated_at",
+        "_gateway",
+        "_given",
+        "_hold",
+        "_lane",
+        "_requested",
+        "_reserved_at",
+        "_selected_at",
+        "_sent",
+        "_settled_at",
+        "_taken",
+        "_tokens",
+        "_units",
+        "_x",
+        "began",
+        "cost",
+        "run_id",
+        "serving",
+        "usage",
+    )
+
+    streams = False
+    outcome: Literal["answered"] = "answered"
+    error: None = None
+
+    def __init__(  # noqa: PLR0917 - for each request, and names take half as long again
+        self, gateway: Gateway, serving: Serving, x: HttpExchange, lane: Lane, given: dict[str, Any], began: float
+    ) -> None:
+        self.serving = serving
+        self.began = began
+        self._called_at = 0.0
+        self._gateway = gateway
+        self._x = x
+        self._lane = lane
+        self._given = given
+        self._settled_at = 0.0
+
+    # --- the request is here ---
+
+    def send(self, requested: int | None, tokens: int, size: int) -> bool:
+        """Estimate, select, reserve and call, for a request that counts as `size` against its key's limits."""
+        lane, serving = self._lane, self.serving
+        resources, ledger, model = serving.resources, serving.leased, lane.model
+        if ledger is None or not lane.provider.is_ready:
+            return False
+        units = self._units = chat_units(
+            lane.tariff,
+            lane.tariff,
+            tokens,
+            tokens if lane.exact else most_of(tokens),
+            requested,
+            model.max_output_tokens,
+            serving.runtime.money.usual_tokens(lane.name),
+            lane.limited,
+            lane.window,
+        )
+        self._requested, self._tokens = requested, tokens
+        self._estimated_at = perf_counter()
+        worst = units.worst_case
+        if (lane.cap is not None and worst > lane.cap) or (lane.window and tokens + (requested or 0) > lane.window):
+            return False
+        circuits, rates, limit = resources.circuits, resources.rates, lane.by.limit
+        if circuits is not None and not circuits.admit(lane.name):
+            return False
+        if rates and model.provider_id in rates.throttled(tokens):
+            return False
+        if limit is not None and limit.wait(size):
+            return False
+        self._selected_at = perf_counter()
+        hold = ledger.reserve_now(
+            lane.budgets,
+            (worst * lane.picos,) * len(lane.budgets),
+            at=resources.now(),
+            ttl_seconds=lane.hold_seconds,
+            scope=lane.scope,
+        )
+        if hold is None:
+            return False
+        self._reserved_at = perf_counter()
+        given = self._given
+        options = {name: value for name, value in given.items() if name not in _NOT_OPTIONS}
+        if most := requested or units.reply_limit:
+            options["max_tokens"] = most
+        seconds = lane.timeout_seconds
+        sent = lane.provider.begin(
+            model, given["messages"], options, timeout_seconds=seconds, told=self._told, stream=self.streams
+        )
+        if sent is None:
+            ledger.release_now(hold)
+            return False
+        self._hold, self._sent = hold, sent
+        self._by = lane.by if limit is None else lane.by._replace(taken=limit.take(size))
+        self._taken = rates.take(model.provider_id, tokens + units.output_tokens) if rates else None
+        self.run_id = new_run_id()
+        self._x.begun = self
+        return True
+
+    # --- the answer is here ---
+
+    def _told(self) -> None:
+        try:
+            self._go_on()
+        except Exception:
+            log.exception("request %s left the short way", self._x.request_id.decode())
+            if not self._x.ended and self._x.task is None:
+                self._x.hand_over()
+
+    @abstractmethod
+    def _go_on(self) -> None:
+        """Go on with what the provider said."""
+
+    def _settle(self, usage: Usage) -> bool:
+        """Settle at what was used. False when that is nowhere on record yet, and so nobody may be told."""
+        lane, serving = self._lane, self.serving
+        unit, spent, expected = lane.tariff.unit, cost_units(usage, lane.tariff), self._units.expected
+        self.usage, self.cost, estimated = usage, spent * unit, expected * unit
+        hold, scope, at = self._hold, lane.scope, serving.resources.now()
+        spend = Spend(id=hold, scope=scope, cost=self.cost, estimated=estimated, usage=usage, at=at)
+        ledger = cast("LeasedLedger", serving.leased)
+        written = ledger.settle_now(hold, spend, cost=spent * lane.picos, estimated=expected * lane.picos)
+        self._settled_at = perf_counter()
+        return written
+
+    def _note(self) -> dict[str, object]:
+        """What the reply carries under `sekha`, as `wire.sekha_note` has it."""
+        model = self._lane.model
+        return {
+            "provider_id": model.provider_id,
+            "model_id": model.id,
+            "estimated_cost": float(self._units.expected * self._lane.tariff.unit),
+            "cost": float(self.cost),
+            "attempts": 1,
+            "run_id": self.run_id,
+        }
+
+    def _ended(self) -> None:
+        """Count it behind the answer: what is written in a turn of the event loop goes out at the turn's end."""
+        self._x.begun = None
+        self._ended_at = perf_counter()
+        asyncio.get_running_loop().call_soon(self._over)
+
+    def _over(self) -> None:
+        self._count()
+        self._gateway.over(self.serving, self._x, _PAGE, self._ended_at - self.began)
+
+    def _count(self) -> None:
+        """Count what was answered, and record it."""
+        lane, serving, usage = self._lane, self.serving, self.usage
+        name, provider_id, model_id, resources = lane.name, self.provider_id, self.model_id, serving.resources
+        tokens, waited = usage.input_tokens + usage.output_tokens, self._waited
+        if resources.circuits is not None:
+            resources.circuits.note(name, None)
+        resources.latencies.observe(name, waited)
+        if self._taken is not None:
+            resources.rates.correct(provider_id, self._taken, tokens)
+        self._by.used(tokens)
+        serving.metrics.call(provider_id, model_id, "answered", waited)
+        serving.metrics.spent(provider_id, model_id, usage.input_tokens, usage.output_tokens, self.cost)
+        seconds = self._ended_at - self.began
+        if serving.recorder is not None and serving.recorder.wants(outcome="answered", seconds=seconds):
+            plan, under_way = self._plan(), self._under_way()
+            reply = self._reply(plan)
+            hold = under_way.noted_before(
+                plan,
+                began=self.began,
+                estimated_at=self._estimated_at,
+                selected_at=self._selected_at,
+                reserved_at=self._reserved_at,
+            )
+            under_way.notes += [
+                *self._calls_noted(plan, hold, reply),
+                ("settle_cost", (hold, reply), self._called_at, self._settled_at, None, None),
+            ]
+            under_way.record(reply, seconds)
+        self._x.under_way = self
+
+    # What the log says of it.
+
+    @property
+    def key(self) -> str | None:
+        return self._by.key
+
+    @property
+    def answer(self) -> BegunChat:
+        return self
+
+    @property
+    def provider_id(self) -> str:
+        return self._lane.model.provider_id
+
+    @property
+    def model_id(self) -> str:
+        return self._lane.model.id
+
+    # --- handed over ---
+
+    def stop(self) -> None:
+        """Do nothing more when the provider says something: from now on the line listens."""
+        self._sent.response.told = None
+
+    async def in_line(self) -> None:
+        """Go on as the line would that has come as far as this."""
+        if self._settled_at:
+            # What it cost is on record nowhere yet, and nobody is to be told before it is.
+            await cast("LeasedLedger", self.serving.leased).recorded()
+            await self._tell()
+            self._ended_at = perf_counter()
+            self._count()
+            return
+        under_way = self._x.under_way = self._under_way()
+        plan = self._plan()
+        ledger, resources = cast("LeasedLedger", self.serving.leased), self.serving.resources
+        hold = ledger.held_now(self._hold, at=resources.now(), ttl_seconds=self._lane.hold_seconds)
+        under_way.noted_before(
+            plan,
+            hold,
+            began=self.began,
+            estimated_at=self._estimated_at,
+            selected_at=self._selected_at,
+            reserved_at=self._reserved_at,
+        )
+        since = perf_counter() - self._reserved_at
+        sent = Sent(self._sent, resources.clock.now() - since, self._taken)
+        try:
+            reply = await self._call_in_line(under_way, plan, hold, sent)
+        except BaseException as error:
+            under_way.failed(error)
+            if not await self._broken_in_line(error):
+                raise
+        else:
+            under_way.answered(reply)
+
+    @property
+    @abstractmethod
+    def _waited(self) -> float:
+        """Seconds from the call until a whole answer, or the first of a stream."""
+
+    @abstractmethod
+    async def _tell(self) -> None:
+        """Answer with what was settled."""
+
+    @abstractmethod
+    async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:
+        """Wait for the call, and answer."""
+
+    async def _broken_in_line(self, _: BaseException) -> bool:
+        """Whether the caller was told of an error within what he got."""
+        return False
+
+    @abstractmethod
+    def _calls_noted(self, plan: Plan, hold: object, reply: Reply) -> Notes:
+        """The steps between reserving and settling."""
+
+    def _under_way(self) -> UnderWay:
+        request = chat_request(self._given, by=self._by)
+        return UnderWay(self.serving, "chat", request, self._by, run_id=self.run_id, began=self.began)
+
+    def _plan(self) -> Plan:
+        lane, units, tokens, requested = self._lane, self._units, self._tokens, self._requested
+        expected, worst, length, limit, basis = units
+        unit, context = lane.tariff.unit, tokens + (requested or 0)
+        estimate = Estimate(expected * unit, worst * unit, tokens, length, context, limit, basis)
+        return Plan(ask=lane.ask, candidates=(Candidate(lane.model, estimate, lane.reason),))
+
+    def _reply(self, plan: Plan) -> Reply:
+        """What the line would have returned; its text is of no interest where content is not recorded."""
+        return Reply(
+            text="",
+            body={},
+            provider_id=self.provider_id,
+            model_id=self.model_id,
+            usage=self.usage,
+            estimated_cost=plan.first.estimate.expected,
+            cost=self.cost,
+            attempts=(Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited),),
+            reason=self._lane.reason,
+            charged_to=self._lane.scope,
+        )
+
+
+class BegunAnswer(BegunChat):
+    """A chat whose answer goes out whole."""
+
+    __slots__ = ("_raw",)
+
+    @property
+    def _waited(self) -> float:
+        return self._called_at - self._reserved_at
+
+    def _go_on(self) -> None:
+        lane, x = self._lane, self._x
+        self._called_at = perf_counter()
+        usage: Usage | None = None
+        with suppress(ProviderError):
+            completion = lane.provider.completion(self._sent, lane.model)
+            usage = completion.usage
+        if usage is None:
+            x.hand_over()
+            return
+        self._raw = completion.raw or b""
+        if self._settle(usage):
+            x.answer_now(*self._said())
+            self._ended()
+        else:
+            x.hand_over()
+
+    def _said(self) -> tuple[bytes, Headers]:
+        return with_note(self._raw, self._note()), [*self._lane.headers, (b"x-sekha-cost", money(self.cost))]
+
+    async def _tell(self) -> None:
+        await self._x.answer(200, *self._said())
+
+    async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:
+        serving, request = self.serving, cast("ChatRequest", under_way.request)
+
+        async def call(plan: Plan, hold: Hold) -> Reply:
+            try:
+                return await serving.sent.call(request, plan, hold, sent)
+            finally:
+                under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
+
+        reply = await carried_out(serving.chat, plan, hold, call)
+        await self._x.answer(200, chat_reply(reply, self.run_id), headers_of(reply))
+        return reply
+
+    def _calls_noted(self, plan: Plan, hold: object, reply: Reply) -> Notes:
+        return [("call_provider", (plan, hold), self._reserved_at, self._called_at, reply, None)]
+
+
+class BegunStream(BegunChat):
+    """A chat whose answer is handed on as it comes."""
+
+    __slots__ = ("_opened_at", "_pipe", "_stream")
+
+    streams = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._stream: RelayStream | None = None
+        """Once it has begun."""
+
+    @property
+    def _waited(self) -> float:
+        return self._opened_at - self._reserved_at
+
+    def _go_on(self) -> None:
+        x, lane = self._x, self._lane
+        stream = self._stream
+        if stream is None:
+            response = self._sent.response
+            if not (response.parts or response.complete or response.error):
+                return  # its head alone
+            stream = lane.provider.stream_of(self._sent, lane.model, timeout_seconds=lane.timeout_seconds)
+            if not stream.begin_now():
+                x.hand_over()
+                return
+            self._stream, self._opened_at = stream, perf_counter()
+            x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
+            self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
+        try:
+            while not x.is_held_up and (block := stream.take()) is not None:
+                x.go_on_now(block)
+        except ProviderError:
+            x.hand_over()
+            return
+        if stream.has_ended and stream.usage is not None:
+            self._called_at = perf_counter()
+            if self._settle(stream.usage):
+                x.end_now(self._last())
+                self.stop()
+                stream.let_go()
+                self._ended()
+            else:
+                x.hand_over()
+        elif x.is_held_up or stream.has_ended or self._sent.response.error is not None:
+            x.hand_over()
+        else:
+            stream.listen()
+
+    def _last(self) -> bytes:
+        return b": sekha " + orjson.dumps(self._note()) + b"\n\ndata: [DONE]\n\n"
+
+    async def _tell(self) -> None:
+        cast("RelayStream", self._stream).let_go()
+        await self._x.end(self._last())
+
+    async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:
+        serving, request = self.serving, cast("ChatRequest", under_way.request)
+        pipe = Pipe(self._x, serving, ChatAsked(request, stream=True, keep=False), under_way)
+        self._pipe = pipe
+
+        async def call(plan: Plan, hold: Hold) -> Reply:
+            opened = self._opened(plan)
+            if opened is None:
+                try:
+                    opened = await serving.sent.open(request, plan, hold, sent)
+                finally:
+                    under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
+                return await serving.stream.relay(request, plan, hold, opened, pipe)
+            under_way.notes.append(("open_stream", (plan, hold), self._reserved_at, self._opened_at, opened, None))
+            try:
+                return await serving.stream.relay(request, plan, hold, opened, pipe)
+            finally:
+                under_way.notes[-1] = (*under_way.notes[-1][:2], self._opened_at, *under_way.notes[-1][3:])
+
+        reply = await carried_out(serving.stream, plan, hold, call)
+        await pipe.end(reply)
+        return reply
+
+    async def _broken_in_line(self, error: BaseException) -> bool:
+        if not self._x.status or not isinstance(error, SekhaError):
+            return False
+        await self._pipe.broken(error)
+        return True
+
+    def _opened(self, plan: Plan) -> Opened | None:
+        if self._stream is None:
+            return None
+        attempt = Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited)
+        return Opened(events=self._stream, candidate=plan.first, attempts=(attempt,), probe=None, charge=_nothing_more)
+
+    def _calls_noted(self, plan: Plan, hold: object, reply: Reply) -> Notes:
+        opened = object()
+        return [
+            ("open_stream", (plan, hold), self._reserved_at, self._opened_at, opened, None),
+            ("relay_stream", (plan, hold, opened), self._opened_at, self._called_at, reply, None),
+        ]
+
+
+async def _nothing_more(reply: Reply) -> None:
+    """Nothing is charged beside the reply, where no attempt before it failed."""

@@ -1,0 +1,136 @@
+"""The short way of an ordinary chat, from a caller's bytes to a provider's and back, without a task of its own.
+
+The line of steps in `sekha/chat.py` is what a request goes through. Of a hundred requests ninety-nine need the same
+of it: one model, a closed circuit, money in this process's slice, a connection that lies idle, and a whole answer.
+For these every step's decision is a comparison, and nearly all of their time went into getting from step to step. So
+they are done here in two moments, when the request is here and when the answer is, by the same sums, the same ledger
+and the same counts.
+
+Whatever is not ordinary is none of this file's business. Before anything was sent, `begin` says so and nothing has
+happened. Afterwards the request is handed over to the line as it stands, with its hold and its call under way: what
+is retried, refused, charged and told when something goes wrong is written there, once.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import orjson
+
+from sekha.asks import Ask
+from sekha.chat import REPLY_LIMITS
+from sekha.errors import SekhaError
+from sekha.gateway.begun import BegunAnswer, BegunStream
+from sekha.gateway.lanes import Lane, lane_of
+from sekha.gateway.serving import BYTES_PER_TOKEN, Serving
+from sekha.steps.counting import INLINE
+from sekha.tokens import count_words
+
+if TYPE_CHECKING:
+    from sekha.gateway.app import Gateway
+    from sekha.gateway.http_server import HttpExchange
+
+__all__ = ["PAGE", "Shortcut"]
+
+PAGE = "/v1/chat/completions"
+_ORDINARY = frozenset(
+    {
+        "model",
+        "messages",
+        "stream",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "max_completion_tokens",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "reasoning_effort",
+        "response_format",
+        "seed",
+        "stop",
+        "user",
+        "verbosity",
+    }
+)
+"""Fields that are passed on as they are, or that are read here. Any other may mean something to the line."""
+_PLAIN = frozenset({"role", "content", "name"})
+"""What a message may have that is text alone."""
+_LANES = 1_000
+"""Remembered at once: callers name models freely."""
+
+
+class Shortcut:
+    """Begins ordinary chats under one configuration."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._lanes: dict[tuple[bytes | None, str], Lane | None] = {}
+        """By the caller's header and the model that is asked for; None where there is no short way."""
+        # What is remembered is written down before an answer goes out, and content is read from the request.
+        self._open = serving.leased is not None and serving.memory is None and not serving.records_content
+
+    def begin(self, gateway: Gateway, x: HttpExchange, body: bytes) -> bool:
+        """Send an ordinary chat to its provider. False, and nothing has happened, for any other request."""
+        if not self._open:
+            return False
+        began = perf_counter()
+        try:
+            given = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return False
+        if type(given) is not dict or not _ORDINARY.issuperset(given):
+            return False
+        asked, messages, stream = given.get("model"), given.get("messages"), given.get("stream")
+        if type(asked) is not str or not (stream is None or type(stream) is bool) or not _is_plain(messages):
+            return False
+        lane = self._lanes.get((x.authorization, asked)) or self._lane(x.authorization, asked)
+        if lane is None:
+            return False
+        requested: int | None = None
+        for name in REPLY_LIMITS:
+            if (limit := given.get(name)) is not None:
+                if type(limit) is not int or limit < 1:
+                    return False
+                requested = limit if requested is None else min(limit, requested)
+        tokens = count_words(messages, lane.tokenizer)
+        kind = BegunStream if stream else BegunAnswer
+        chat = kind(gateway, self._serving, x, lane, given, began)
+        return chat.send(requested, tokens, len(body) // BYTES_PER_TOKEN)
+
+    def _lane(self, authorization: bytes | None, asked: str) -> Lane | None:
+        if (authorization, asked) in self._lanes:
+            return None
+        serving = self._serving
+        resources = serving.resources
+        try:
+            by = serving.keys.known(authorization)
+            by.check(resources.registry, asked, None)
+        except SekhaError:
+            return None
+        ask = Ask("chat", asked, key=by.key, allowed=by.allowed)
+        known = serving.runtime.money.known(ask)
+        if known is None:
+            return None  # the first of its kind is met in the line
+        if len(self._lanes) >= _LANES:
+            self._lanes.clear()
+        lane = self._lanes[authorization, asked] = lane_of(serving, ask, by, known)
+        return lane
+
+
+def _is_plain(messages: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether these are messages of text alone, short enough to be counted at once."""
+    if type(messages) is not list or not messages:
+        return False
+    characters = 0
+    for message in messages:
+        if type(message) is not dict or not _PLAIN.issuperset(message):
+            return False
+        content = message.get("content")
+        if type(content) is not str or type(message.get("role")) is not str:
+            return False
+        characters += len(content)
+    return characters <= INLINE
