@@ -14,15 +14,11 @@ __all__ = ["Database", "DatabaseSink", "Emit"]
 
 
 class Database(Protocol):
-    """One of the databases that Prefect's server runs on, and how it writes times."""
+    """One of the databases that Prefect's server runs on, and how it writes durations."""
 
     name: str
     revision: str
     """The Alembic revision of the tables that this is tested with."""
-
-    def made(self, moment: str) -> str:
-        """A moment as exact as it costs nothing to be, to the second at least."""
-        ...
 
     def span(self, seconds: float) -> str: ...
 
@@ -102,6 +98,6 @@ class DatabaseSink:
     def _rows(self, runs: Iterable[Run]) -> dict[str, list[Row]]:
         tables: dict[str, list[Row]] = {}
         for run in runs:
-            for table, row in rows_of(run, self.flow_id(run.flow), made=self._database.made, span=self._database.span):
+            for table, row in rows_of(run, self.flow_id(run.flow), span=self._database.span):
                 tables.setdefault(table, []).append(row)
         return tables

@@ -77,6 +77,9 @@ TABLES: dict[str, tuple[str, ...]] = {
 RECORDED = "sekha:gateway"
 """The tag of every run that a gateway recorded, by which retention finds them."""
 
+_DAY = len("2026-11-18")
+_SECOND = len("2026-11-18 11:06:40")
+
 State: TypeAlias = tuple[str, str]
 """Prefect's type of a state, and its name."""
 
@@ -153,16 +156,14 @@ def moment(at: float) -> str:
     return f"{_second(second)}.{micros:06}"
 
 
-def rows_of(
-    run: Run, flow_id: str, *, made: Callable[[str], str], span: Callable[[float], str]
-) -> Iterator[tuple[str, Row]]:
+def rows_of(run: Run, flow_id: str, *, span: Callable[[float], str]) -> Iterator[tuple[str, Row]]:
     """Each row with its table. `span` writes durations as the database keeps them.
 
-    When a row was made is told as exactly as `made` leaves a moment, to the second at least: whoever
-    shows it does too, and the run's own times are exact.
+    The times of runs and states are exact. When a row was made is told to the second, as it is shown, and of
+    states, of which nobody is told it, to the day: it is indexed, and what is alike takes less.
     """
     began, ended = moment(run.started_at), moment(run.ended_at)
-    created, updated = made(began), made(ended)
+    created, updated = began[:_SECOND], ended[:_SECOND]
     kind, state_name = state_of(run)
     yield (
         "flow_run",
@@ -172,7 +173,7 @@ def rows_of(
         ),
     )
     # Ids tell rows of one table apart: a state can have that of its run.
-    yield "flow_run_state", (run.id, updated, updated, run.id, kind, state_name, ended, said_of(run))
+    yield "flow_run_state", (run.id, ended[:_DAY], ended[:_DAY], run.id, kind, state_name, ended, said_of(run))
     states: dict[tuple[State, str | None], str] = {}
     steps = steps_of(run)
     # Steps that ended alike share a state, the last one's: it holds only what their own rows say more
@@ -182,14 +183,14 @@ def rows_of(
         if alike not in states:
             states[alike] = step.id
             end = moment(step.ended_at)
-            yield "task_run_state", (step.id, made(end), made(end), step.id, *step.state, end, step.message)
+            yield "task_run_state", (step.id, end[:_DAY], end[:_DAY], step.id, *step.state, end, step.message)
     for number, step in enumerate(steps):
         start, end = moment(step.started_at), moment(step.ended_at)
         yield (
             "task_run",
             (
                 # Nothing shows a task's key, and its name says the same.
-                *(step.id, made(start), made(end), step.name, run.id, "", str(number)),
+                *(step.id, start[:_SECOND], end[:_SECOND], step.name, run.id, "", str(number)),
                 *(states[step.state, step.message], *step.state, 1, 1, start, start, end),
                 *(span(step.ended_at - step.started_at), _json(step.inputs)),
             ),

@@ -28,9 +28,6 @@ class SqliteTables:
             self._connection.execute("PRAGMA foreign_keys=ON")
             self._connection.execute("PRAGMA synchronous=NORMAL")
 
-    def made(self, moment: str) -> str:
-        return moment[: len("2026-11-18 11:06:40")]
-
     def span(self, seconds: float) -> str:
         # SQLAlchemy keeps a duration as that long after the epoch.
         return moment(seconds)

@@ -23,7 +23,10 @@ import pytest
 
 from sekha.calling import Attempt
 from sekha.config import RecordingSection
+from sekha.recording.prefect_database import DatabaseSink
+from sekha.recording.prefect_postgres import PostgresTables
 from sekha.recording.prefect_rows import RECORDED
+from sekha.recording.prefect_sqlite import SqliteTables
 from sekha.recording.recorder import Recorder
 from sekha.recording.run import Run
 from sekha.stack import LocalPrefect
@@ -36,6 +39,7 @@ Makes: TypeAlias = Callable[..., Run]
 Until: TypeAlias = Callable[..., Any]
 
 EVERYTHING = RecordingSection(max_per_second=1e9)
+AT = 1_795_000_000.25
 ATTEMPTS = (
     Attempt(provider_id="openai", model_id="gpt-5-mini", seconds=0.1, error="rate_limited", detail="429"),
     Attempt(provider_id="anthropic", model_id="claude", seconds=0.2),
@@ -302,3 +306,53 @@ async def test_postgres_shows_the_same(
         assert stats.sink == "Prefect's PostgreSQL database"
         await check_exact(server, run)
         assert "rate_limited" in await server.receipt(fell_back.id)
+
+
+def many(make_run: Makes, first: int, count: int) -> list[Run]:
+    """Chats of a gateway that has 50 a second."""
+    starts = [AT + number / 50 for number in range(first, first + count)]
+    return [make_run(started_at=at, ended_at=at + 0.270001, clock_offset=at - 100.0) for at in starts]
+
+
+def grown(sink: DatabaseSink, size: Callable[[], int], make_run: Makes) -> float:
+    """What a chat adds to a database that holds some already, in bytes."""
+    for at in range(0, 1_000, 250):
+        sink.publish(many(make_run, at, 250))
+    before = size()
+    for at in range(1_000, 3_000, 250):
+        sink.publish(many(make_run, at, 250))
+    after = size()
+    sink.close()
+    return (after - before) / 2_000
+
+
+def test_sqlite_keeps_a_chat_in_what_the_manual_says(tables: Any, make_run: Makes) -> None:
+    def size() -> int:
+        tables.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        return int(tables.file.stat().st_size)
+
+    assert grown(DatabaseSink(SqliteTables(tables.file), None), size, make_run) <= 6_600
+
+
+def test_postgres_keeps_a_chat_in_five_kilobytes(postgres_server: str, tmp_path: Path, make_run: Makes) -> None:
+    name = f"prefect_{uuid4().hex}"
+    url = postgres_server.replace("/postgres?", f"/{name}?")
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        subprocess.run(
+            [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
+            env={
+                **os.environ,
+                "PREFECT_HOME": str(tmp_path),
+                "PREFECT_API_URL": "",
+                "PREFECT_API_DATABASE_CONNECTION_URL": url.replace("postgresql://", "postgresql+asyncpg://"),
+            },
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+        def size() -> int:
+            [row] = connection.execute("SELECT pg_database_size(%s)", (name,)).fetchall()
+            return int(row[0])
+
+        assert grown(DatabaseSink(PostgresTables(url), None), size, make_run) <= 5_000
