@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from contextlib import suppress
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import orjson
@@ -14,24 +13,23 @@ import orjson
 from sekha.calling import Attempt
 from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Reply, carried_out
 from sekha.errors import ProviderError, SekhaError
-from sekha.gateway.chats import Pipe, headers_of, stream_headers
+from sekha.gateway.chats import Pipe, answer_headers, headers_of, stream_headers
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.lanes import Lane
-from sekha.gateway.problems import Headers
 from sekha.gateway.serving import Serving
 from sekha.gateway.wire import ChatAsked, chat_reply, chat_request, money, with_note
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Estimate, Usage, chat_units, cost_units, most_of
 from sekha.providers.relay import RelayStream
-from sekha.recording.run import new_run_id
+from sekha.recording.run import Run, new_run_id
 from sekha.routing import Candidate, Plan
 from sekha.steps.calls import Sent
+from sekha.trace import Step
 
 if TYPE_CHECKING:
     from sekha.gateway.app import Gateway
     from sekha.gateway.http_server import HttpExchange
     from sekha.ledgers.leased import LeasedLedger
-    from sekha.trace import Notes
 
 __all__ = ["BegunAnswer", "BegunChat", "BegunStream"]
 
@@ -100,7 +98,7 @@ class BegunChat(ABC):
             tokens if lane.exact else most_of(tokens),
             requested,
             model.max_output_tokens,
-            serving.runtime.money.usual_tokens(lane.name),
+            lane.usual.tokens.get(lane.name),
             lane.limited,
             lane.window,
         )
@@ -173,10 +171,8 @@ class BegunChat(ABC):
 
     def _note(self) -> dict[str, object]:
         """What the reply carries under `sekha`, as `wire.sekha_note` has it."""
-        model = self._lane.model
         return {
-            "provider_id": model.provider_id,
-            "model_id": model.id,
+            **self._lane.said,
             "estimated_cost": float(self._units.expected * self._lane.tariff.unit),
             "cost": float(self.cost),
             "attempts": 1,
@@ -196,33 +192,56 @@ class BegunChat(ABC):
     def _count(self) -> None:
         """Count what was answered, and record it."""
         lane, serving, usage = self._lane, self.serving, self.usage
-        name, provider_id, model_id, resources = lane.name, self.provider_id, self.model_id, serving.resources
-        tokens, waited = usage.input_tokens + usage.output_tokens, self._waited
+        name, resources, waited = lane.name, serving.resources, self._waited
+        went_in, came_out = usage.input_tokens, usage.output_tokens
+        lane.usual.known()
         if resources.circuits is not None:
             resources.circuits.note(name, None)
         resources.latencies.observe(name, waited)
         if self._taken is not None:
-            resources.rates.correct(provider_id, self._taken, tokens)
-        self._by.used(tokens)
-        serving.metrics.call(provider_id, model_id, "answered", waited)
-        serving.metrics.spent(provider_id, model_id, usage.input_tokens, usage.output_tokens, self.cost)
+            resources.rates.correct(self.provider_id, self._taken, went_in + came_out)
+        self._by.used(went_in + came_out)
+        lane.counts.answer(waited, went_in, came_out, float(self.cost))
         seconds = self._ended_at - self.began
         if serving.recorder is not None and serving.recorder.wants(outcome="answered", seconds=seconds):
-            plan, under_way = self._plan(), self._under_way()
-            reply = self._reply(plan)
-            hold = under_way.noted_before(
-                plan,
-                began=self.began,
-                estimated_at=self._estimated_at,
-                selected_at=self._selected_at,
-                reserved_at=self._reserved_at,
-            )
-            under_way.notes += [
-                *self._calls_noted(plan, hold, reply),
-                ("settle_cost", (hold, reply), self._called_at, self._settled_at, None, None),
-            ]
-            under_way.record(reply, seconds)
+            serving.recorder.record(self._run(seconds, waited))
         self._x.under_way = self
+
+    def _run(self, seconds: float, waited: float) -> Run:
+        """The run that `UnderWay` would have made of it."""
+        lane, given, now = self._lane, self._given, time()
+        asked = given["model"]
+        parameters = {"model": asked, "messages": len(given["messages"]), "images": 0}
+        if self._by.key is not None:
+            parameters["key"] = self._by.key
+        calls = self._calls()
+        return Run(
+            id=self.run_id,
+            flow="chat",
+            name=f"{asked} → {lane.name}",
+            started_at=now - seconds,
+            ended_at=now,
+            outcome="answered",
+            steps=(
+                Step("estimate_cost", (), self.began, self._estimated_at),
+                Step("select_provider", (0,), self._estimated_at, self._selected_at),
+                Step("reserve_budget", (1,), self._selected_at, self._reserved_at),
+                *calls,
+                Step("settle_cost", (2, 2 + len(calls)), self._called_at, self._settled_at),
+            ),
+            clock_offset=now - perf_counter(),
+            parameters=parameters,
+            tags=lane.tags,
+            provider_id=self.provider_id,
+            model_id=self.model_id,
+            estimated_cost=self._units.expected * lane.tariff.unit,
+            cost=self.cost,
+            attempts=(Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=waited),),
+        )
+
+    @abstractmethod
+    def _calls(self) -> tuple[Step, ...]:
+        """The steps between reserving and settling; they go by number, and the first is 3."""
 
     # What the log says of it.
 
@@ -297,10 +316,6 @@ class BegunChat(ABC):
         """Whether the caller was told of an error within what he got."""
         return False
 
-    @abstractmethod
-    def _calls_noted(self, plan: Plan, hold: object, reply: Reply) -> Notes:
-        """The steps between reserving and settling."""
-
     def _under_way(self) -> UnderWay:
         request = chat_request(self._given, by=self._by)
         return UnderWay(self.serving, "chat", request, self._by, run_id=self.run_id, began=self.began)
@@ -312,26 +327,11 @@ class BegunChat(ABC):
         estimate = Estimate(expected * unit, worst * unit, tokens, length, context, limit, basis)
         return Plan(ask=lane.ask, candidates=(Candidate(lane.model, estimate, lane.reason),))
 
-    def _reply(self, plan: Plan) -> Reply:
-        """What the line would have returned; its text is of no interest where content is not recorded."""
-        return Reply(
-            text="",
-            body={},
-            provider_id=self.provider_id,
-            model_id=self.model_id,
-            usage=self.usage,
-            estimated_cost=plan.first.estimate.expected,
-            cost=self.cost,
-            attempts=(Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited),),
-            reason=self._lane.reason,
-            charged_to=self._lane.scope,
-        )
-
 
 class BegunAnswer(BegunChat):
     """A chat whose answer goes out whole."""
 
-    __slots__ = ("_raw",)
+    __slots__ = ()
 
     @property
     def _waited(self) -> float:
@@ -340,25 +340,19 @@ class BegunAnswer(BegunChat):
     def _go_on(self) -> None:
         lane, x = self._lane, self._x
         self._called_at = perf_counter()
-        usage: Usage | None = None
-        with suppress(ProviderError):
-            completion = lane.provider.completion(self._sent, lane.model)
-            usage = completion.usage
+        usage = lane.provider.usage_of(self._sent)
         if usage is None:
             x.hand_over()
-            return
-        self._raw = completion.raw or b""
-        if self._settle(usage):
-            x.answer_now(*self._said())
+        elif self._settle(usage):
+            said = with_note(self._sent.response.content, self._note())
+            x.answer_now(said, b"%b%b\r\n" % (lane.lines, money(self.cost)))
             self._ended()
         else:
             x.hand_over()
 
-    def _said(self) -> tuple[bytes, Headers]:
-        return with_note(self._raw, self._note()), [*self._lane.headers, (b"x-sekha-cost", money(self.cost))]
-
     async def _tell(self) -> None:
-        await self._x.answer(200, *self._said())
+        said = with_note(self._sent.response.content, self._note())
+        await self._x.answer(200, said, answer_headers(self.provider_id, self.model_id, self.cost))
 
     async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:
         serving, request = self.serving, cast("ChatRequest", under_way.request)
@@ -373,8 +367,8 @@ class BegunAnswer(BegunChat):
         await self._x.answer(200, chat_reply(reply, self.run_id), headers_of(reply))
         return reply
 
-    def _calls_noted(self, plan: Plan, hold: object, reply: Reply) -> Notes:
-        return [("call_provider", (plan, hold), self._reserved_at, self._called_at, reply, None)]
+    def _calls(self) -> tuple[Step, ...]:
+        return (Step("call_provider", (1, 2), self._reserved_at, self._called_at),)
 
 
 class BegunStream(BegunChat):
@@ -408,12 +402,18 @@ class BegunStream(BegunChat):
             x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
             self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
         try:
-            while not x.is_held_up and (block := stream.take()) is not None:
-                x.go_on_now(block)
+            block = None if x.is_held_up else stream.take()
         except ProviderError:
             x.hand_over()
             return
-        if stream.has_ended and stream.usage is not None:
+        if block is not None:
+            x.go_on_now(block)
+        if not stream.has_ended:
+            if x.is_held_up or stream.is_broken:
+                x.hand_over()
+            else:
+                stream.listen()
+        elif stream.usage is not None:
             self._called_at = perf_counter()
             if self._settle(stream.usage):
                 x.end_now(self._last())
@@ -422,10 +422,8 @@ class BegunStream(BegunChat):
                 self._ended()
             else:
                 x.hand_over()
-        elif x.is_held_up or stream.has_ended or self._sent.response.error is not None:
-            x.hand_over()
         else:
-            stream.listen()
+            x.hand_over()
 
     def _last(self) -> bytes:
         return b": sekha " + orjson.dumps(self._note()) + b"\n\ndata: [DONE]\n\n"
@@ -469,12 +467,11 @@ class BegunStream(BegunChat):
         attempt = Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited)
         return Opened(events=self._stream, candidate=plan.first, attempts=(attempt,), probe=None, charge=_nothing_more)
 
-    def _calls_noted(self, plan: Plan, hold: object, reply: Reply) -> Notes:
-        opened = object()
-        return [
-            ("open_stream", (plan, hold), self._reserved_at, self._opened_at, opened, None),
-            ("relay_stream", (plan, hold, opened), self._opened_at, self._called_at, reply, None),
-        ]
+    def _calls(self) -> tuple[Step, ...]:
+        return (
+            Step("open_stream", (1, 2), self._reserved_at, self._opened_at),
+            Step("relay_stream", (1, 2, 3), self._opened_at, self._called_at),
+        )
 
 
 async def _nothing_more(reply: Reply) -> None:

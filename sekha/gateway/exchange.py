@@ -30,35 +30,22 @@ os.register_at_fork(after_in_child=_ids.clear)
 class Exchange(ABC):
     """Reads a request's body and sends its reply, with the request's id on it whatever that is."""
 
-    __slots__ = (
-        "authorization",
-        "begun",
-        "ended",
-        "left",
-        "method",
-        "path",
-        "query",
-        "request_id",
-        "status",
-        "under_way",
-    )
-
-    def __init__(self) -> None:
-        self.method = ""
-        self.path = ""
-        self.query = b""
-        self.authorization: bytes | None = None
-        self.request_id = b""
-        self.status = 0
-        """Of the reply; 0 until it has begun."""
-        self.under_way: UnderWay | BegunChat | None = None
-        """What is noted of it, once it is known what is asked."""
-        self.begun: BegunChat | None = None
-        """What was done for it before it had a task."""
-        self.ended = False
-        """Whether the reply is out."""
-        self.left = False
-        """Whether the caller is gone, and the request was cancelled for it."""
+    # Defaults of the class, since one is made for each request, and most of them stay as they are.
+    method = ""
+    path = ""
+    query = b""
+    authorization: bytes | None = None
+    request_id = b""
+    status = 0
+    """Of the reply; 0 until it has begun."""
+    under_way: UnderWay | BegunChat | None = None
+    """What is noted of it, once it is known what is asked."""
+    begun: BegunChat | None = None
+    """What was done for it before it had a task."""
+    ended = False
+    """Whether the reply is out."""
+    left = False
+    """Whether the caller is gone, and the request was cancelled for it."""
 
     def identify(self, asked: bytes | None) -> None:
         """Give the request the id that its caller asked for, if that is one, or else a new one."""
@@ -92,10 +79,7 @@ class Exchange(ABC):
 class AsgiExchange(Exchange):
     """An exchange under any ASGI server: for tests, and for mounting the gateway in another application."""
 
-    __slots__ = ("_receive", "_send", "was_read")
-
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        super().__init__()
         self._receive = receive
         self._send = send
         self.method = scope["method"]

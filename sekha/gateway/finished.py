@@ -94,27 +94,20 @@ class UnderWay:
     def noted_before(
         self,
         plan: object,
-        hold: object = None,
+        hold: object,
         *,
         began: float,
         estimated_at: float,
         selected_at: float,
         reserved_at: float,
-    ) -> object:
-        """Note the steps before a call that were taken elsewhere, up to its plan and hold, and return the hold."""
-        estimates, hold = object(), hold or object()
+    ) -> None:
+        """Note the steps before a call that were taken elsewhere, and led to its plan and hold."""
+        estimates = object()
         self.notes += [
             ("estimate_cost", (self.request,), began, estimated_at, estimates, None),
             ("select_provider", (self.request, estimates), estimated_at, selected_at, plan, None),
             ("reserve_budget", (plan,), selected_at, reserved_at, hold, None),
         ]
-        return hold
-
-    def record(self, by: Answered, seconds: float) -> None:
-        """Record an answer that the recorder wants."""
-        if self._serving.recorder is not None:
-            run = self._run("answered", seconds, time.time(), by, None, "", by.attempts)
-            self._serving.recorder.record(run)
 
     def answered(self, by: Answered) -> None:
         """Note an answer. Behind it: what is written in a turn of the event loop goes out at the turn's end."""

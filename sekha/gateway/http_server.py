@@ -27,7 +27,7 @@ from sekha.gateway.heads import Head, head_of
 from sekha.gateway.problems import Headers
 from sekha.turns import turn_of
 
-__all__ = ["HEAD_BYTES", "WRITE_SECONDS", "Connections", "HttpConnection", "HttpExchange"]
+__all__ = ["HEAD_BYTES", "WRITE_SECONDS", "Connections", "HttpConnection", "HttpExchange", "lines_of"]
 
 HEAD_BYTES = 64 * 1024
 """Of a request's line and headers together."""
@@ -44,7 +44,18 @@ _CR, _LF = b"\r\n"
 _SWEEP_SECONDS = 1.0
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_CLOSE = b"connection: close"
+_CLOSE = (b"connection", b"close")
+_CHUNKED = (b"transfer-encoding", b"chunked")
+
+
+def lines_of(headers: Headers) -> bytes:
+    """Lines of a head. Raises `ValueError` for a header that would be more than one."""
+    lines = list(map(_FIELD, headers))
+    said = b"".join(lines)
+    if _CR in said or _LF in said:
+        raise ValueError("a header of the reply holds a line break")
+    lines.append(b"")
+    return b"\r\n".join(lines)
 
 
 class _Answers(Protocol):
@@ -138,38 +149,24 @@ class Connections:
 class HttpExchange(Exchange):
     """One request of a connection. What comes of its body is kept here until somebody asks for it."""
 
-    __slots__ = (
-        "_connection",
-        "_size",
-        "body_limit",
-        "chunked",
-        "headed",
-        "keeps",
-        "parts",
-        "task",
-        "waiter",
-        "waits_to_send",
-        "whole",
-    )
+    _size = 0
+    headed = False
+    """Whether all its headers are here."""
+    whole = False
+    """Whether its body is."""
+    keeps = True
+    """Whether the connection goes on after it."""
+    waits_to_send = False
+    """Whether the caller waits with the body until we want it (`Expect: 100-continue`)."""
+    body_limit = inf
+    chunked = True
+    """Whether the caller knows of replies in chunks."""
+    task: asyncio.Task[None] | None = None
+    waiter: asyncio.Future[None] | None = None
 
     def __init__(self, connection: HttpConnection) -> None:
-        super().__init__()
         self._connection = connection
-        self._size = 0
-        self.headed = False
-        """Whether all its headers are here."""
-        self.whole = False
-        """Whether its body is."""
-        self.keeps = True
-        """Whether the connection goes on after it."""
-        self.waits_to_send = False
-        """Whether the caller waits with the body until we want it (`Expect: 100-continue`)."""
-        self.body_limit = inf
         self.parts: list[bytes] = []
-        self.chunked = True
-        """Whether the caller knows of replies in chunks."""
-        self.task: asyncio.Task[None] | None = None
-        self.waiter: asyncio.Future[None] | None = None
 
     async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:
         self.body_limit = limit_mb * 1e6
@@ -212,7 +209,7 @@ class HttpExchange(Exchange):
             self.waiter.set_result(None)
 
     async def answer(self, status: int, body: bytes, headers: Headers) -> None:
-        head = self._head(status, headers, b"content-length: %d" % len(body))
+        head = self._head(status, headers, (b"content-length", b"%d" % len(body)))
         self.status = status
         connection = self._connection
         if self.method == "HEAD":
@@ -223,10 +220,20 @@ class HttpExchange(Exchange):
         connection.write(body)
         self._end()
 
-    def answer_now(self, body: bytes, headers: Headers) -> None:
-        """Answer with 200, and without waiting for a caller who reads slowly: one answer is all that waits for him."""
+    def answer_now(self, body: bytes, lines: bytes) -> None:
+        """Answer with 200 and these lines of a head, each with its end.
+
+        It waits for nobody who reads slowly: one answer is all that waits for him.
+        """
         self.status = 200
-        self._connection.write(self._head(200, headers, b"content-length: %d" % len(body)) + body)
+        connection = self._connection
+        if self.waits_to_send or connection.all.ending or not self.keeps:
+            self.keeps = False
+            lines += lines_of([_CLOSE])
+        connection.write(
+            b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
+            % (connection.all.date, lines, self.request_id, len(body), body)
+        )
         self._end()
 
     def hand_over(self) -> asyncio.Task[None]:
@@ -256,7 +263,7 @@ class HttpExchange(Exchange):
     def begin_now(self, headers: Headers) -> None:
         # Before chunks were known, a reply ended with its connection.
         self.keeps = self.keeps and self.chunked
-        head = self._head(200, headers, b"transfer-encoding: chunked" if self.chunked else b"")
+        head = self._head(200, headers, _CHUNKED if self.chunked else None)
         self.status = 200
         self._connection.write(head)
 
@@ -272,20 +279,16 @@ class HttpExchange(Exchange):
             self._connection.write(piece)
         self._end()
 
-    def _head(self, status: int, headers: Headers, length: bytes) -> bytes:
+    def _head(self, status: int, headers: Headers, length: tuple[bytes, bytes] | None) -> bytes:
         if self.waits_to_send or self._connection.all.ending:
             # A body that was never sent for may or may not come: only a new connection leaves no doubt.
             self.keeps = False
-        lines = list(map(_FIELD, headers))
-        lines.append(b"x-request-id: " + self.request_id)
+        lines = [(b"x-request-id", self.request_id)]
         if length:
             lines.append(length)
         if not self.keeps:
             lines.append(_CLOSE)
-        said = b"".join(lines)
-        if _CR in said or _LF in said:
-            raise ValueError("a header of the reply holds a line break")
-        return b"".join((_STATUS_LINES[status], self._connection.all.date, b"\r\n".join(lines), b"\r\n\r\n"))
+        return b"".join((_STATUS_LINES[status], self._connection.all.date, lines_of([*headers, *lines]), b"\r\n"))
 
     def _end(self) -> None:
         self.ended = True

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 from sekha.asks import Ask
-from sekha.gateway.problems import Headers
+from sekha.gateway.http_server import lines_of
 from sekha.gateway.serving import Serving
 from sekha.keys import Pass
 from sekha.pricing import Price
 from sekha.providers.relay import RelayProvider
+from sekha.registry import Model
 from sekha.steps.money import HOLD_SECONDS, Known
 
 __all__ = ["Lane", "lane_of"]
@@ -45,11 +46,20 @@ class Lane:
         self.window = model.context_window
         self.timeout_seconds = resources.registry.provider_of(model).timeout_seconds
         self.hold_seconds = max(HOLD_SECONDS, 4 * self.timeout_seconds)
-        self.headers: Headers = [
-            (b"content-type", b"application/json"),
-            (b"x-sekha-provider", model.provider_id.encode()),
-            (b"x-sekha-model", model.id.encode()),
-        ]
+        self.usual = serving.runtime.money.usual
+        self.counts = serving.metrics.counts_of(model.provider_id, model.id)
+        self.said = {"provider_id": model.provider_id, "model_id": model.id}
+        """What every reply says of who answered."""
+        named = [(b"x-sekha-provider", model.provider_id.encode()), (b"x-sekha-model", model.id.encode())]
+        self.lines = lines_of([(b"content-type", b"application/json"), *named]) + b"x-sekha-cost: "
+        """Of a whole answer's head, up to its cost."""
+        tasks = [task for each in _models_of(serving, model) for task in each.tasks[:1]]
+        self.tags = (f"provider:{model.provider_id}", f"model:{model.id}", *(f"task:{task}" for task in tasks))
+
+
+def _models_of(serving: Serving, model: Model) -> list[Model]:
+    """Every entry of the file for this model."""
+    return [each for each in serving.resources.registry.provider_of(model).models if each.id == model.id]
 
 
 def lane_of(serving: Serving, ask: Ask, by: Pass, known: Known) -> Lane | None:

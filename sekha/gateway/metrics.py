@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 import orjson
 
-__all__ = ["Counter", "Family", "Histogram", "Metrics", "Sample"]
+__all__ = ["Counter", "Family", "Histogram", "Metrics", "ModelCounts", "Sample"]
 
 log = logging.getLogger("sekha.metrics")
 
@@ -131,6 +131,28 @@ class Histogram:
         self.total += total
 
 
+class ModelCounts:
+    """The counts of one model's answers, looked up once for all of them."""
+
+    __slots__ = ("answered", "dollars", "input", "output", "seconds")
+
+    def __init__(self, totals: Totals, provider: str, model: str) -> None:
+        counters, histograms = totals.counters, totals.histograms
+        self.answered = counters[CALLS.name].setdefault((provider, model, "answered"), Counter())
+        self.input = counters[TOKENS.name].setdefault((provider, model, "input"), Counter())
+        self.output = counters[TOKENS.name].setdefault((provider, model, "output"), Counter())
+        self.dollars = counters[DOLLARS.name].setdefault((provider, model), Counter())
+        self.seconds = histograms[CALL_SECONDS.name].setdefault((provider, model), Histogram())
+
+    def answer(self, seconds: float, input_tokens: int, output_tokens: int, dollars: float) -> None:
+        """What `Metrics.call` and `Metrics.spent` count of an answer."""
+        self.answered.value += 1
+        self.seconds.observe(seconds)
+        self.input.value += input_tokens
+        self.output.value += output_tokens
+        self.dollars.value += dollars
+
+
 @dataclass(slots=True)
 class Totals:
     """Everything that is added up over processes."""
@@ -211,6 +233,9 @@ class Metrics:
         if (histogram := self._call_seconds.get((provider, model))) is None:
             histogram = self._call_seconds[provider, model] = Histogram()
         histogram.observe(seconds)
+
+    def counts_of(self, provider: str, model: str) -> ModelCounts:
+        return ModelCounts(self._totals, provider, model)
 
     def first(self, provider: str, model: str, seconds: float) -> None:
         if (histogram := self._first.get((provider, model))) is None:

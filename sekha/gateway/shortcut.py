@@ -98,8 +98,7 @@ class Shortcut:
                 requested = limit if requested is None else min(limit, requested)
         tokens = count_words(messages, lane.tokenizer)
         kind = BegunStream if stream else BegunAnswer
-        chat = kind(gateway, self._serving, x, lane, given, began)
-        return chat.send(requested, tokens, len(body) // BYTES_PER_TOKEN)
+        return kind(gateway, self._serving, x, lane, given, began).send(requested, tokens, len(body) // BYTES_PER_TOKEN)
 
     def _lane(self, authorization: bytes | None, asked: str) -> Lane | None:
         if (authorization, asked) in self._lanes:

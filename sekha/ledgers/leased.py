@@ -30,7 +30,7 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
 from sekha.errors import LedgerError, LedgerUnavailable
@@ -78,24 +78,35 @@ _SCOPES = 1_000
 _NEVER = float("inf")
 
 
+class _Held(NamedTuple):
+    """What `reserve_now` holds, of which nobody has asked for the hold."""
+
+    budgets: tuple[Budget, ...]
+    needs: Sequence[int]
+    ttl_seconds: float
+
+    def made(self, name: str, expires_at: datetime) -> Hold:
+        amounts = {each.name: to_dollars(need) for each, need in zip(self.budgets, self.needs, strict=True) if need}
+        return Hold(id=name, budgets=self.budgets, amounts=amounts, expires_at=expires_at, ttl_seconds=self.ttl_seconds)
+
+
 class _Open:
     """A hold that is neither settled nor released."""
 
     __slots__ = ("at", "expires_at", "hold", "left", "name", "named", "scope", "single")
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - for each request, and names take half as long again
         self,
         name: str,
-        hold: Hold | Callable[[], Hold],
+        hold: Hold | _Held,
         left: dict[Pool, int],
-        *,
         at: datetime,
         expires_at: datetime,
         scope: KnownScope | None,
     ) -> None:
         self.name = name
         self.hold = hold
-        """Or what makes it: few holds are ever looked at."""
+        """Or what it would say: few holds are ever looked at."""
         self.left = left
         self.at = at
         self.scope = scope
@@ -111,9 +122,10 @@ class _Open:
 
     def seen(self) -> Hold:
         """The hold as whoever made it has it."""
-        if callable(self.hold):
-            self.hold = self.hold()
-        return self.hold
+        hold = self.hold
+        if isinstance(hold, _Held):
+            hold = self.hold = hold.made(self.name, self.expires_at)
+        return hold
 
 
 _Known: TypeAlias = tuple[Budget, Pool, int]
@@ -358,10 +370,10 @@ class LeasedLedger:
         name = f"{self._owner}-{self._holds:x}"
         if left:
             expires_at = at + (self._lasting.get(ttl_seconds) or self._last(ttl_seconds))
-            made_of = partial(_made, name, budgets, needs, expires_at, ttl_seconds)
+            held = _Held(budgets, needs, ttl_seconds)
             known_scope = self._scopes.get(scope) or self._scope(scope)
             try:
-                self._hold(_Open(name, made_of, left, at=at, expires_at=expires_at, scope=known_scope))
+                self._hold(_Open(name, held, left, at, expires_at, known_scope))
             except LedgerUnavailable:
                 return None
         return name
@@ -371,7 +383,7 @@ class LeasedLedger:
         under = self._open.get(name)
         if under is not None:
             return under.seen()
-        return _made(name, (), (), at + timedelta(seconds=ttl_seconds), ttl_seconds)
+        return _Held((), (), ttl_seconds).made(name, at + timedelta(seconds=ttl_seconds))
 
     def settle_now(self, name: str, spend: Spend, *, cost: int, estimated: int) -> bool:
         """Settle what `reserve_now` held, with the spend's dollars in picos too.
@@ -441,7 +453,7 @@ class LeasedLedger:
 
     def _take(self, hold: Hold, needs: dict[Pool, int], at: datetime, scope: Scope | None) -> None:
         known = None if scope is None else self._scopes.get(scope) or self._scope(scope)
-        self._hold(_Open(hold.id, hold, needs, at=at, expires_at=hold.expires_at, scope=known))
+        self._hold(_Open(hold.id, hold, needs, at, hold.expires_at, known))
 
     def _hold(self, under: _Open) -> None:
         (self._journal or self._start()).write(under.record())
@@ -920,13 +932,6 @@ class LeasedLedger:
         journal.remove()
         with suppress(LedgerError):  # a row too many, which nobody misreads
             await self._ledger.forget(self._owner)
-
-
-def _made(
-    name: str, budgets: tuple[Budget, ...], needs: Sequence[int], expires_at: datetime, ttl_seconds: float
-) -> Hold:
-    amounts = {budget.name: to_dollars(need) for budget, need in zip(budgets, needs, strict=True) if need}
-    return Hold(id=name, budgets=budgets, amounts=amounts, expires_at=expires_at, ttl_seconds=ttl_seconds)
 
 
 async def _nothing() -> None:

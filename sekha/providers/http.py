@@ -221,53 +221,34 @@ class HttpClient:
 class Response:
     """One answer. Reading it to its end gives its connection back; closing it early closes the connection."""
 
-    __slots__ = (
-        "_connection",
-        "_left",
-        "_waiter",
-        "complete",
-        "error",
-        "expires_at",
-        "headed",
-        "loop",
-        "parts",
-        "raw_headers",
-        "reused",
-        "sent_at",
-        "size",
-        "started",
-        "status",
-        "told",
-        "unpack",
-        "whole",
-    )
+    # Defaults of the class, since one is made for each request, and most of them stay as they are.
+    status = 0
+    started = False
+    """Whether a byte of it has come."""
+    headed = False
+    complete = False
+    error: Exception | None = None
+    unpack: Any = None
+    told: Callable[[], None] | None = None
+    """Called when more is there, in place of `more`."""
+    size = 0
+    _left = False
+    _waiter: asyncio.Future[None] | None = None
 
     def __init__(
         self, connection: _Connection, loop: asyncio.AbstractEventLoop, expires_at: float, whole: bool
     ) -> None:
-        self.status = 0
-        self.started = False
-        """Whether a byte of it has come."""
-        self.headed = False
-        self.complete = False
-        self.error: Exception | None = None
         self.expires_at = expires_at
         """The loop's time at which waiting ends with `TimeoutError`. Set it later to allow more."""
-        self.unpack: Any = None
-        self.told: Callable[[], None] | None = None
-        """Called when more is there, in place of `more`."""
-        self.reused = connection.used
-        """Whether its connection had carried another, and so may have been closed meanwhile."""
-        self.sent_at = loop.time()
-        self._connection = connection
-        self._left = False
-        self.loop = loop
-        self.raw_headers: list[tuple[bytes, bytes]] = []
-        self.parts: list[bytes] = []
-        self.size = 0
         self.whole = whole
         """Whether it is handed on when all of it is there, and not before."""
-        self._waiter: asyncio.Future[None] | None = None
+        self.loop = loop
+        self.sent_at = loop.time()
+        self.reused = connection.used
+        """Whether its connection had carried another, and so may have been closed meanwhile."""
+        self.raw_headers: list[tuple[bytes, bytes]] = []
+        self.parts: list[bytes] = []
+        self._connection = connection
 
     @property
     def headers(self) -> Mapping[str, str]:

@@ -121,12 +121,15 @@ class RelayProvider:
         failed = self._failing(model, _no_texts)
         return RelayStream(begun.response, failed, timeout_seconds=timeout_seconds, hands_on_usage=False)
 
-    def completion(self, begun: Begun, model: Model) -> Completion:
-        """What came of a call that has ended. Raises `ProviderError`, not to be shown, for what is no answer."""
-        response, failed = begun.response, self._failing(model, _no_texts)
+    def usage_of(self, begun: Begun) -> Usage | None:
+        """What a call used that has ended; None for all that is not a whole answer with its usage."""
+        response = begun.response
         if response.error is not None or response.status != 200:
-            raise failed.bad("it is no answer")
-        return _completion(response, failed)
+            return None
+        body = json_object(response.content)
+        if body is None or body.get("error") or not _is_whole(body.get("choices")):
+            return None
+        return _usage(body.get("usage"))
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         events = await self._open(call, hands_on_usage=True)
@@ -366,6 +369,11 @@ class RelayStream:
         """Whether its provider said that it ended, and all of it was taken."""
         return self._done and not self._first
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the next of it is what broke it."""
+        return self._failure is not None or self._response.error is not None
+
     def listen(self) -> None:
         """Allow the provider its time anew for what comes next."""
         self._response.expires_at = self._response.loop.time() + self._timeout_seconds
@@ -515,12 +523,19 @@ def _completion(response: Response, failed: _Failing) -> Completion:
     raw = response.content
     body = _parsed(response, raw, failed)
     choices = body.get("choices")
-    if type(choices) is not list or not choices:
-        raise failed.bad("it has no choices")
-    for choice in choices:
-        if type(choice) is not dict or type(choice.get("message")) is not dict:
-            raise failed.bad("a choice has no message")
+    if not _is_whole(choices):
+        raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
     return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
+
+
+def _is_whole(choices: object) -> bool:
+    """Whether each choice of an answer, and there is one, has its message."""
+    if type(choices) is not list or not choices:
+        return False
+    for choice in choices:  # noqa: SIM110 - for each request, and a generator takes three times as long
+        if type(choice) is not dict or type(choice.get("message")) is not dict:
+            return False
+    return True
 
 
 def _no_texts() -> Sequence[str]:

@@ -119,9 +119,9 @@ class Money:
         """What all asks like this one have in common; None before the first of them was estimated."""
         return self._known.get(ask)
 
-    def usual_tokens(self, name: str) -> int | None:
-        """How long the replies of `provider/model` usually are, where it has a history."""
-        return self._usual.known().get(name)
+    @property
+    def usual(self) -> UsualReplies:
+        return self._usual
 
     def tokenizer_of(self, model: Model) -> tuple[TokenizerName, bool]:
         """What counts words for a model, and whether its provider counts just so."""
@@ -190,8 +190,11 @@ class UsualReplies:
 
     def __init__(self, resources: Resources) -> None:
         self._open = resources
-        self._tokens: Mapping[str, int] = {}
-        """`provider/model` → tokens. Never changed, but replaced: estimates that were made keep what they saw."""
+        self.tokens: Mapping[str, int] = {}
+        """`provider/model` → tokens, as last read.
+
+        Never changed, but replaced: estimates that were made keep what they saw.
+        """
         self._models: dict[str, tuple[str, str]] = {}
         self._read: WeakSet[LineUp] = WeakSet()
         self._reading = asyncio.Lock()
@@ -202,7 +205,7 @@ class UsualReplies:
         """Tokens of a usual reply, for those of the models that were read that have a history."""
         if self._open.clock.now() - self._refreshed > self.REFRESH_SECONDS and self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
-        return self._tokens
+        return self.tokens
 
     async def aclose(self) -> None:
         if self._refreshing is not None:
@@ -221,7 +224,7 @@ class UsualReplies:
                 if entrant.name not in self._models and entrant.model.price and entrant.model.price.output
             }
             if new:
-                self._tokens = {**self._tokens, **await self._ask(new)}
+                self.tokens = {**self.tokens, **await self._ask(new)}
             if not self._models:
                 self._refreshed = self._open.clock.now()
             self._models |= new
@@ -230,8 +233,8 @@ class UsualReplies:
     async def _refresh(self) -> None:
         try:
             tokens = await self._ask(self._models)
-            if tokens.items() - self._tokens.items():
-                self._tokens = {**self._tokens, **tokens}
+            if tokens.items() - self.tokens.items():
+                self.tokens = {**self.tokens, **tokens}
         except LedgerError as error:
             log.warning("How long replies usually are could not be read again: %s", error)
         finally:
