@@ -89,13 +89,20 @@ class Gateway:
         await before.aclose()
 
     def begin(self, x: HttpExchange, body: bytes) -> bool:
-        """Begin to answer an ordinary chat without a task, and say whether it is one."""
+        """Begin to answer an ordinary request without a task, and say whether it is one."""
         serving = self.serving
-        if x.path != shortcut.PAGE or x.method != "POST" or not self._shortcut.begin(self, x, body):
+        if x.method != "POST":
             return False
-        serving.under_way += 1
-        serving.metrics.under_way += 1
-        return True
+        if x.path == "/v1/chat/completions":
+            begun = self._shortcut.begin(self, x, body)
+        elif x.path == "/v1/embeddings":
+            begun = self._shortcut.begin_embedding(self, x, body)
+        else:
+            return False
+        if begun:
+            serving.under_way += 1
+            serving.metrics.under_way += 1
+        return begun
 
     async def exchange(self, x: Exchange) -> None:
         """Answer one request. Whoever cancels it because its caller left, says so in `x.left`."""

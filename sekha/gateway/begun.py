@@ -12,15 +12,16 @@ import orjson
 
 from sekha.calling import Attempt
 from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Reply, carried_out
+from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.errors import ProviderError, SekhaError
-from sekha.gateway.chats import Pipe, answer_headers, headers_of, stream_headers
+from sekha.gateway.chats import Pipe, headers_of, stream_headers
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.lanes import Lane
 from sekha.gateway.serving import Serving
-from sekha.gateway.wire import ChatAsked, chat_reply, chat_request, money, with_note
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_reply, chat_request, money, with_note
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Estimate, Usage, chat_units, cost_units, most_of
-from sekha.providers.relay import RelayStream
+from sekha.providers.relay import Begun, RelayStream
 from sekha.recording.run import Run, new_run_id
 from sekha.routing import Candidate, Plan
 from sekha.steps.calls import Sent
@@ -31,16 +32,15 @@ if TYPE_CHECKING:
     from sekha.gateway.http_server import HttpExchange
     from sekha.ledgers.leased import LeasedLedger
 
-__all__ = ["BegunAnswer", "BegunChat", "BegunStream"]
+__all__ = ["BegunAnswer", "BegunStream", "Shortened"]
 
 log = logging.getLogger("sekha.gateway")
 
-_PAGE = "/v1/chat/completions"
 _NOT_OPTIONS = ("model", "messages", "stream", *REPLY_LIMITS)
 
 
-class BegunChat(ABC):
-    """One chat on the short way. It may be handed over to the line at any moment."""
+class Shortened(ABC):
+    """One request on the short way. It may be handed over to the line at any moment."""
 
     __slots__ = (
         "_by",
@@ -67,6 +67,8 @@ class BegunChat(ABC):
         "usage",
     )
 
+    flow = "chat"
+    page = "/v1/chat/completions"
     streams = False
     outcome: Literal["answered"] = "answered"
     error: None = None
@@ -87,10 +89,8 @@ class BegunChat(ABC):
 
     def send(self, requested: int | None, tokens: int, size: int) -> bool:
         """Estimate, select, reserve and call, for a request that counts as `size` against its key's limits."""
-        lane, serving = self._lane, self.serving
-        resources, ledger, model = serving.resources, serving.leased, lane.model
-        if ledger is None or not lane.provider.is_ready:
-            return False
+        lane = self._lane
+        model = lane.model
         units = self._units = chat_units(
             lane.tariff,
             lane.tariff,
@@ -104,15 +104,33 @@ class BegunChat(ABC):
         )
         self._requested, self._tokens = requested, tokens
         self._estimated_at = perf_counter()
-        worst = units.worst_case
-        if (lane.cap is not None and worst > lane.cap) or (lane.window and tokens + (requested or 0) > lane.window):
+        if (lane.window and tokens + (requested or 0) > lane.window) or not self._reserve(units.worst_case, size):
             return False
+        given = self._given
+        options = {name: value for name, value in given.items() if name not in _NOT_OPTIONS}
+        if most := requested or units.reply_limit:
+            options["max_tokens"] = most
+        seconds, streams = lane.timeout_seconds, self.streams
+        return self._call(
+            lane.provider.begin(
+                model, given["messages"], options, timeout_seconds=seconds, told=self._told, stream=streams
+            ),
+            size,
+        )
+
+    def _reserve(self, worst: int, size: int) -> bool:
+        """Select the one candidate there is, unless something speaks against it now, and hold its worst case."""
+        lane, serving, tokens = self._lane, self.serving, self._tokens
+        resources, ledger = serving.resources, serving.leased
         circuits, rates, limit = resources.circuits, resources.rates, lane.by.limit
-        if circuits is not None and not circuits.admit(lane.name):
-            return False
-        if rates and model.provider_id in rates.throttled(tokens):
-            return False
-        if limit is not None and limit.wait(size):
+        if (
+            ledger is None
+            or not lane.provider.is_ready
+            or (lane.cap is not None and worst > lane.cap)
+            or (circuits is not None and not circuits.admit(lane.name))
+            or (rates and lane.model.provider_id in rates.throttled(tokens))
+            or (limit is not None and limit.wait(size))
+        ):
             return False
         self._selected_at = perf_counter()
         hold = ledger.reserve_now(
@@ -124,21 +142,22 @@ class BegunChat(ABC):
         )
         if hold is None:
             return False
+        self._hold = hold
         self._reserved_at = perf_counter()
-        given = self._given
-        options = {name: value for name, value in given.items() if name not in _NOT_OPTIONS}
-        if most := requested or units.reply_limit:
-            options["max_tokens"] = most
-        seconds = lane.timeout_seconds
-        sent = lane.provider.begin(
-            model, given["messages"], options, timeout_seconds=seconds, told=self._told, stream=self.streams
-        )
+        return True
+
+    def _call(self, sent: Begun | None, size: int) -> bool:
+        """Take what was sent for this chat's call; with nothing sent, nothing has happened."""
+        lane, resources = self._lane, self.serving.resources
         if sent is None:
-            ledger.release_now(hold)
+            cast("LeasedLedger", self.serving.leased).release_now(self._hold)
             return False
-        self._hold, self._sent = hold, sent
+        limit, rates = lane.by.limit, resources.rates
+        self._sent = sent
         self._by = lane.by if limit is None else lane.by._replace(taken=limit.take(size))
-        self._taken = rates.take(model.provider_id, tokens + units.output_tokens) if rates else None
+        self._taken = None
+        if rates:
+            self._taken = rates.take(lane.model.provider_id, self._tokens + self._units.output_tokens)
         self.run_id = new_run_id()
         self._x.begun = self
         return True
@@ -187,7 +206,7 @@ class BegunChat(ABC):
 
     def _over(self) -> None:
         self._count()
-        self._gateway.over(self.serving, self._x, _PAGE, self._ended_at - self.began)
+        self._gateway.over(self.serving, self._x, self.page, self._ended_at - self.began)
 
     def _count(self) -> None:
         """Count what was answered, and record it."""
@@ -211,13 +230,13 @@ class BegunChat(ABC):
         """The run that `UnderWay` would have made of it."""
         lane, given, now = self._lane, self._given, time()
         asked = given["model"]
-        parameters = {"model": asked, "messages": len(given["messages"]), "images": 0}
+        parameters: dict[str, object] = {"model": asked, **self._asked_for()}
         if self._by.key is not None:
             parameters["key"] = self._by.key
         calls = self._calls()
         return Run(
             id=self.run_id,
-            flow="chat",
+            flow=self.flow,
             name=f"{asked} → {lane.name}",
             started_at=now - seconds,
             ended_at=now,
@@ -239,6 +258,10 @@ class BegunChat(ABC):
             attempts=(Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=waited),),
         )
 
+    def _asked_for(self) -> dict[str, object]:
+        """What the run says of the request, without a word of it."""
+        return {"messages": len(self._given["messages"]), "images": 0}
+
     @abstractmethod
     def _calls(self) -> tuple[Step, ...]:
         """The steps between reserving and settling; they go by number, and the first is 3."""
@@ -250,7 +273,7 @@ class BegunChat(ABC):
         return self._by.key
 
     @property
-    def answer(self) -> BegunChat:
+    def answer(self) -> Shortened:
         return self
 
     @property
@@ -309,16 +332,18 @@ class BegunChat(ABC):
         """Answer with what was settled."""
 
     @abstractmethod
-    async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:
+    async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply | RawEmbedded:
         """Wait for the call, and answer."""
 
     async def _broken_in_line(self, _: BaseException) -> bool:
         """Whether the caller was told of an error within what he got."""
         return False
 
+    def _request(self) -> ChatRequest | EmbedRequest:
+        return chat_request(self._given, by=self._by)
+
     def _under_way(self) -> UnderWay:
-        request = chat_request(self._given, by=self._by)
-        return UnderWay(self.serving, "chat", request, self._by, run_id=self.run_id, began=self.began)
+        return UnderWay(self.serving, self.flow, self._request(), self._by, run_id=self.run_id, began=self.began)
 
     def _plan(self) -> Plan:
         lane, units, tokens, requested = self._lane, self._units, self._tokens, self._requested
@@ -328,7 +353,7 @@ class BegunChat(ABC):
         return Plan(ask=lane.ask, candidates=(Candidate(lane.model, estimate, lane.reason),))
 
 
-class BegunAnswer(BegunChat):
+class BegunAnswer(Shortened):
     """A chat whose answer goes out whole."""
 
     __slots__ = ()
@@ -371,7 +396,7 @@ class BegunAnswer(BegunChat):
         return (Step("call_provider", (1, 2), self._reserved_at, self._called_at),)
 
 
-class BegunStream(BegunChat):
+class BegunStream(Shortened):
     """A chat whose answer is handed on as it comes."""
 
     __slots__ = ("_opened_at", "_pipe", "_stream")

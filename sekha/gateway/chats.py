@@ -13,12 +13,11 @@ from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
-from sekha.gateway.wire import ChatAsked, chat_asked, chat_reply, money, sekha_note
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note
 from sekha.registry import Model
 
-__all__ = ["Pipe", "answer_headers", "complete", "headers_of", "stream_headers"]
+__all__ = ["Pipe", "complete", "headers_of", "stream_headers"]
 
-_JSON = (b"content-type", b"application/json")
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 
 
@@ -53,15 +52,6 @@ async def complete(serving: Serving, x: Exchange) -> None:
 
 def headers_of(reply: Reply) -> Headers:
     return answer_headers(reply.provider_id, reply.model_id, reply.cost)
-
-
-def answer_headers(provider_id: str, model_id: str, cost: Decimal) -> Headers:
-    return [
-        _JSON,
-        (b"x-sekha-provider", provider_id.encode()),
-        (b"x-sekha-model", model_id.encode()),
-        (b"x-sekha-cost", money(cost)),
-    ]
 
 
 def stream_headers(model: Model, expected: Decimal) -> Headers:

@@ -6,13 +6,15 @@ from sekha.embedding import embed as embed_in_order
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
-from sekha.gateway.wire import embed_asked, money, sekha_note, with_note
+from sekha.gateway.wire import embed_asked, embed_reply
 
 __all__ = ["embed"]
 
 
 async def embed(serving: Serving, x: Exchange) -> None:
     """Embed one text or many."""
+    if x.begun is not None:
+        return await x.begun.in_line()
     serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
     by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
@@ -26,16 +28,7 @@ async def embed(serving: Serving, x: Exchange) -> None:
         raise
     if keep and serving.memory is not None:
         await serving.memory.vectors(under_way.run_id, request, embedded)
-    note = sekha_note(embedded, under_way.run_id)
-    said = with_note(embedded.raw, note, b',"dimension":' + str(embedded.dimension).encode())
-    await x.answer(
-        200,
-        said,
-        [
-            (b"content-type", b"application/json"),
-            (b"x-sekha-provider", embedded.provider_id.encode()),
-            (b"x-sekha-model", embedded.model_id.encode()),
-            (b"x-sekha-cost", money(embedded.cost)),
-        ],
-    )
+    said, headers = embed_reply(embedded, under_way.run_id)
+    await x.answer(200, said, headers)
     under_way.answered(embedded)
+    return None

@@ -12,7 +12,7 @@ from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.problems import Headers
 
 if TYPE_CHECKING:
-    from sekha.gateway.begun import BegunChat
+    from sekha.gateway.begun import Shortened
     from sekha.gateway.finished import UnderWay
 
 __all__ = ["AsgiExchange", "Exchange", "Message", "Receive", "Send"]
@@ -38,9 +38,9 @@ class Exchange(ABC):
     request_id = b""
     status = 0
     """Of the reply; 0 until it has begun."""
-    under_way: UnderWay | BegunChat | None = None
+    under_way: UnderWay | Shortened | None = None
     """What is noted of it, once it is known what is asked."""
-    begun: BegunChat | None = None
+    begun: Shortened | None = None
     """What was done for it before it had a task."""
     ended = False
     """Whether the reply is out."""

@@ -11,6 +11,7 @@ from sekha.keys import Pass
 from sekha.pricing import Price
 from sekha.providers.relay import RelayProvider
 from sekha.registry import Model
+from sekha.steps.calls import TEXTS_PER_CALL
 from sekha.steps.money import HOLD_SECONDS, Known
 
 __all__ = ["Lane", "lane_of"]
@@ -46,6 +47,8 @@ class Lane:
         self.window = model.context_window
         self.timeout_seconds = resources.registry.provider_of(model).timeout_seconds
         self.hold_seconds = max(HOLD_SECONDS, 4 * self.timeout_seconds)
+        self.texts = TEXTS_PER_CALL.get(resources.registry.provider_of(model).kind, 0)
+        """That one call may embed."""
         self.usual = serving.runtime.money.usual
         self.counts = serving.metrics.counts_of(model.provider_id, model.id)
         self.said = {"provider_id": model.provider_id, "model_id": model.id}

@@ -105,7 +105,9 @@ class Serving:
             time.perf_counter,
         )
         self.search: SearchSteps = noted(self.runtime.search_steps, time.perf_counter)
-        self.sent: SentSteps = noted(SentSteps(calls.call_provider, calls.open_stream), time.perf_counter)
+        self.sent: SentSteps = noted(
+            SentSteps(calls.call_provider, calls.open_stream, calls.embed_raw), time.perf_counter
+        )
 
     async def aclose(self) -> None:
         await self.health.aclose()

@@ -14,7 +14,7 @@ is retried, refused, charged and told when something goes wrong is written there
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import orjson
 
@@ -22,18 +22,20 @@ from sekha.asks import Ask
 from sekha.chat import REPLY_LIMITS
 from sekha.errors import SekhaError
 from sekha.gateway.begun import BegunAnswer, BegunStream
+from sekha.gateway.begun_embeddings import BegunEmbedding
 from sekha.gateway.lanes import Lane, lane_of
 from sekha.gateway.serving import BYTES_PER_TOKEN, Serving
+from sekha.gateway.wire import MOST_DIMENSIONS
+from sekha.registry import Task
 from sekha.steps.counting import INLINE
-from sekha.tokens import count_words
+from sekha.tokens import count_each, count_words
 
 if TYPE_CHECKING:
     from sekha.gateway.app import Gateway
     from sekha.gateway.http_server import HttpExchange
 
-__all__ = ["PAGE", "Shortcut"]
+__all__ = ["Shortcut"]
 
-PAGE = "/v1/chat/completions"
 _ORDINARY = frozenset(
     {
         "model",
@@ -57,6 +59,8 @@ _ORDINARY = frozenset(
     }
 )
 """Fields that are passed on as they are, or that are read here. Any other may mean something to the line."""
+_ORDINARY_EMBEDDING = frozenset({"model", "input", "encoding_format", "dimensions", "user"})
+_ENCODINGS = (None, "float", "base64")
 _PLAIN = frozenset({"role", "content", "name"})
 """What a message may have that is text alone."""
 _LANES = 1_000
@@ -68,8 +72,8 @@ class Shortcut:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._lanes: dict[tuple[bytes | None, str], Lane | None] = {}
-        """By the caller's header and the model that is asked for; None where there is no short way."""
+        self._lanes: dict[tuple[bytes | None, str, str], Lane | None] = {}
+        """By the caller's header, the model that is asked for, and for what; None where there is no short way."""
         # What is remembered is written down before an answer goes out, and content is read from the request.
         self._open = serving.leased is not None and serving.memory is None and not serving.records_content
 
@@ -87,7 +91,7 @@ class Shortcut:
         asked, messages, stream = given.get("model"), given.get("messages"), given.get("stream")
         if type(asked) is not str or not (stream is None or type(stream) is bool) or not _is_plain(messages):
             return False
-        lane = self._lanes.get((x.authorization, asked)) or self._lane(x.authorization, asked)
+        lane = self._lanes.get((x.authorization, asked, "chat")) or self._lane(x.authorization, asked, "chat")
         if lane is None:
             return False
         requested: int | None = None
@@ -100,8 +104,33 @@ class Shortcut:
         kind = BegunStream if stream else BegunAnswer
         return kind(gateway, self._serving, x, lane, given, began).send(requested, tokens, len(body) // BYTES_PER_TOKEN)
 
-    def _lane(self, authorization: bytes | None, asked: str) -> Lane | None:
-        if (authorization, asked) in self._lanes:
+    def begin_embedding(self, gateway: Gateway, x: HttpExchange, body: bytes) -> bool:
+        """The same for an ordinary embedding."""
+        if not self._open:
+            return False
+        began = perf_counter()
+        try:
+            given = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return False
+        if type(given) is not dict or not _ORDINARY_EMBEDDING.issuperset(given):
+            return False
+        asked, texts, dimensions = given.get("model"), given.get("input"), given.get("dimensions")
+        texts = [texts] if type(texts) is str else texts
+        if type(asked) is not str or not _are_plain(texts) or given.get("encoding_format") not in _ENCODINGS:
+            return False
+        if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= MOST_DIMENSIONS):
+            return False
+        lane = self._lanes.get((x.authorization, asked, "embedding")) or self._lane(x.authorization, asked, "embedding")
+        if lane is None or len(texts) > lane.texts:
+            return False
+        counts = count_each(texts, lane.tokenizer)
+        return BegunEmbedding(gateway, self._serving, x, lane, given, began).embed(
+            texts, counts, len(body) // BYTES_PER_TOKEN
+        )
+
+    def _lane(self, authorization: bytes | None, asked: str, kind: Literal["chat", "embedding"]) -> Lane | None:
+        if (authorization, asked, kind) in self._lanes:
             return None
         serving = self._serving
         resources = serving.resources
@@ -110,14 +139,27 @@ class Shortcut:
             by.check(resources.registry, asked, None)
         except SekhaError:
             return None
-        ask = Ask("chat", asked, key=by.key, allowed=by.allowed)
+        task: Task | None = None if kind == "chat" else "embedding"
+        ask = Ask(kind, asked, task, key=by.key, allowed=by.allowed)
         known = serving.runtime.money.known(ask)
         if known is None:
             return None  # the first of its kind is met in the line
         if len(self._lanes) >= _LANES:
             self._lanes.clear()
-        lane = self._lanes[authorization, asked] = lane_of(serving, ask, by, known)
+        lane = self._lanes[authorization, asked, kind] = lane_of(serving, ask, by, known)
         return lane
+
+
+def _are_plain(texts: object) -> TypeGuard[list[str]]:
+    """Whether these are texts, none of them empty, and short enough to be counted at once."""
+    if type(texts) is not list or not texts:
+        return False
+    characters = 0
+    for text in texts:
+        if type(text) is not str or not text or text.isspace():
+            return False
+        characters += len(text)
+    return characters <= INLINE
 
 
 def _is_plain(messages: object) -> TypeGuard[list[dict[str, Any]]]:

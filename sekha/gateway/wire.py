@@ -11,9 +11,10 @@ import orjson
 
 from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Reply
-from sekha.embedding import EmbedRequest
+from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.errors import InvalidRequest, UnknownModel
 from sekha.gateway.fields import dollars, flag, name_in, object_in, whole
+from sekha.gateway.problems import Headers
 from sekha.keys import EVERYBODY, Pass
 from sekha.messages import kind_of
 from sekha.registry import TASKS, Task
@@ -23,10 +24,12 @@ __all__ = [
     "MOST_DIMENSIONS",
     "MOST_REPLIES",
     "ChatAsked",
+    "answer_headers",
     "chat_asked",
     "chat_reply",
     "chat_request",
     "embed_asked",
+    "embed_reply",
     "embed_request",
     "money",
     "sekha_note",
@@ -141,6 +144,21 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
     if reply.raw is not None:
         return with_note(reply.raw, note)
     return orjson.dumps(dict(reply.body) | {"sekha": note})
+
+
+def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:
+    """The provider's own vectors, with ours beside them, and the reply's headers."""
+    said = with_note(embedded.raw, sekha_note(embedded, run_id), b',"dimension":%d' % embedded.dimension)
+    return said, answer_headers(embedded.provider_id, embedded.model_id, embedded.cost)
+
+
+def answer_headers(provider_id: str, model_id: str, cost: Decimal) -> Headers:
+    return [
+        (b"content-type", b"application/json"),
+        (b"x-sekha-provider", provider_id.encode()),
+        (b"x-sekha-model", model_id.encode()),
+        (b"x-sekha-cost", money(cost)),
+    ]
 
 
 def sekha_note(outcome: Any, run_id: str) -> dict[str, object]:

@@ -39,6 +39,7 @@ from sekha.vectors.base import Vector
 __all__ = ["Begun", "RelayProvider", "RelayStream"]
 
 _CHAT = "/chat/completions"
+_EMBED = "/embeddings"
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
 # Of a stream whose provider may yet report no usage, kept as it came to be counted.
 _KEPT_BYTES = 4 * 1024 * 1024
@@ -88,9 +89,10 @@ class RelayProvider:
 
     @property
     def is_ready(self) -> bool:
-        """Whether `begin` is likely to find a connection that lies idle."""
-        target = self._targets.get(_CHAT)
-        return target is not None and self._http.is_idle(target)
+        """Whether a connection is likely to lie idle, so that a call can begin at once."""
+        for target in self._targets.values():  # all of one origin
+            return self._http.is_idle(target)
+        return False
 
     def begin(
         self,
@@ -152,7 +154,7 @@ class RelayProvider:
         failed = self._failing(model, lambda: texts)
         # A quarter of the bytes of numbers written out, and far less work to read.
         sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
-        response = await self._answer("/embeddings", sent, timeout_seconds, failed)
+        response = await self._answer(_EMBED, sent, timeout_seconds, failed)
         body = _parsed(response, response.content, failed)
         items = _items(body, len(texts), failed)
         try:
@@ -173,27 +175,47 @@ class RelayProvider:
         The vectors are counted and measured, against `dimensions` where it asks for some; their numbers
         are not read.
         """
+        inputs, failed = self._inputs(model, body)
+        sent = self._json({**body, "model": model.id}, failed)
+        response = await self._answer(_EMBED, sent, timeout_seconds, failed)
+        return _embeddings(response, len(inputs), body.get("dimensions") or model.dimension, failed)
+
+    async def embed_begun(self, model: Model, body: Mapping[str, Any], begun: Begun) -> RawEmbeddings:
+        """`embed_raw`, where `begin_embedding` has sent this very call."""
+        inputs, failed = self._inputs(model, body)
+        response = await _answered(self._http.take_over(*begun), failed)
+        return _embeddings(response, len(inputs), body.get("dimensions") or model.dimension, failed)
+
+    def begin_embedding(
+        self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float, told: Callable[[], None]
+    ) -> Begun | None:
+        """Send what `embed_raw` would, and call `told` when the answer is there. None as with `begin`."""
+        target = self._targets.get(_EMBED)
+        if target is None:
+            return None
+        try:
+            sent = orjson.dumps({**body, "model": model.id}, default=_plain)
+        except orjson.JSONEncodeError:
+            return None
+        response = self._http.send_now(target, sent, timeout_seconds=timeout_seconds, whole=True, told=told)
+        return None if response is None else Begun(response, target, sent)
+
+    def embedded_by(self, begun: Begun, model: Model, count: int, dimensions: object) -> RawEmbeddings | None:
+        """What came of so many texts; None for all that is not their vectors."""
+        response = begun.response
+        if response.error is not None or response.status != 200:
+            return None
+        try:
+            return _embeddings(response, count, dimensions or model.dimension, self._failing(model, _no_texts))
+        except ProviderError:
+            return None
+
+    def _inputs(self, model: Model, body: Mapping[str, Any]) -> tuple[Sequence[Any], _Failing]:
         given = body.get("input")
         # Tokens are one text when they are a list of numbers, and many when they are a list of such lists.
         listed = isinstance(given, list | tuple) and not (given and isinstance(given[0], int))
         inputs: Sequence[Any] = given if listed and given is not None else [given]
-        failed = self._failing(model, lambda: [text for text in inputs if isinstance(text, str)])
-        sent = self._json({**body, "model": model.id}, failed)
-        response = await self._answer("/embeddings", sent, timeout_seconds, failed)
-        raw = response.content
-        without, written_out = _without_vectors(raw)
-        answer = _parsed(response, without, failed)
-        items = _items(answer, len(inputs), failed)
-        try:
-            packed = [_packed_length(item["embedding"]) for item in items if item["embedding"] != []]
-        except (LookupError, TypeError, ValueError) as error:
-            raise failed.bad(_NOT_VECTORS) from wordless(error)
-        lengths = packed + written_out
-        if len(lengths) != len(items) or len(set(lengths)) != 1 or not lengths[0]:
-            raise failed.bad(_NOT_VECTORS)
-        dimension = lengths[0]
-        failed.unless_as_long(dimension, body.get("dimensions") or model.dimension)
-        return RawEmbeddings(raw=raw, usage=_usage(answer.get("usage")), count=len(items), dimension=dimension)
+        return inputs, self._failing(model, lambda: [text for text in inputs if isinstance(text, str)])
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -536,6 +558,22 @@ def _is_whole(choices: object) -> bool:
         if type(choice) is not dict or type(choice.get("message")) is not dict:
             return False
     return True
+
+
+def _embeddings(response: Response, count: int, declared: object, failed: _Failing) -> RawEmbeddings:
+    raw = response.content
+    without, written_out = _without_vectors(raw)
+    answer = _parsed(response, without, failed)
+    items = _items(answer, count, failed)
+    try:
+        packed = [_packed_length(item["embedding"]) for item in items if item["embedding"] != []]
+    except (LookupError, TypeError, ValueError) as error:
+        raise failed.bad(_NOT_VECTORS) from wordless(error)
+    lengths = packed + written_out
+    if len(lengths) != len(items) or len(set(lengths)) != 1 or not lengths[0]:
+        raise failed.bad(_NOT_VECTORS)
+    failed.unless_as_long(lengths[0], declared)
+    return RawEmbeddings(raw=raw, usage=_usage(answer.get("usage")), count=len(items), dimension=lengths[0])
 
 
 def _no_texts() -> Sequence[str]:

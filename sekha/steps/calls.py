@@ -61,6 +61,7 @@ class SentSteps:
 
     call: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Reply]]
     open: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Opened]]
+    embed: Callable[[EmbedRequest, Plan, Hold, Sent], Awaitable[RawEmbedded]]
 
 
 class Calls:
@@ -202,7 +203,7 @@ class Calls:
         """Embed the texts at the first candidate that answers, and charge each call as it comes back."""
         return await self._embed(request.texts, chosen, hold, "")
 
-    async def embed_raw(self, request: EmbedRequest, chosen: Plan, hold: Hold) -> RawEmbedded:
+    async def embed_raw(self, request: EmbedRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> RawEmbedded:
         """Embed the texts, and leave the vectors in the bytes in which the provider wrote them where that can be."""
         kinds = {self._open.registry.provider_of(each.model).kind for each in chosen.candidates}
         most = min(TEXTS_PER_CALL.get(kind, 96) for kind in kinds)
@@ -211,15 +212,19 @@ class Calls:
         lost = _Lost(self._open, chosen, hold, hold.id)
         texts = request.texts
         body = {"input": texts[0] if len(texts) == 1 else texts, **request.options}
+        begun = [] if sent is None else [sent.begun]
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[RawEmbeddings]:
             model = candidate.model
             provider = cast("ByteProvider", self._open.provider(model.provider_id))
             timeout_seconds = min(self._open.registry.provider_of(model).timeout_seconds, seconds)
+            if begun:
+                waited_for = cast("RelayProvider", provider).embed_begun
+                return lost.attempt(candidate, _worst_of, waited_for, model, body, begun.pop())
             return lost.attempt(candidate, _worst_of, provider.embed_raw, model, body, timeout_seconds=timeout_seconds)
 
         try:
-            answered = await self._in_turn(chosen, once)
+            answered = await self._in_turn(chosen, once, sent=sent)
             model, raw = answered.candidate.model, answered.value
             usage = raw.usage
             if usage is None:
