@@ -26,6 +26,7 @@ __all__ = [
     "TokenizerName",
     "count_each",
     "count_messages",
+    "count_plain",
     "count_text",
     "count_texts",
     "count_words",
@@ -48,6 +49,8 @@ _PER_MESSAGE = 3
 _PER_NAME = 1
 _PER_REPLY = 3
 _PER_TOOLS = 9
+_PLAIN = frozenset({"role", "content", "name"})
+"""What a message may have that is text alone."""
 _PROMPTS = frozenset({"system", "developer"})
 _REMEMBERED_CHARACTERS = 16_384
 
@@ -158,6 +161,31 @@ def count_words(
             total += sum(_count_part(part, count) for part in content or ())
     if tools:
         total += _PER_TOOLS + _count_prompt(orjson.dumps(list(tools)).decode(), tokenizer)
+    return total
+
+
+def count_plain(messages: object, tokenizer: TokenizerName, *, most: int) -> int | None:
+    """What `count_words` says of messages of text alone, which have a role, a content and maybe a name.
+
+    None for anything else, and for more than `most` characters.
+    """
+    if type(messages) is not list or not messages:
+        return None
+    count = _counter(tokenizer)
+    total = _PER_REPLY
+    for message in messages:
+        if type(message) is not dict or not _PLAIN.issuperset(message):
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or type(content) is not str:
+            return None
+        most -= len(content)
+        if most < 0:
+            return None
+        total += _PER_MESSAGE + _count_role(role, tokenizer)
+        if len(message) > 2 and (name := message["name"]):
+            total += _PER_NAME + count(str(name))
+        total += _count_prompt(content, tokenizer) if role in _PROMPTS else count(content)
     return total
 
 

@@ -14,7 +14,7 @@ is retried, refused, charged and told when something goes wrong is written there
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import orjson
 
@@ -28,7 +28,7 @@ from sekha.gateway.serving import BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import MOST_DIMENSIONS
 from sekha.registry import Task
 from sekha.steps.counting import INLINE
-from sekha.tokens import count_each, count_words
+from sekha.tokens import count_each, count_plain
 
 if TYPE_CHECKING:
     from sekha.gateway.app import Gateway
@@ -61,8 +61,6 @@ _ORDINARY = frozenset(
 """Fields that are passed on as they are, or that are read here. Any other may mean something to the line."""
 _ORDINARY_EMBEDDING = frozenset({"model", "input", "encoding_format", "dimensions", "user"})
 _ENCODINGS = (None, "float", "base64")
-_PLAIN = frozenset({"role", "content", "name"})
-"""What a message may have that is text alone."""
 _LANES = 1_000
 """Remembered at once: callers name models freely."""
 
@@ -88,11 +86,11 @@ class Shortcut:
             return False
         if type(given) is not dict or not _ORDINARY.issuperset(given):
             return False
-        asked, messages, stream = given.get("model"), given.get("messages"), given.get("stream")
-        if type(asked) is not str or not (stream is None or type(stream) is bool) or not _is_plain(messages):
+        asked, stream = given.get("model"), given.get("stream")
+        if type(asked) is not str or not (stream is None or type(stream) is bool):
             return False
         lane = self._lanes.get((x.authorization, asked, "chat")) or self._lane(x.authorization, asked, "chat")
-        if lane is None:
+        if lane is None or (tokens := count_plain(given.get("messages"), lane.tokenizer, most=INLINE)) is None:
             return False
         requested: int | None = None
         for name in REPLY_LIMITS:
@@ -100,7 +98,6 @@ class Shortcut:
                 if type(limit) is not int or limit < 1:
                     return False
                 requested = limit if requested is None else min(limit, requested)
-        tokens = count_words(messages, lane.tokenizer)
         kind = BegunStream if stream else BegunAnswer
         return kind(gateway, self._serving, x, lane, given, began).send(requested, tokens, len(body) // BYTES_PER_TOKEN)
 
@@ -159,19 +156,4 @@ def _are_plain(texts: object) -> TypeGuard[list[str]]:
         if type(text) is not str or not text or text.isspace():
             return False
         characters += len(text)
-    return characters <= INLINE
-
-
-def _is_plain(messages: object) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether these are messages of text alone, short enough to be counted at once."""
-    if type(messages) is not list or not messages:
-        return False
-    characters = 0
-    for message in messages:
-        if type(message) is not dict or not _PLAIN.issuperset(message):
-            return False
-        content = message.get("content")
-        if type(content) is not str or type(message.get("role")) is not str:
-            return False
-        characters += len(content)
     return characters <= INLINE

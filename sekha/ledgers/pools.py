@@ -19,8 +19,8 @@ class Pool:
     """One budget's slice in this process, in picos, and what is known of the budget."""
 
     __slots__ = (
-        "asked", "budget", "debt", "elsewhere", "end", "exact_until", "free", "held", "index", "limit", "match",
-        "pending", "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
+        "asked", "budget", "debt", "elsewhere", "end", "exact_until", "free", "good_until", "held", "index", "limit",
+        "match", "pending", "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
     )  # fmt: skip
 
     def __init__(self, index: int, budget: Budget) -> None:
@@ -44,6 +44,8 @@ class Pool:
         self.slice = 0
         """How much of it to keep when it is not in use."""
         self.exact_until = 0.0
+        self.good_until = 0.0
+        """Until when what is known of it was found to hold, so that nobody need look at it closely."""
         self.used = self.asked = _LONG_AGO
         """The last beats when it was held from, and when its spending was asked for."""
         # What the budget has spent in the period from `start` to `end`.
