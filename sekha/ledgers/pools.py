@@ -20,7 +20,8 @@ class Pool:
 
     __slots__ = (
         "asked", "budget", "debt", "elsewhere", "end", "exact_until", "free", "good_until", "held", "index", "limit",
-        "match", "pending", "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used", "written",
+        "match", "pending", "period", "refreshed", "since", "slice", "spent", "start", "unrecorded", "until", "used",
+        "written",
     )  # fmt: skip
 
     def __init__(self, index: int, budget: Budget) -> None:
