@@ -217,7 +217,7 @@ class Shortened(ABC):
         if resources.circuits is not None:
             resources.circuits.note(name, None)
         resources.latencies.observe(name, waited)
-        if self._taken is not None:
+        if self._taken is not None and not self.streams:
             resources.rates.correct(self.provider_id, self._taken, went_in + came_out)
         self._by.used(went_in + came_out)
         lane.counts.answer(waited, went_in, came_out, float(self.cost))
@@ -413,42 +413,53 @@ class BegunStream(Shortened):
         return self._opened_at - self._reserved_at
 
     def _go_on(self) -> None:
-        x, lane = self._x, self._lane
+        x, response = self._x, self._sent.response
         stream = self._stream
         if stream is None:
-            response = self._sent.response
             if not (response.parts or response.complete or response.error):
                 return  # its head alone
-            stream = lane.provider.stream_of(self._sent, lane.model, timeout_seconds=lane.timeout_seconds)
-            if not stream.begin_now():
+            stream = self._begun()
+            if stream is None:
                 x.hand_over()
                 return
-            self._stream, self._opened_at = stream, perf_counter()
-            x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
-            self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
         try:
-            block = None if x.is_held_up else stream.take()
+            while not x.is_held_up:
+                block = stream.take()
+                if block is not None:
+                    x.go_on_now(block)
+                # Whatever has come is one block. Nobody calls again behind the last.
+                if not response.complete or stream.has_ended:
+                    break
         except ProviderError:
             x.hand_over()
             return
-        if block is not None:
-            x.go_on_now(block)
-        if not stream.has_ended:
-            if x.is_held_up or stream.is_broken:
-                x.hand_over()
-            else:
-                stream.listen()
-        elif stream.usage is not None:
-            self._called_at = perf_counter()
-            if self._settle(stream.usage):
-                x.end_now(self._last())
-                self.stop()
-                stream.let_go()
-                self._ended()
-            else:
-                x.hand_over()
-        else:
+        if stream.has_ended:
+            self._end(stream)
+        elif x.is_held_up or stream.is_broken:
             x.hand_over()
+        else:
+            stream.listen()
+
+    def _begun(self) -> RelayStream | None:
+        """The answer, once it began as nearly all do, with its head on the way to the caller."""
+        lane = self._lane
+        stream = lane.provider.stream_of(self._sent, lane.model, timeout_seconds=lane.timeout_seconds)
+        if not stream.begin_now():
+            return None
+        self._stream, self._opened_at = stream, perf_counter()
+        self._x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
+        self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
+        return stream
+
+    def _end(self, stream: RelayStream) -> None:
+        self._called_at = perf_counter()
+        if stream.usage is not None and self._settle(stream.usage):
+            self._x.end_now(self._last())
+            self.stop()
+            stream.let_go()
+            self._ended()
+        else:
+            self._x.hand_over()
 
     def _last(self) -> bytes:
         return b": sekha " + orjson.dumps(self._note()) + b"\n\ndata: [DONE]\n\n"

@@ -174,7 +174,7 @@ class HttpClient:
     async def _first(self, response: Response, target: Target, body: bytes) -> Response:
         """Wait for the first of an answer, and ask once more where a kept connection turns out to have been closed."""
         try:
-            if response.whole or not response.headed:
+            if response.whole or not response.headed or response.error is not None:
                 await response.more()
         except ConnectionError:
             if not response.reused or response.started or response.loop.time() - response.sent_at > _STALE_SECONDS:
