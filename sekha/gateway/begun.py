@@ -481,6 +481,7 @@ class BegunStream(Shortened):
                 finally:
                     under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
                 return await serving.stream.relay(request, plan, hold, opened, pipe)
+            serving.resources.latencies.observe(self._lane.name, self._waited)
             under_way.notes.append(("open_stream", (plan, hold), self._reserved_at, self._opened_at, opened, None))
             try:
                 return await serving.stream.relay(request, plan, hold, opened, pipe)

@@ -598,7 +598,8 @@ class HttpConnection(asyncio.Protocol):
         if x.task is None:
             self._deadline = inf
             body = x.parts[0] if len(x.parts) == 1 else b"".join(x.parts)
-            if not self.all.gateway.begin(x, body):
+            # Who has not read the last answer yet is answered once he has.
+            if self.writing_paused or not self.all.gateway.begin(x, body):
                 self.serve(x)
 
     def serve(self, x: HttpExchange) -> asyncio.Task[None]:
