@@ -55,6 +55,8 @@ class Journal:
         self._name = name
         self._folder = folder
         self._number = 0
+        self._listed = 0
+        """The segment that the folder is known to list after a power cut."""
         self._segment = _Segment(-1)
         self._switching = Lock()
         self._put: Callable[[bytes], object] = _no_room
@@ -101,11 +103,14 @@ class Journal:
     def sync(self) -> None:
         """Make all that was written survive a power cut. Blocks: for another thread than writes."""
         with self._switching:  # or the number might be another file's by now
-            file = os.dup(self._segment.file)
+            file, number = os.dup(self._segment.file), self._number
         try:
             os.fdatasync(file)
         finally:
             os.close(file)
+        if number != self._listed:
+            self._sync_folder()
+            self._listed = number
 
     def rotate(self, spends: int, records: Iterable[Sequence[object]]) -> list[Path]:
         """Begin a new segment with these records, and say which ones it may replace.
@@ -114,12 +119,12 @@ class Journal:
         returned may be deleted.
         """
         before = self._segments()
-        self._number += 1
-        path = self._folder / f"{self._name}-{self._number:06}.journal"
+        number = self._number + 1
+        path = self._folder / f"{self._name}-{number:06}.journal"
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         with self._switching:
             self._segment.close()
-            self._segment, self._put = _Segment(file), _no_room
+            self._segment, self._put, self._number = _Segment(file), _no_room, number
         self.write(["v", _VERSION, spends])
         for record in records:
             self.write(record)
@@ -137,6 +142,9 @@ class Journal:
             path.unlink(missing_ok=True)
         self._lock_path.unlink(missing_ok=True)
         self.close()
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

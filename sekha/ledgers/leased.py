@@ -150,6 +150,19 @@ class _Want:
         self.since = monotonic()
 
 
+class _Replaced:
+    """Segments of the journal that a newer one takes the place of."""
+
+    __slots__ = ("paths", "safe", "upto")
+
+    def __init__(self, upto: int, paths: list[Path]) -> None:
+        self.upto = upto
+        """Spends up to here are in them."""
+        self.paths = paths
+        self.safe = False
+        """Whether the newer one survives a power cut, and with it the holds that it repeats."""
+
+
 class LeasedLedger:
     """A `Ledger` that answers from memory, over one that is shared. For one event loop of one process.
 
@@ -214,7 +227,7 @@ class LeasedLedger:
         self._down: LedgerError | None = None
         self._retry_at = 0.0
         self._recorded = 0
-        self._replaced: list[tuple[int, list[Path]]] = []
+        self._replaced: list[_Replaced] = []
         self._syncing: Future[None] | None = None
         self._synced_size = 0
 
@@ -904,14 +917,19 @@ class LeasedLedger:
                 return
             if error := self._syncing.exception():
                 log.warning("Spending of the last second would not survive a power cut: %s", error)
+                self._synced_size = 0
+            else:
+                # None was replaced meanwhile.
+                for each in self._replaced:
+                    each.safe = True
             self._syncing = None
-        while self._replaced and self._replaced[0][0] <= self._recorded:
-            for path in self._replaced.pop(0)[1]:
+        while self._replaced and self._replaced[0].safe and self._replaced[0].upto <= self._recorded:
+            for path in self._replaced.pop(0).paths:
                 path.unlink(missing_ok=True)
         if journal.size > self._segment_bytes:
             records = [*(pool.record() for pool in self._pools), *(under.record() for under in self._open.values())]
             written = self._unrecorded.written
-            self._replaced.append((written, journal.rotate(written, records)))
+            self._replaced.append(_Replaced(written, journal.rotate(written, records)))
             self._synced_size = 0
         if self._beat % _SYNC_BEATS == 0 and journal.size != self._synced_size:
             self._synced_size = journal.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import signal
@@ -791,6 +792,33 @@ async def test_journals_are_deleted_when_all_in_them_is_on_record(
     await until(survivor, "1.00", "0.699")
     assert await shared.report("provider") != []
     await survivor.aclose()
+
+
+async def test_a_journal_is_deleted_only_once_the_next_one_survives_a_power_cut(
+    url: str, journals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = leased(url, journals, segment_bytes=2_000)
+    hold = await reserve(ledger, "1.00")
+    monkeypatch.setattr(os, "fdatasync", _broken)
+
+    for _ in range(20):
+        at_once(ledger.charge(hold, spend("0.001")))
+    await ledger.recorded()
+    await asyncio.sleep(2)
+    kept = [name for name in listed(journals) if name.endswith(".journal")]
+    monkeypatch.undo()
+    async with asyncio.timeout(10):
+        while kept[0] in listed(journals):
+            at_once(ledger.charge(hold, spend("0.001")))
+            await asyncio.sleep(0.1)
+    await ledger.aclose()
+
+    assert kept[0].endswith("-000001.journal")
+    assert len(kept) > 1
+
+
+def _broken(_file: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 async def test_a_process_that_ends_leaves_nothing_of_its_journal_behind(url: str, journals: Path) -> None:
