@@ -634,6 +634,7 @@ class LedgerError(SekhaError):
 class LedgerUnavailable(LedgerError):
     code = "ledger_unavailable"
     retryable = True
+    retry_after_seconds = 1.0
 
     def __init__(self, ledger: str, detail: str) -> None:
         self.ledger = ledger

@@ -17,6 +17,7 @@ from sekha.errors import (
     BudgetExceeded,
     CostRefused,
     KeyLimited,
+    LedgerUnavailable,
     NoCandidate,
     NoSuchPage,
     ProviderError,
@@ -148,6 +149,7 @@ def test_codes_are_told_apart() -> None:
         (RateLimited(provider_id="first", retry_after_seconds=1.2), b"2", b"1200"),
         (RateLimited(provider_id="first", retry_after_seconds=0), b"0", b"0"),
         (KeyLimited("research", "60 requests a minute", retry_after_seconds=0.25), b"1", b"250"),
+        (LedgerUnavailable("money at host", "it has not answered for 8 s"), b"1", b"1000"),
         (ProviderUnavailable(provider_id="first", retry_after_seconds=30), b"30", b"30000"),
     ],
 )
