@@ -14,6 +14,9 @@ __all__ = ["Database", "Transaction", "Value", "chunks", "expand", "insert", "mi
 T = TypeVar("T")
 Value: TypeAlias = str | int | tuple[str, ...] | list[str] | None
 
+MIGRATION_SECONDS = 3600.0
+"""A step of a migration may read all that was ever spent."""
+
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE ledger_spends (
@@ -74,12 +77,18 @@ class Transaction(Protocol):
         """Let no other transaction record a spend until this one ends."""
         ...
 
+    def take_long(self, seconds: float) -> None:
+        """Let each statement from here on take so long: a server that is well is not taken for one that is silent."""
+        ...
+
 
 class Database(Protocol):
     """Runs work in transactions, in threads of its own, so that the event loop never waits.
 
-    Every future ends, in a result or a `LedgerError`. Work may run beside other work, and is done
-    as a whole or not at all.
+    Every future ends, in a result or a `LedgerError`, also when a server falls silent: then within seconds, but for
+    work that may take long. Work may run beside other work, and is done as a whole or not at all. Which of the two is
+    unknown after a server was lost or silent, so that work may be handed in again: it keeps the rows that it locked
+    until it is decided, and then finds what it wrote.
     """
 
     def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:
@@ -107,6 +116,7 @@ def migrate(transaction: Transaction, ledger: str) -> None:
         )
     if version == len(_MIGRATIONS):
         return
+    transaction.take_long(MIGRATION_SECONDS)
     for step in _MIGRATIONS[version:]:
         for statement in step:
             transaction.changed(statement)

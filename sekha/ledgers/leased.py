@@ -22,8 +22,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -44,7 +44,7 @@ from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.totals import Coverage
 from sekha.ledgers.unrecorded import KnownScope, Sealed, Unrecorded
 
-__all__ = ["BEHIND_SECONDS", "LEASE_SECONDS", "LeasedLedger"]
+__all__ = ["ANSWER_SECONDS", "BEHIND_SECONDS", "LEASE_SECONDS", "LeasedLedger"]
 
 log = logging.getLogger("sekha.ledgers")
 T = TypeVar("T")
@@ -66,6 +66,12 @@ _LEAN_SECONDS = 2.0
 """So long after its slice was recalled a process leases exactly what its calls need."""
 _RECALL_SECONDS = 1.5
 """A call waits so long at most for what lies idle elsewhere."""
+ANSWER_SECONDS = 5.0
+"""A caller waits so long at most for the shared ledger, be it silent or busy."""
+_CLOSE_SECONDS = 10.0
+"""What the worker has begun may take so long when the ledger is closed."""
+_REPORTS = 4
+"""So many are made at once. More would leave no connection to record with."""
 _ASK_AGAIN_SECONDS = 0.05
 _RECOVER_SECONDS = 3.0
 _BACK_OFF_SECONDS = 0.5
@@ -183,12 +189,14 @@ class LeasedLedger:
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         behind_seconds: float = BEHIND_SECONDS,
+        answer_seconds: float = ANSWER_SECONDS,
         segment_bytes: int = 4_000_000,
     ) -> None:
         self._ledger = ledger
         self._folder = journal_folder
         self._clock = clock
         self._behind_seconds = behind_seconds
+        self._answer_seconds = answer_seconds
         self._segment_bytes = segment_bytes
         self._journal: Journal | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -216,6 +224,7 @@ class LeasedLedger:
         self._less_recent: dict[str, None] = {}
         self._wants: list[_Want] = []
         self._questions: list[tuple[Callable[[], Awaitable[Any]], Future[Any]]] = []
+        self._reports = asyncio.Semaphore(_REPORTS)
         # The worker's own.
         self._resting = False
         """Whether it looks again in more than a beat, unless it is woken."""
@@ -321,21 +330,33 @@ class LeasedLedger:
                 self._usual_asked.add((provider, model))
             if age < _USUAL_SECONDS or self._down:
                 return tokens
-        await self._ask(_nothing)
-        return await self._look_up_usual(provider, model)
+        return await self._ask(partial(self._look_up_usual, provider, model))
 
     async def report(self, by: GroupBy, *, since: datetime | None = None) -> list[Spent]:
-        await self._ask(_nothing)
-        return await self._ledger.report(by, since=since)
+        # A report may take long. So it is begun only once the database has just answered something short.
+        await self._ask(self._ledger.answer)
+        async with self._in_time():
+            await self._reports.acquire()
+        try:
+            return await self._ledger.report(by, since=since)
+        finally:
+            self._reports.release()
 
     async def aclose(self) -> None:
-        """Record everything, give all slices back and remove the journal. What fails is left to be recovered."""
+        """Record everything, give all slices back and remove the journal. What fails is left to be recovered.
+
+        A shared ledger that does not answer is not waited for longer than some seconds.
+        """
         if self._closing:
             return
         self._closing = True
         if self._worker is not None and not self._worker.done():
             self._wake.set()
-            await asyncio.wait([self._worker])
+            _, late = await asyncio.wait([self._worker], timeout=_CLOSE_SECONDS)
+            if late:
+                self._down, self._retry_at = self._silent(_CLOSE_SECONDS), _NEVER
+                self._worker.cancel()
+                await asyncio.wait([self._worker])
         if self._journal is not None:
             await self._hand_over(self._journal)
         await self._ledger.aclose()
@@ -590,16 +611,18 @@ class LeasedLedger:
             raise LedgerUnavailable(str(self._folder), "it is being closed")
         if self._worker is not None and self._worker.done():
             raise LedgerError(f"Ledger with journal {str(self._folder)!r} has stopped") from self._worker.exception()
-        if self._down is not None and monotonic() < self._retry_at:
-            raise self._down
+        if self._down is not None:
+            # The worker tries by itself, and that may take seconds each time.
+            raise self._down.with_traceback(None)
 
     async def _wait(self, want: _Want) -> Hold:
         self._check()
         self._wants.append(want)
         self._wake.set()
         try:
-            return await want.future
-        except asyncio.CancelledError:
+            async with self._in_time():
+                return await want.future
+        except (asyncio.CancelledError, LedgerUnavailable):
             # The money may have been taken just before its caller left.
             self._release(want.hold.id)
             raise
@@ -611,7 +634,20 @@ class LeasedLedger:
         answer: Future[T] = self._loop.create_future()
         self._questions.append((question, answer))
         self._wake.set()
-        return await answer
+        async with self._in_time():
+            return await answer
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Let nobody wait for the shared ledger longer than a caller is to."""
+        try:
+            async with asyncio.timeout(self._answer_seconds):
+                yield
+        except TimeoutError:
+            raise self._silent(self._answer_seconds) from None
+
+    def _silent(self, seconds: float) -> LedgerUnavailable:
+        return LedgerUnavailable(str(self._folder), f"the shared ledger has not answered for {seconds:g} s")
 
     # --- the worker --------------------------------------------------------------------------
 
@@ -938,6 +974,10 @@ class LeasedLedger:
     async def _hand_over(self, journal: Journal) -> None:
         if self._syncing is not None:
             await asyncio.wait([self._syncing])
+        if self._down is not None and monotonic() < self._retry_at:
+            # Just now it failed, and whoever ends this process may have little patience.
+            self._leave(journal, self._down)
+            return
         holds = [
             (
                 replace(under.seen(), expires_at=under.expires_at),
@@ -956,14 +996,18 @@ class LeasedLedger:
                     break
                 holds = []
         except LedgerError as error:
-            calls = sum(part.calls for part in self._unrecorded)
-            log.warning("%d calls stay in the journal until they can be recorded: %s", calls, error)
-            journal.close()
+            self._leave(journal, error)
             return
         # At once: a spend that came meanwhile would be written to it, and gone.
         journal.remove()
         with suppress(LedgerError):  # a row too many, which nobody misreads
             await self._ledger.forget(self._owner)
+
+    def _leave(self, journal: Journal, error: LedgerError) -> None:
+        """Leave the journal to whoever comes next."""
+        calls = sum(part.calls for part in self._unrecorded)
+        log.warning("%d calls stay in the journal until they can be recorded: %s", calls, error)
+        journal.close()
 
 
 async def _nothing() -> None:
@@ -975,6 +1019,9 @@ async def _answer(question: Callable[[], Awaitable[Any]], answer: Future[Any]) -
         return
     try:
         result = await question()
+    except LedgerUnavailable:
+        # The next would be asked in vain, and wait as long: all are told, this one with them.
+        raise
     except Exception as error:
         if not answer.done():
             answer.set_exception(error)

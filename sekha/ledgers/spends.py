@@ -33,6 +33,7 @@ __all__ = [
     "usual_output_tokens",
 ]
 
+REPORT_SECONDS = 60.0
 LAST_REPLIES = 200
 """As many replies say how long a model's usually are."""
 _TIDIED = 50
@@ -259,6 +260,7 @@ _GROUPS: Mapping[GroupBy, str] = {
 
 
 def report(transaction: Transaction, *, by: GroupBy, since: datetime | None) -> list[Spent]:
+    transaction.take_long(REPORT_SECONDS)
     tags = "LEFT JOIN ledger_tags ON spend = id" if by == "tag" else ""
     rows = transaction.rows(
         f"SELECT {_GROUPS[by]}, sum(calls), sum(cost), sum(estimated), sum(input_tokens), sum(output_tokens) "  # noqa: S608 - both from this file

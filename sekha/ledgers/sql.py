@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from sekha.errors import BudgetExceeded
 from sekha.ledger import Budget, GroupBy, Hold, Scope, Spend, Spent
-from sekha.ledgers.database import Database
+from sekha.ledgers.database import Database, Transaction
 from sekha.ledgers.encoding import to_dollars
 from sekha.ledgers.holds import charge, release, reserve, settle, spent_and_held
 from sekha.ledgers.slices import (
@@ -96,6 +96,10 @@ class SqlLedger:
     async def report(self, by: GroupBy, *, since: datetime | None = None) -> list[Spent]:
         return await _outcome(self._database.read(partial(report, by=by, since=since)))
 
+    async def answer(self) -> None:
+        """Return once the database has answered."""
+        await _outcome(self._database.read(_nothing))
+
     async def aclose(self) -> None:
         await asyncio.to_thread(self._database.close)
 
@@ -137,6 +141,10 @@ class SqlLedger:
         if reserving.exception() is None and reserving.result() is None:
             with suppress(RuntimeError):  # the ledger is being closed, and the hold expires by itself
                 self._database.write(partial(release, hold=hold), durable=False)
+
+
+def _nothing(_transaction: Transaction) -> None:
+    """Ask nothing of a database but to answer."""
 
 
 async def _outcome(work: Future[T]) -> T:

@@ -167,6 +167,9 @@ class _SqliteTransaction:
     def freeze_spends(self) -> None:
         """Nothing to do: BEGIN IMMEDIATE shut every other writer out."""
 
+    def take_long(self, seconds: float) -> None:
+        """Nothing to do: a file is not silent, and a lock is not waited for in the middle of a transaction."""
+
 
 @lru_cache(maxsize=256)
 def _unlocked(sql: str) -> str:

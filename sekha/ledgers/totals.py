@@ -63,6 +63,9 @@ def locked_totals(transaction: Transaction, budgets: Sequence[Budget], at: datet
     return {(match, span): spent for match, span, spent in rows}
 
 
+SUM_SECONDS = 600.0
+"""All that was ever spent may have to be added up."""
+
 _COVERS = {
     "provider": "provider = ?",
     "model": "model = ?",
@@ -74,6 +77,7 @@ _COVERS = {
 
 def sum_of(transaction: Transaction, budget: Budget, at: datetime) -> int:
     """Picos that a budget has spent, from the spends themselves."""
+    transaction.take_long(SUM_SECONDS)
     start, end = period_start(budget.period, at), period_end(budget.period, at)
     conditions = ["SELECT coalesce(sum(cost), 0) FROM ledger_spends WHERE at >= ? AND at < ?"]
     values: list[Value] = [micros_of(start) if start else 0, micros_of(end) if end else MOST]

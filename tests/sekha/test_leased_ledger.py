@@ -662,6 +662,24 @@ async def test_nothing_is_held_while_spending_waits_too_long_to_be_recorded(tmp_
     await ledger.aclose()
 
 
+async def test_a_caller_is_told_in_time_though_the_database_is_waited_for_longer(
+    tmp_path: Path, journals: Path
+) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = leased(SqliteDatabase(str(path), busy_seconds=2), journals, answer_seconds=0.2)
+    await reserve(ledger, "0.01")
+
+    with away(path):
+        for _ in range(2):
+            async with asyncio.timeout(1):
+                with pytest.raises(LedgerUnavailable, match="has not answered"):
+                    await reserve(ledger, "1.00")
+
+    await until_reserved(ledger, "1.00")
+    await until(ledger, "0", "1.01")
+    await ledger.aclose()
+
+
 async def test_what_cannot_be_recorded_at_the_end_is_recorded_by_the_next(tmp_path: Path, journals: Path) -> None:
     path = tmp_path / "ledger.db"
     ending = leased(impatient(path), journals)

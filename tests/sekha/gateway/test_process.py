@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -101,6 +102,38 @@ async def test_an_idle_connection_does_not_keep_it_from_ending(serving: Serves) 
         gate.tell(signal.SIGINT)
 
         assert await gate.ended(10) == 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(240)
+async def test_a_silent_server_stops_spending_after_a_while_and_does_not_keep_the_gateway_from_ending(
+    serving: Serves, postgres_url: str, silenced: Callable[[], AbstractContextManager[None]]
+) -> None:
+    async with StandIn() as standin:
+        config = config_for(standin, extra=f"ledger: {{url: '{postgres_url}'}}")
+        async with serving(config) as gate:
+            assert (await gate.chat()).status_code == 200
+            with silenced():
+                silent_since = time.monotonic()
+                statuses: list[tuple[float, int]] = []
+                while (since := time.monotonic() - silent_since) < 45:
+                    response = await gate.chat()
+                    statuses.append((since, response.status_code))
+                    assert time.monotonic() - silent_since - since < 8
+                    await asyncio.sleep(0.1)
+                asked = time.monotonic()
+                costs = await gate.http.get("/api/v1/costs")
+                assert time.monotonic() - asked < 8
+                gate.tell(signal.SIGTERM)
+                assert await gate.ended(25) == 0
+        calls = len([each for each in standin.requests if each.path.endswith("/chat/completions")])
+        async with serving(config) as gate:
+            report = (await gate.http.get("/api/v1/costs")).json()
+
+    assert {status for since, status in statuses if since < 25} == {200}
+    assert {status for since, status in statuses if since > 40} == {503}
+    assert (response.headers["retry-after"], costs.status_code) == ("1", 503)
+    assert report["total"]["calls"] == calls
 
 
 # --- another configuration -----------------------------------------------------------------
