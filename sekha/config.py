@@ -208,6 +208,10 @@ class RecordingSection(Section):
         ("failed", "fallback", "refused", "slow"), description="What is recorded whatever the sample."
     )
     content: bool = Field(False, description="Whether prompts and replies are recorded too.")
+    steps: Literal["joined", "all"] = Field(
+        "joined",
+        description="`all` makes each step a task run; `joined` makes one of quick steps that follow one another.",
+    )
     retention_days: int = Field(14, ge=1, description="Days after which recorded runs are deleted.")
 
 

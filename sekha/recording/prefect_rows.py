@@ -11,6 +11,7 @@ import orjson
 
 from sekha.calling import Attempt
 from sekha.errors import dollars
+from sekha.recording.joining import BETWEEN
 from sekha.recording.run import Run
 from sekha.values import value
 
@@ -97,7 +98,7 @@ _STATES: dict[str, State] = {
 
 @value
 class StepRun:
-    """One step as a task run."""
+    """One step, or several joined, as a task run."""
 
     id: str
     name: str
@@ -115,10 +116,14 @@ def steps_of(run: Run) -> list[StepRun]:
     ids = [f"{run.id[:-4]}{number:04x}" for number in range(len(run.steps))]
     times: dict[str, int] = {}
     names: list[str] = []
+
+    def told_apart(name: str) -> str:
+        times[name] = again = times.get(name, 0) + 1
+        return name if again == 1 else f"{name}-{again}"
+
     found = []
     for at, step in enumerate(run.steps):
-        times[step.name] = again = times.get(step.name, 0) + 1
-        names.append(step.name if again == 1 else f"{step.name}-{again}")
+        names.append(BETWEEN.join(map(told_apart, step.name.split(BETWEEN))))
         ended = step.ended >= step.started
         message = None
         if step.error is None and ended:
@@ -139,7 +144,8 @@ def steps_of(run: Run) -> list[StepRun]:
                 ended_at=step.ended + run.clock_offset if ended else max(run.ended_at, started_at),
                 state=state,
                 message=message,
-                inputs={names[before]: [{"id": ids[before]}] for before in step.after},
+                # Of steps that were joined, the last one's name: all of them are written with each that was given it.
+                inputs={names[before].rpartition(BETWEEN)[2]: [{"id": ids[before]}] for before in step.after},
             )
         )
     return found

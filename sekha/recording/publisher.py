@@ -1,6 +1,6 @@
 """The publisher: its own process, which moves what lies in a spool into Prefect.
 
-    python -P -m sekha.recording.publisher SPOOL
+    python -P -m sekha.recording.publisher SPOOL joined|all
 
 It ends when its standard input does, however the process at the other end of it ended; what it has not
 published by then stays in the spool for the next one. It inherits a lock, which tells other gateways
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sekha.errors import PrefectUnavailable, RecordError
+from sekha.recording.joining import joined
 from sekha.recording.run import Run
 from sekha.recording.sink import Sink
 from sekha.recording.spool import Segment, SpoolReader
@@ -68,7 +69,8 @@ def read_report(folder: Path) -> Report:
 class Publisher:
     """Publishes segment after segment, and deletes what is published.
 
-    `wait` sleeps for so many seconds, and returns whether the publisher is to end.
+    `wait` sleeps for so many seconds, and returns whether the publisher is to end. With `joins`, quick steps
+    that follow one another are published as one.
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class Publisher:
         open_sink: Callable[[], Sink | None],
         *,
         wait: Callable[[float], bool],
+        joins: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._spool = SpoolReader(folder)
         self._open_sink = open_sink
         self._wait = wait
+        self._joins = joins
         self._clock = clock
         self._sink: Sink | None = None
         self._report = replace(read_report(folder), process_id=os.getpid(), sink="", waits_for="")
@@ -151,7 +155,7 @@ class Publisher:
 
     def _publish_runs(self, runs: Sequence[Run], sink: Sink) -> None:
         try:
-            sink.publish(runs)
+            sink.publish([replace(run, steps=joined(run.steps)) for run in runs] if self._joins else runs)
         except PrefectUnavailable:
             raise
         except _NOT_TAKEN as error:
@@ -183,7 +187,7 @@ class Publisher:
             self._sink = None
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *, joins: bool) -> None:
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for chatty in ("httpx", "prefect"):
@@ -201,8 +205,8 @@ def main(folder: Path) -> None:
 
     # What Prefect is made of stays as it is: collecting garbage need not look through it again and again.
     gc.freeze()
-    Publisher(folder, open_sink, wait=ended.wait).run()
+    Publisher(folder, open_sink, wait=ended.wait, joins=joins).run()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), joins=sys.argv[2] == "joined")

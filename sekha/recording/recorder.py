@@ -107,6 +107,7 @@ class Recorder:
         self._max_bytes = max_bytes
         self._ordinary_bytes = int(max_bytes * ORDINARY_SHARE)
         self._environment = environment or {}
+        self._steps = section.steps
         self._writer = SegmentWriter(folder)
         self._pending: deque[Run | Event] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -263,14 +264,15 @@ class Recorder:
             return
         if time.monotonic() < self._start_at:
             return
+        # Not from the folder it is started in, where `types/` or `trace.py` may lie.
+        command = [sys.executable, "-P", "-m", "sekha.recording.publisher", str(self._folder.resolve()), self._steps]
         with contextlib.ExitStack() as opened:
             try:
                 lock = opened.enter_context((self._folder / "publisher.lock").open("ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 output = opened.enter_context(_log_file(self._folder).open("ab"))
                 publisher = subprocess.Popen(  # noqa: S603 - the command line is ours
-                    # Not from the folder it is started in, where `types/` or `trace.py` may lie.
-                    [sys.executable, "-P", "-m", "sekha.recording.publisher", str(self._folder.resolve())],
+                    command,
                     env={**SETTINGS, **os.environ, **self._environment},
                     stdin=subprocess.PIPE,
                     stdout=output,

@@ -27,6 +27,14 @@ STEPS = (
     Step("call_provider", (1, 2), 100.01, 100.264123),
     Step("settle_cost", (2, 3), 100.264123, 100.27),
 )
+QUICK_STEPS = (
+    Step("estimate_cost", (), 100.0, 100.0001),
+    Step("select_provider", (0,), 100.0001, 100.00015),
+    Step("reserve_budget", (1,), 100.0002, 100.0006),
+    Step("call_provider", (1, 2), 100.0006, 100.264123),
+    Step("settle_cost", (2, 3), 100.264123, 100.2643),
+)
+"""As a gateway's ledger has them, which asks no database."""
 
 
 def a_run(**changes: Any) -> Run:

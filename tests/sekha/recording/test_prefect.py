@@ -23,6 +23,7 @@ import pytest
 
 from sekha.calling import Attempt
 from sekha.config import RecordingSection
+from sekha.recording.joining import joined
 from sekha.recording.prefect_database import DatabaseSink
 from sekha.recording.prefect_postgres import PostgresTables
 from sekha.recording.prefect_rows import RECORDED
@@ -32,6 +33,7 @@ from sekha.recording.run import Run
 from sekha.stack import LocalPrefect
 from sekha.trace import Step
 from tests.fixtures.prefect import Server
+from tests.sekha.recording.conftest import QUICK_STEPS
 
 pytestmark = pytest.mark.prefect
 
@@ -95,6 +97,39 @@ async def check_exact(server: Server, run: Run) -> None:
     # Prefect names a parent once for each of the parent's own inputs (3.8.8, `query_components.py`): a set.
     drawn = {(labels[parent["id"]], node["label"]) for _, node in graph["nodes"] for parent in node["parents"]}
     assert drawn == edges_of(task_runs)
+
+
+async def check_joined(server: Server, run: Run, flow_run_id: str) -> None:
+    """How a chat is shown whose steps before the call were quick."""
+    task_runs = await server.steps(flow_run_id, ended=3)
+    graph = (await server.ask("GET", f"/flow_runs/{flow_run_id}/graph-v2")).json()
+
+    before = "estimate_cost, select_provider, reserve_budget"
+    edges = {(before, "call_provider"), (before, "settle_cost"), ("call_provider", "settle_cost")}
+    assert [each["name"] for each in task_runs] == [before, "call_provider", "settle_cost"]
+    assert [each["state_type"] for each in task_runs] == ["COMPLETED"] * 3
+    assert edges_of(task_runs) == edges
+    labels = {node["id"]: node["label"] for _, node in graph["nodes"]}
+    assert {(labels[parent["id"]], node["label"]) for _, node in graph["nodes"] for parent in node["parents"]} == edges
+    times = [(run.steps[0].started, run.steps[2].ended), *[(step.started, step.ended) for step in run.steps[3:]]]
+    for each, (started, ended) in zip(task_runs, times, strict=True):
+        assert seconds_of(each["start_time"]) == pytest.approx(started + run.clock_offset, abs=2e-6)
+        assert seconds_of(each["end_time"]) == pytest.approx(ended + run.clock_offset, abs=2e-6)
+        assert each["total_run_time"] == pytest.approx(ended - started, abs=2e-6)
+
+
+async def test_quick_steps_are_one_task_run_unless_each_is_asked_for(
+    prefect: Server, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    run, each = make_run(steps=QUICK_STEPS), make_run(steps=QUICK_STEPS)
+    every_step = EVERYTHING.model_copy(update={"steps": "all"})
+    for section, what in ((EVERYTHING, run), (every_step, each)):
+        async with Recorder(section, tmp_path / section.steps) as recorder:
+            recorder.record(what)
+            await until(recorder, lambda stats: stats.published == 1)
+
+    await check_joined(prefect, run, run.id)
+    assert [step["name"] for step in await prefect.steps(each.id, ended=5)] == [step.name for step in QUICK_STEPS]
 
 
 async def test_a_chat_is_a_flow_run_with_exact_times_and_its_steps_drawn(
@@ -192,11 +227,17 @@ async def test_a_database_that_is_not_the_servers_is_left_alone(
         connection.execute("DELETE FROM flow")
         connection.commit()
     run = make_run(name=f"over the API {uuid4()}")
+    quick = make_run(name=f"over the API {uuid4()}", steps=QUICK_STEPS)
     async with Recorder(EVERYTHING, tmp_path / "spool", environment=named(tables)) as recorder:
         recorder.record(run)
-        stats = await until(recorder, lambda stats: stats.published == 1)
+        recorder.record(quick)
+        stats = await until(recorder, lambda stats: stats.published == 2)
 
-    shown = (await prefect.ask("POST", "/flow_runs/filter", {"flow_runs": {"name": {"any_": [run.name]}}})).json()
+    async def named_as(name: str) -> list[dict[str, Any]]:
+        body = {"flow_runs": {"name": {"any_": [name]}}}
+        return list((await prefect.ask("POST", "/flow_runs/filter", body)).json())
+
+    shown = await named_as(run.name)
     task_runs = await prefect.steps(shown[0]["id"], ended=5)
     assert stats.sink == "Prefect's API"
     assert tables.run_ids() == []
@@ -206,6 +247,7 @@ async def test_a_database_that_is_not_the_servers_is_left_alone(
     assert len(edges_of(task_runs)) == 6
     assert seconds_of(task_runs[3]["start_time"]) == pytest.approx(run.steps[3].started + run.clock_offset, abs=2e-6)
     assert task_runs[3]["total_run_time"] == pytest.approx(0.254123, abs=2e-6)
+    await check_joined(prefect, quick, (await named_as(quick.name))[0]["id"])
 
 
 async def test_tables_of_another_prefect_are_left_alone(
@@ -296,42 +338,47 @@ async def test_postgres_shows_the_same(
         connection.execute(f"CREATE DATABASE {name}")
     url = postgres_server.replace("/postgres?", f"/{name}?").replace("postgresql://", "postgresql+asyncpg://")
     run = make_run()
+    quick = make_run(steps=QUICK_STEPS)
     fell_back = make_run(outcome="fallback", attempts=ATTEMPTS, content={"prompt": "nul \0 and all"})
     async with on_postgres(url, tmp_path / "home") as (server, settings):
         async with Recorder(EVERYTHING, tmp_path / "spool", environment=settings) as recorder:
-            recorder.record(run)
-            recorder.record(fell_back)
-            stats = await until(recorder, lambda stats: stats.published == 2)
+            for each in (run, quick, fell_back):
+                recorder.record(each)
+            stats = await until(recorder, lambda stats: stats.published == 3)
 
         assert stats.sink == "Prefect's PostgreSQL database"
         await check_exact(server, run)
+        await check_joined(server, quick, quick.id)
         assert "rate_limited" in await server.receipt(fell_back.id)
 
 
-def many(make_run: Makes, first: int, count: int) -> list[Run]:
+def many(make_run: Makes, first: int, count: int, steps: tuple[Step, ...]) -> list[Run]:
     """Chats of a gateway that has 50 a second."""
     starts = [AT + number / 50 for number in range(first, first + count)]
-    return [make_run(started_at=at, ended_at=at + 0.270001, clock_offset=at - 100.0) for at in starts]
+    return [make_run(started_at=at, ended_at=at + 0.270001, clock_offset=at - 100.0, steps=steps) for at in starts]
 
 
-def grown(sink: DatabaseSink, size: Callable[[], int], make_run: Makes) -> float:
+def grown(sink: DatabaseSink, size: Callable[[], int], make_run: Makes, steps: tuple[Step, ...] = QUICK_STEPS) -> float:
     """What a chat adds to a database that holds some already, in bytes."""
     for at in range(0, 1_000, 250):
-        sink.publish(many(make_run, at, 250))
+        sink.publish(many(make_run, at, 250, steps))
     before = size()
     for at in range(1_000, 3_000, 250):
-        sink.publish(many(make_run, at, 250))
+        sink.publish(many(make_run, at, 250, steps))
     after = size()
     sink.close()
     return (after - before) / 2_000
 
 
-def test_sqlite_keeps_a_chat_in_what_the_manual_says(tables: Any, make_run: Makes) -> None:
+@pytest.mark.parametrize(("steps", "most"), [(joined(QUICK_STEPS), 5_000), (QUICK_STEPS, 6_600)])
+def test_sqlite_keeps_a_chat_in_what_the_manual_says(
+    tables: Any, make_run: Makes, steps: tuple[Step, ...], most: int
+) -> None:
     def size() -> int:
         tables.rows("PRAGMA wal_checkpoint(TRUNCATE)")
         return int(tables.file.stat().st_size)
 
-    assert grown(DatabaseSink(SqliteTables(tables.file), None), size, make_run) <= 6_600
+    assert grown(DatabaseSink(SqliteTables(tables.file), None), size, make_run, steps) <= most
 
 
 def test_postgres_keeps_a_chat_in_five_kilobytes(postgres_server: str, tmp_path: Path, make_run: Makes) -> None:

@@ -17,7 +17,7 @@ from sekha.recording.publisher import NOWHERE, Publisher, read_report
 from sekha.recording.run import Event, Run, encode, new_run_id
 from sekha.recording.spool import SpoolReader
 from sekha.segments import SegmentWriter
-from tests.sekha.recording.conftest import Tables
+from tests.sekha.recording.conftest import QUICK_STEPS, Tables
 
 Makes: TypeAlias = Callable[..., Run]
 
@@ -82,6 +82,20 @@ def test_runs_and_events_are_published_and_their_segment_deleted(tmp_path: Path,
     assert sink.closed == 1
 
 
+def test_quick_steps_are_published_as_one_where_that_is_wanted(tmp_path: Path, make_run: Makes) -> None:
+    run, slow = make_run(steps=QUICK_STEPS), make_run()
+    as_one, each = ListSink(), ListSink()
+
+    spooled(tmp_path, run, slow)
+    Publisher(tmp_path, lambda: as_one, wait=Waits(), joins=True).run()
+    spooled(tmp_path, run, slow)
+    Publisher(tmp_path, lambda: each, wait=Waits()).run()
+
+    assert [len(shown.steps) for shown in as_one.runs] == [3, 5]
+    assert as_one.runs[0].steps[0].name == "estimate_cost, select_provider, reserve_budget"
+    assert each.runs == [run, slow]
+
+
 def test_nothing_is_lost_while_the_sink_is_away(tmp_path: Path, make_run: Makes) -> None:
     runs = [make_run() for _ in range(30)]
     spooled(tmp_path, *runs)
@@ -105,7 +119,15 @@ def test_one_run_that_is_never_taken_keeps_no_other_out(tmp_path: Path, make_run
     assert (read_report(tmp_path).published, read_report(tmp_path).refused) == (9, 1)
 
 
-@pytest.mark.parametrize("changes", [{"started_at": "yesterday"}, {"ended_at": 1e300}, {"clock_offset": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"started_at": "yesterday"},
+        {"ended_at": 1e300},
+        {"clock_offset": None},
+        {"steps": [["estimate_cost", [], "now", "then", None]]},
+    ],
+)
 def test_a_run_that_no_table_can_hold_is_refused_and_keeps_no_other_out(
     tmp_path: Path, make_run: Makes, tables: Tables, changes: dict[str, Any]
 ) -> None:
@@ -116,7 +138,7 @@ def test_a_run_that_no_table_can_hold_is_refused_and_keeps_no_other_out(
     said = json.loads(lines[1][1:]) | changes
     segment.write_bytes(b"".join([lines[0], b"R%b\n" % json.dumps(said).encode(), lines[2]]))
 
-    Publisher(tmp_path / "spool", lambda: DatabaseSink(SqliteTables(tables.file), None), wait=Waits()).run()
+    Publisher(tmp_path / "spool", lambda: DatabaseSink(SqliteTables(tables.file), None), wait=Waits(), joins=True).run()
 
     assert set(tables.run_ids()) == {runs[0].id, runs[2].id}
     report = read_report(tmp_path / "spool")
