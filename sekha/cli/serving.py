@@ -101,10 +101,9 @@ async def _run(
 
 def allowed_host(config: Config, wanted: str) -> str:
     """Where to listen: beyond this machine only with keys, or when the file says that none are needed."""
-    from sekha.gateway.server import is_loopback
+    from sekha.gateway.server import may_listen_at
 
-    open_to_others = config.keys or config.allow_unauthenticated
-    return wanted if open_to_others or is_loopback(wanted) else "127.0.0.1"
+    return wanted if may_listen_at(wanted, config) else "127.0.0.1"
 
 
 def _listen(loaded: Loaded, host: str, port: int) -> socket.socket:

@@ -10,10 +10,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
 
 from sekha import tokens
-from sekha.errors import SekhaError
+from sekha.errors import ConfigError, Problem, SekhaError
 from sekha.gateway.app import Gateway
 from sekha.gateway.http_server import WRITE_SECONDS, Connections
 from sekha.gateway.logs import AccessLog
@@ -23,7 +24,20 @@ from sekha.gateway.sources import Source
 from sekha.loading import Loaded
 from sekha.registry import Registry
 
-__all__ = ["DRAIN_SECONDS", "HEAD_SECONDS", "Server", "bind", "fast_loop", "is_loopback", "on_signals", "serve"]
+if TYPE_CHECKING:
+    from sekha.config import Config
+
+__all__ = [
+    "DRAIN_SECONDS",
+    "HEAD_SECONDS",
+    "Server",
+    "bind",
+    "check_reach",
+    "fast_loop",
+    "may_listen_at",
+    "on_signals",
+    "serve",
+]
 
 log = logging.getLogger("sekha.gateway")
 
@@ -57,8 +71,27 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+def may_listen_at(host: str, config: Config) -> bool:
+    """Whether others may reach it there: only with keys, or when the file says that none are needed."""
+    return bool(config.keys) or config.allow_unauthenticated or _is_loopback(host)
+
+
+def check_reach(loaded: Loaded, host: str) -> None:
+    """Raise `ConfigError` for a configuration that would let everybody in who reaches this address."""
+    if not may_listen_at(host, loaded.config):
+        said = (
+            f"lists no key, while the gateway listens on {host}: everybody there could spend your money. Make a key "
+            "with `sekha keys create` and list it under `keys:`, set `allow_unauthenticated: true`, or start it "
+            "anew, on loopback."
+        )
+        raise ConfigError(loaded.source, [Problem("keys", said)])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def fast_loop() -> asyncio.AbstractEventLoop:
@@ -89,7 +122,8 @@ async def serve(
     gateway = Gateway(await open_serving(loaded, metrics, workers=workers), access=access)
     server = Server(gateway, listening)
     metrics.start()
-    following = _Following(loaded, gateway, partial(open_serving, metrics=metrics, workers=workers))
+    host = listening.getsockname()[0]
+    following = _Following(loaded, gateway, partial(open_serving, metrics=metrics, workers=workers), host)
     task = asyncio.create_task(following.run(source, server.stop, refused))
     try:
         with on_signals(server.stop, source.look):
@@ -189,8 +223,10 @@ def _load_ahead(registry: Registry) -> None:
 class _Following:
     """Takes over one configuration after the other, and lets each end with its last request."""
 
-    def __init__(self, loaded: Loaded, gateway: Gateway, open_: Callable[[Loaded], Any]) -> None:
+    def __init__(self, loaded: Loaded, gateway: Gateway, open_: Callable[[Loaded], Any], host: str) -> None:
+        """`host` is the address that it listens on, whatever a configuration says of where it should."""
         self._loaded = loaded
+        self._host = host
         self._gateway = gateway
         self._open = open_
         self._opening = asyncio.Lock()
@@ -216,6 +252,7 @@ class _Following:
         await asyncio.wait([task, *self._replaced])
 
     async def _take_over(self, loaded: Loaded) -> None:
+        check_reach(loaded, self._host)
         serving = await self._open(loaded)
         replaced = asyncio.ensure_future(self._gateway.replace(serving))
         self._replaced.add(replaced)

@@ -14,7 +14,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 
 from sekha.errors import SekhaError
-from sekha.gateway.server import on_signals
+from sekha.gateway.server import check_reach, on_signals
 from sekha.gateway.sources import Source
 from sekha.loading import Loaded
 from sekha.pipes import framed, receive
@@ -48,6 +48,7 @@ class _Workers:
     ) -> None:
         self._loaded = self._before = loaded
         self._listening = listening
+        self._host: str = listening.getsockname()[0]
         self._count = count
         self._folder = folder
         self._ready = ready
@@ -78,6 +79,8 @@ class _Workers:
         while True:
             try:
                 loaded = await source.next()
+                # Here too, so that no worker begins with it that comes in another's place.
+                check_reach(loaded, self._host)
             except SekhaError as error:
                 log.error("the configuration is not taken over, and the one before goes on: %s", error)  # noqa: TRY400
                 continue

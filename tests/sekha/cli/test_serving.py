@@ -6,6 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
 
 from sekha.testing import StandIn
@@ -62,6 +63,33 @@ async def test_it_listens_beyond_this_machine_when_the_file_says_who_may_come(se
     async with serving(BUILTIN + "server_host: 0.0.0.0\n" + allowed) as gate:
         assert addresses(gate) == {"0.0.0.0"}
         assert not [line for line in gate.logged if line["level"] == "warning"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_reload_that_drops_the_keys_is_refused_while_others_can_reach_it(serving: Serves, workers: str) -> None:
+    keys = f"keys:\n  - {{name: a, hash: 'sha256:{'0' * 64}'}}\n"
+    async with serving(BUILTIN + "server_host: 0.0.0.0\n" + keys, "--workers", workers) as gate:
+        if workers == "2":
+            await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        gate.file.write_text(BUILTIN)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"], seconds=20)
+
+        statuses = set()
+        for _ in range(6):
+            async with httpx.AsyncClient(trust_env=False, verify=False) as stranger:
+                statuses.add((await stranger.get(f"http://127.0.0.1:{gate.port}/v1/models")).status_code)
+        [said] = [line["event"] for line in gate.logged if line["level"] == "error"]
+        gate.file.write_text(BUILTIN + "allow_unauthenticated: true\n")
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("read anew" in event for event in gate.events) == int(workers), seconds=20)
+        opened = await gate.models()
+
+    assert statuses == {401}
+    assert "listens on 0.0.0.0" in said
+    assert "`keys:`" in said
+    assert "`allow_unauthenticated: true`" in said
+    assert "echo" in opened
 
 
 async def test_a_port_that_is_taken_is_named_with_two_ways_out(sekha: Command) -> None:
