@@ -191,6 +191,14 @@ class KeySection(Section):
     tasks: tuple[Task, ...] = Field((), description="Tasks it may use; empty for all.")
     requests_per_minute: int | None = Field(None, ge=1, description="Requests a minute; null for no limit.")
     tokens_per_minute: int | None = Field(None, ge=1, description="Tokens a minute; null for no limit.")
+    reads: Literal["own", "all"] = Field(
+        "own", description="What it finds in the memory: what it asked itself, or what any key did."
+    )
+    operator: bool = Field(
+        False,
+        description="Whether it is an operator's. Where any key is, metrics, costs and the state of providers are for "
+        "those alone.",
+    )
 
 
 class MemorySection(Section):

@@ -13,6 +13,7 @@
     │   ├── DocumentRefused         a document is empty, binary, too large or not UTF-8
     │   ├── Unauthenticated         no key, or one that nobody was given
     │   ├── KeyNotAllowed           the key is good, and not for this model or task
+    │   ├── OperatorsOnly           the key is good, and no operator's
     │   ├── KeyLimited              the key has used up its requests or tokens for now
     │   ├── BodyTooLarge            the request's body is larger than the gateway reads
     │   ├── BodyTooSlow             the request's body did not arrive in time
@@ -98,6 +99,7 @@ __all__ = [
     "ModelNotFound",
     "NoCandidate",
     "NoSuchPage",
+    "OperatorsOnly",
     "PrefectUnavailable",
     "Problem",
     "ProviderAuthFailed",
@@ -341,6 +343,18 @@ class KeyNotAllowed(RequestRefused):
         self.allowed = tuple(allowed)
         super().__init__(
             f"Key {key_name!r} may not use {what!r}, but {', '.join(allowed)}: that is set under `keys:` in sekha.yaml."
+        )
+
+
+class OperatorsOnly(RequestRefused):
+    code = "operators_only"
+
+    def __init__(self, key_name: str, page: str) -> None:
+        self.key_name = key_name
+        self.page = page
+        super().__init__(
+            f"Key {key_name!r} may not see {page}, which is for operators. Use a key that has `operator: true` under "
+            "`keys:` in sekha.yaml, or give it to this one."
         )
 
 

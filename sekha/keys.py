@@ -9,10 +9,10 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sekha.asks import Allowed
-from sekha.errors import KeyLimited, KeyNotAllowed, Unauthenticated
+from sekha.errors import KeyLimited, KeyNotAllowed, OperatorsOnly, Unauthenticated
 from sekha.rates import RateLimit, Taken, part
 from sekha.registry import TASKS, Registry, Task
 
@@ -34,6 +34,8 @@ class Key:
     tasks: tuple[Task, ...] = ()
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    reads: Literal["own", "all"] = "own"
+    operator: bool = False
 
     @property
     def allowed(self) -> Allowed | None:
@@ -105,6 +107,7 @@ class Keyring:
                 )
             digest = bytes.fromhex(key.hash.removeprefix(_HASH))
             self._by_digest[digest] = _Known(key, key.allowed, limit, digest)
+        self._has_operators = any(each.key.operator for each in self._by_digest.values())
         self._seen: dict[bytes, _Known] = {}
         """Headers that were let in, so that a key is hashed once and not with each request."""
 
@@ -115,6 +118,16 @@ class Keyring:
         """Whose key the header carries; None when there are no keys at all. Raises `Unauthenticated`."""
         found = self._look_up(authorization)
         return None if found is None else found.key
+
+    def is_operator(self, authorization: bytes | None) -> bool:
+        """Whether the key is an operator's, as each is where the file marks none. Raises `Unauthenticated`."""
+        key = self.owner(authorization)
+        return key is None or key.operator or not self._has_operators
+
+    def check_operator(self, authorization: bytes | None, page: str) -> None:
+        """Raise `OperatorsOnly` for the key of somebody who may not see a page, and `Unauthenticated`."""
+        if not self.is_operator(authorization) and (key := self.owner(authorization)) is not None:
+            raise OperatorsOnly(key.name, page)
 
     def known(self, authorization: bytes | None) -> Pass:
         """Whose request it is, before anything is taken of the key's limits. Raises `Unauthenticated`."""

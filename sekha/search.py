@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
 from sekha.errors import InvalidRequest, NoCandidate, ProviderError
@@ -44,6 +45,8 @@ class SearchRequest:
     tags: frozenset[str] = frozenset()
     key: str | None = None
     """The name of the caller's key, whose budgets it counts against."""
+    allowed: Allowed | None = None
+    """What that key may use; None for everything. A space that only another model can ask is left out."""
 
     def __post_init__(self) -> None:
         if not self.query or self.query.isspace():

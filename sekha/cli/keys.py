@@ -42,5 +42,6 @@ def create(invocation: Invocation, name: str) -> None:
     note(f'  - {{name: "{name}", hash: "{hash_of(key)}"}}')
     note("")
     return note(
-        "Beside them: models, tasks, requests_per_minute, tokens_per_minute; under `budgets:`, match: {key: …}."
+        "Beside them: models, tasks, requests_per_minute, tokens_per_minute, reads, operator; under `budgets:`, "
+        "match: {key: …}."
     )

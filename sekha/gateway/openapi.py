@@ -23,7 +23,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
     400: ("invalid_request", "provider_rejected", "content_refused", "context_exceeded", "document_refused"),
     401: ("invalid_api_key",),
     402: ("cost_refused", "budget_exceeded"),
-    403: ("key_not_allowed",),
+    403: ("key_not_allowed", "operators_only"),
     404: ("model_not_found", "collection_missing", "not_found"),
     408: ("request_timeout",),
     413: ("request_too_large",),
@@ -50,7 +50,7 @@ _SAYS: Mapping[int, str] = {
     400: "The request is wrong: `param` names the field.",
     401: "The key is missing, or nobody's.",
     402: "It would cost more than the request, the file or a budget allows.",
-    403: "The key may not use this model or task.",
+    403: "The key may not use this model or task, or is no operator's.",
     404: "There is no such model or collection.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
@@ -776,11 +776,12 @@ _PATHS: dict[str, Json] = {
         "get": _operation(
             "costs",
             "Report what was spent",
-            "By group, the dearest first, with what had been estimated.",
+            "By group, the dearest first, with what had been estimated. Where the file marks keys as operators', for "
+            "those alone.",
             tag="operation",
             parameters=_COSTS_PARAMETERS,
             answers={200: _answer("The report.", _ref("Costs"))},
-            fails=(400, 401, 500, 503),
+            fails=(400, 401, 403, 500, 503),
         )
     },
     "/api/v1/health": {
@@ -802,7 +803,7 @@ _PATHS: dict[str, Json] = {
             "providers_health",
             "Say how each provider is",
             "By a probe, which asks for its list of models, and by the circuits of its models. Where keys are "
-            "configured, whoever sends none is told the totals alone.",
+            "configured, whoever sends none is told the totals alone; where some are operators', so are the others.",
             tag="operation",
             answers={200: _answer("Each provider.", _ref("ProvidersHealth"))},
             fails=(401,),
@@ -845,10 +846,10 @@ _PATHS: dict[str, Json] = {
         "get": _operation(
             "metrics",
             "Count for Prometheus",
-            "Of all worker processes together.",
+            "Of all worker processes together. Where the file marks keys as operators', for those alone.",
             tag="operation",
             answers={200: _answer("Prometheus's text format.", _TEXT, kind="text/plain")},
-            fails=(401,),
+            fails=(401, 403),
         )
     },
     "/openapi.json": {

@@ -107,7 +107,7 @@ def _model(model: Model) -> dict[str, object]:
 
 async def costs(serving: Serving, x: Exchange) -> None:
     """`GET /api/v1/costs?by=provider&since=2026-11-01`: what was spent, the dearest first, against the estimate."""
-    serving.keys.owner(x.authorization)
+    serving.keys.check_operator(x.authorization, "/api/v1/costs")
     by, since = _costs_asked(x.query)
     ledger = await serving.resources.ledger()
     report = await ledger.report(by, since=since)
@@ -232,8 +232,7 @@ def _may_know(serving: Serving, x: Exchange) -> bool:
     """Whether the caller is told names and reasons. A load balancer has no key, and needs none."""
     if x.authorization is None and serving.keys:
         return False
-    serving.keys.owner(x.authorization)
-    return True
+    return serving.keys.is_operator(x.authorization)
 
 
 def _status(spec: ProviderSpec, look: Look, circuits: Mapping[str, Circuit]) -> Status:
@@ -274,8 +273,8 @@ def _recorder(serving: Serving) -> dict[str, object]:
 
 
 async def metrics(serving: Serving, x: Exchange) -> None:
-    """`GET /metrics`, of all worker processes. It names models and dollars, so it needs a key like the rest."""
-    serving.keys.owner(x.authorization)
+    """`GET /metrics`, of all worker processes. It names models and dollars, so it needs a key, or an operator's."""
+    serving.keys.check_operator(x.authorization, "/metrics")
     lines = [*serving.metrics.text(), *await standing(serving), ""]
     await x.answer(200, "\n".join(lines).encode(), [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
 

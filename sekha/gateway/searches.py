@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, TypeGuard, get_args
 
 from sekha.errors import InvalidRequest
@@ -13,10 +13,12 @@ from sekha.gateway.finished import UnderWay
 from sekha.gateway.pages import say
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
 from sekha.gateway.wire import MOST_DIMENSIONS, sekha_note, tags_of
+from sekha.keys import Pass
 from sekha.messages import kind_of
 from sekha.registry import COLLECTION_NAME
 from sekha.search import SearchRequest
 from sekha.search import search as search_in_order
+from sekha.spaces import alias_of, names_index_of
 from sekha.vectors.base import AllOf, AnyOf, Compare, Filter, Not, Scalar
 
 __all__ = ["FIELDS", "OPERATORS", "search"]
@@ -43,12 +45,14 @@ _MOST_PARTS = 256
 
 async def search(serving: Serving, x: Exchange) -> None:
     """Search a collection, each of its spaces under its own model."""
-    serving.keys.owner(x.authorization)  # before a body is read for nobody
+    key = serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
     by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
     by.check(serving.resources.registry, None, "embedding")
     given = object_in(body)
-    request = _asked(given, serving, by.key)
+    request = _asked(given, serving, by)
+    if key is not None and key.reads == "own" and _may_hold_memory(request.collection, serving):
+        request = replace(request, where=_asked_by(key.name, request.where))
     explain = flag(given, "explain", default=False)
     under_way = x.under_way = UnderWay(serving, "search", request, by)
     try:
@@ -94,7 +98,7 @@ async def search(serving: Serving, x: Exchange) -> None:
     under_way.answered(found)
 
 
-def _asked(given: Mapping[str, Any], serving: Serving, key: str | None) -> SearchRequest:
+def _asked(given: Mapping[str, Any], serving: Serving, by: Pass) -> SearchRequest:
     only(given, FIELDS)
     memory = serving.resources.loaded.config.memory
     collection = text(given, "collection") or (memory.collection if memory else "documents")
@@ -117,8 +121,25 @@ def _asked(given: Mapping[str, Any], serving: Serving, key: str | None) -> Searc
         hybrid=flag(given, "hybrid", default=False),
         max_cost=dollars(given, "max_cost"),
         tags=tags_of(given.get("metadata")),
-        key=key,
+        key=by.key,
+        allowed=by.allowed,
     )
+
+
+def _may_hold_memory(collection: str, serving: Serving) -> bool:
+    """Whether a search of the collection may come upon what passed the gateway."""
+    memory = serving.resources.loaded.config.memory
+    if memory is None:
+        return False
+    asked, kept = alias_of(collection), alias_of(memory.collection)
+    # `Notes_8_of` would find what lies in `Notes_8_of_8`, an index of `notes` for a model of that name.
+    return asked == kept or names_index_of(kept, asked) or names_index_of(asked, kept)
+
+
+def _asked_by(key: str, where: Filter | None) -> Filter:
+    """What the key asked itself, and of that what the caller wants."""
+    own = Compare("key", "eq", key)
+    return own if where is None else AllOf((own, where))
 
 
 class _Filters:

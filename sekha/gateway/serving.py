@@ -65,6 +65,8 @@ class Serving:
                 tasks=section.tasks,
                 requests_per_minute=section.requests_per_minute,
                 tokens_per_minute=section.tokens_per_minute,
+                reads=section.reads,
+                operator=section.operator,
             )
             for section in resources.loaded.config.keys
         )

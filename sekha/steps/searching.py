@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from sekha.embedding import Embedded, EmbedRequest
-from sekha.errors import InvalidRequest, SpaceMismatch
+from sekha.errors import InvalidRequest, KeyNotAllowed, SpaceMismatch
 from sekha.indexes import Readable
 from sekha.merging import Ranked, fuse, merge, pool
 from sekha.pricing import Usage
@@ -48,11 +48,17 @@ class Searching:
             limit = max(limit, CANDIDATES)
         questions: list[Question] = []
         left_out: list[LeftOut] = []
+        refused: KeyNotAllowed | None = None
         for index in indexes:
             model = embedder_of(index, self._open.registry)
             if model is None:
                 why = f"No model under `providers:` makes vectors of {index.fingerprint!r}."
                 left_out.append(LeftOut(index.name, why))
+                continue
+            asked_as = self._asked_as(request.collection, index, model.id)
+            if (refusal := self._refusal(request, asked_as)) is not None:
+                left_out.append(LeftOut(index.name, refusal.message))
+                refused = refused or refusal
                 continue
             questions.append(
                 Question(
@@ -61,13 +67,16 @@ class Searching:
                     limit=limit,
                     embed=EmbedRequest(
                         texts=(model.query_prefix + request.query,),
-                        model=self._asked_as(request.collection, index, model.id),
+                        model=asked_as,
                         tags=request.tags,
                         key=request.key,
+                        allowed=request.allowed,
                     ),
                 )
             )
         if not questions:
+            if refused is not None:
+                raise refused
             wanted = self._open.registry.space(request.collection).fingerprint
             raise SpaceMismatch(indexes[0].name, stored=indexes[0].fingerprint, wanted=wanted)
         if request.max_cost is not None:
@@ -137,6 +146,13 @@ class Searching:
         store, names = await self._open.store(), [index.name for index in indexes]
         counts = await asyncio.gather(*(store.count(name, request.where) for name in names))
         return dict(zip(names, counts, strict=True))
+
+    def _refusal(self, request: SearchRequest, model: str) -> KeyNotAllowed | None:
+        """Why the caller's key may not ask the model, as it would be told where it embeds with it."""
+        allowed = request.allowed
+        if allowed is None or any(map(allowed.covers, self._open.registry.named(model))):
+            return None
+        return KeyNotAllowed(request.key or "", model, sorted(allowed.models or allowed.tasks))
 
     def _asked_as(self, collection: str, index: Collection, model_id: str) -> str:
         """Any provider that has the model may embed, unless the file names one for the collection."""

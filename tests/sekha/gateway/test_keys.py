@@ -157,6 +157,43 @@ async def test_a_key_may_be_kept_to_tasks(gateway: Opens) -> None:
     assert len(standin.requests) == 1
 
 
+async def test_where_a_key_is_an_operators_what_operators_look_at_is_for_those_alone(gateway: Opens) -> None:
+    operator, caller = new_key(), new_key()
+    keys = (
+        f"keys:\n  - {{name: boss, hash: '{hash_of(operator)}', operator: true}}\n"
+        f"  - {{name: research, hash: '{hash_of(caller)}'}}"
+    )
+    pages = ("/metrics", "/api/v1/costs")
+    healths = ("/api/v1/health", "/api/v1/health/providers")
+    async with StandIn() as standin, gateway(standin, extra=keys) as served:
+        said = {
+            name: [await served.http.get(page, headers={"Authorization": f"Bearer {key}"}) for page in pages + healths]
+            for name, key in (("boss", operator), ("research", caller))
+        }
+        to_nobody = [(await served.http.get(page)).json() for page in healths]
+        served.http.headers["Authorization"] = f"Bearer {caller}"
+        answered = await served.chat(model="chat")
+
+    assert [each.status_code for each in said["boss"]] == [200] * 4
+    assert "providers" in said["boss"][-1].json()
+    assert [each.status_code for each in said["research"]] == [403, 403, 200, 200]
+    assert [each.json() for each in said["research"][2:]] == to_nobody
+    assert said["research"][0].json()["error"]["code"] == "operators_only"
+    assert "boss" not in said["research"][0].text
+    assert answered.status_code == 200
+
+
+async def test_where_no_key_is_an_operators_each_may_look(gateway: Opens) -> None:
+    key = new_key()
+    async with StandIn() as standin, gateway(standin, extra=_keys(key)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+
+        said = [await served.http.get(page) for page in ("/metrics", "/api/v1/costs", "/api/v1/health/providers")]
+
+    assert [each.status_code for each in said] == [200] * 3
+    assert "providers" in said[-1].json()
+
+
 async def test_a_key_has_so_many_requests_a_minute(gateway: Opens) -> None:
     key = new_key()
     limited = f"keys:\n  - {{name: research, hash: '{hash_of(key)}', requests_per_minute: 3}}"

@@ -23,12 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sekha.calling import Clock, Retries
+from sekha.documents import Document
 from sekha.errors import ConfigError, ProviderUnavailable
 from sekha.gateway.app import Gateway
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
 from sekha.gateway.remembering import Pace, Remembering
 from sekha.gateway.serving import Serving
+from sekha.keys import hash_of, new_key
 from sekha.loading import load
 from sekha.memo import cut, decode
 from sekha.outbox import Outbox
@@ -264,6 +266,110 @@ async def test_vectors_are_kept_as_their_caller_got_them(
     }
     assert first.json()["results"][0]["content"] == "Another thing."
     assert first.json()["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+
+
+# --- whose it is ---------------------------------------------------------------------------
+
+
+def keyring(**lines: str) -> tuple[dict[str, dict[str, str]], str]:
+    """Headers of keys by their name, and the file's section with a line of each."""
+    made = {name: new_key() for name in lines}
+    section = "".join(f"  - {{name: {name}, hash: '{hash_of(made[name])}'{line}}}\n" for name, line in lines.items())
+    return {name: {"Authorization": f"Bearer {key}"} for name, key in made.items()}, f"keys:\n{section}"
+
+
+# What is asked for under other names is the same collection.
+@pytest.mark.parametrize("collection", ["conversations", "Conversations"])
+async def test_a_key_finds_what_it_asked_and_nobody_elses(
+    gate: Remembers, chats: StandIn, embedder: StandIn, collection: str
+) -> None:
+    headers, keys = keyring(alice="", bob="", auditor=", reads: all")
+    async with gate(config(chats, embedder, extra=keys)) as served:
+
+        async def found(who: str, **fields: Any) -> set[str]:
+            asked = {"query": "How do whales sleep?", "limit": 100, "collection": collection, **fields}
+            said = (await served.http.post("/api/v1/search", json=asked, headers=headers[who])).json()
+            return {hit["properties"]["key"] for hit in said["results"]}
+
+        for who in ("alice", "bob"):
+            served.http.headers.update(headers[who])
+            await served.chat(f"How do whales sleep, asks {who}?")
+            await served.embed(f"Whales of {who}.")
+        await served.kept(4)
+
+        whose = {who: await found(who) for who in headers}
+        forced = await found("bob", where={"property": "key", "operator": "eq", "value": "alice"})
+        either = {
+            "any": [
+                {"property": "key", "operator": "eq", "value": "alice"},
+                {"property": "kind", "operator": "eq", "value": "chat"},
+            ]
+        }
+        by_words = await found("bob", where=either, hybrid=True)
+
+    assert whose == {"alice": {"alice"}, "bob": {"bob"}, "auditor": {"alice", "bob"}}
+    assert forced == set()
+    assert by_words == {"bob"}
+
+
+async def test_another_collection_is_for_every_key(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
+    headers, keys = keyring(bob="")
+    async with gate(config(chats, embedder, extra=keys)) as served:
+        await served.serving.runtime.ingest([Document(source="sea.md", text="Whales sleep upright.")], "notes")
+        asked = {"query": "whales", "collection": "notes"}
+
+        said = (await served.http.post("/api/v1/search", json=asked, headers=headers["bob"])).json()
+
+    assert [hit["content"] for hit in said["results"]] == ["Whales sleep upright."]
+
+
+@pytest.mark.parametrize("may", [", models: [chat]", ", models: [chat, large]", ", models: [talker/chat, same]"])
+async def test_a_search_embeds_with_no_model_that_its_key_is_denied(
+    gate: Remembers, chats: StandIn, embedder: StandIn, may: str
+) -> None:
+    headers, keys = keyring(alice="", bob=may)
+    async with gate(config(chats, embedder, extra=keys)) as served:
+        served.http.headers.update(headers["alice"])
+        await served.chat("How do whales sleep?")
+        await served.kept(1)
+        before = len(embedder.requests)
+
+        searched = await served.http.post("/api/v1/search", json={"query": "whales"}, headers=headers["bob"])
+        embedded = await served.http.post(
+            "/v1/embeddings", json={"input": "whales", "model": "small"}, headers=headers["bob"]
+        )
+
+    assert searched.status_code == embedded.status_code == 403
+    assert searched.json() == embedded.json()
+    assert len(embedder.requests) == before
+
+
+async def test_a_space_that_only_a_denied_model_asks_is_left_out(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    headers, keys = keyring(alice="", bob=", models: [small], reads: all")
+    async with StandIn(dimension=32) as larger:
+        text = (
+            config(chats, embedder, extra=keys)
+            .replace("- {model_id: large,", "- {model_id: medium,")
+            .replace(
+                "providers:\n",
+                f"providers:\n  - id: other\n    provider_type: openai\n    base_url: {larger.openai_url}\n"
+                "    models: [{model_id: large, task: embedding, dimension: 32, price: free}]\n",
+            )
+        )
+        async with gate(text) as served:
+            served.http.headers.update(headers["alice"])
+            await served.embed("Whales.", model="small")
+            await served.embed("Whales.", model="large")
+            await served.kept(2)
+
+            said = (await served.http.post("/api/v1/search", json={"query": "Whales."}, headers=headers["bob"])).json()
+
+    assert [each["model_id"] for each in said["sekha"]["spaces"]] == ["small"]
+    [left_out] = said["sekha"]["left_out"]
+    assert "'bob' may not use 'large'" in left_out["why"]
+    assert len(larger.requests) == 1
 
 
 async def test_two_models_vectors_never_share_an_index(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:

@@ -43,6 +43,7 @@ STATUS = {
     "DocumentRefused": 400,
     "Unauthenticated": 401,
     "KeyNotAllowed": 403,
+    "OperatorsOnly": 403,
     "KeyLimited": 429,
     "BodyTooLarge": 413,
     "BodyTooSlow": 408,
