@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from sekha.asks import Allowed
 from sekha.errors import KeyLimited, KeyNotAllowed, OperatorsOnly, Unauthenticated
-from sekha.rates import RateLimit, Taken, part
+from sekha.rates import Minutes, RateLimit, Taken
 from sekha.registry import TASKS, Registry, Task
 
 __all__ = ["EVERYBODY", "Key", "Keyring", "Pass", "hash_of", "new_key"]
@@ -94,16 +94,20 @@ class _Known(NamedTuple):
 class Keyring:
     """The keys of one configuration. Without any, everybody is let in."""
 
-    def __init__(self, keys: Iterable[Key], *, clock: Callable[[], float] = time.monotonic, processes: int = 1) -> None:
-        """`processes` serve together, and each lets through its part of a key's limits."""
+    def __init__(
+        self, keys: Iterable[Key], *, clock: Callable[[], float] = time.monotonic, minutes: Minutes | None = None
+    ) -> None:
+        """`minutes` have what passed under the configuration before, and what other processes let pass."""
+        minutes = minutes or Minutes()
         self._by_digest: dict[bytes, _Known] = {}
         for key in keys:
             limit = None
             if key.requests_per_minute is not None or key.tokens_per_minute is not None:
                 limit = RateLimit(
                     clock=clock,
-                    requests_per_minute=part(key.requests_per_minute, processes),
-                    tokens_per_minute=part(key.tokens_per_minute, processes),
+                    requests_per_minute=key.requests_per_minute,
+                    tokens_per_minute=key.tokens_per_minute,
+                    minute=minutes.of(f"key:{key.name}"),
                 )
             digest = bytes.fromhex(key.hash.removeprefix(_HASH))
             self._by_digest[digest] = _Known(key, key.allowed, limit, digest)

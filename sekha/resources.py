@@ -18,7 +18,7 @@ from sekha.ledger import Budget, Ledger
 from sekha.loading import Loaded
 from sekha.price_map import PriceMap
 from sekha.providers.base import Provider
-from sekha.rates import ProviderRates
+from sekha.rates import Minutes, ProviderRates
 from sekha.registry import ProviderSpec, Registry
 from sekha.routing import Conditions, Estimates, Plan, Rules
 from sekha.vectors.base import VectorStore
@@ -48,13 +48,13 @@ class Resources:
         open_provider: Callable[[ProviderSpec], Provider] | None = None,
         ledger: Ledger | None = None,
         circuits: Circuits | None = None,
-        processes: int = 1,
+        minutes: Minutes | None = None,
     ) -> None:
         """`open_provider` opens providers of your own making; left out, those that the file can name.
 
         `ledger` is used in place of the file's, and closed with the rest. Without `circuits` every call
-        is tried: one that a person waits for alone has no others to spare. `processes` share what
-        the providers allow.
+        is tried: one that a person waits for alone has no others to spare. `minutes` have what
+        passed of the providers' limits before.
         """
         self.loaded = loaded
         self.registry = Registry.from_config(loaded.config, PriceMap.bundled())
@@ -68,7 +68,7 @@ class Resources:
         self._store: VectorStore | None = None
         self._ledger: Ledger | None = ledger
         self.circuits = circuits
-        self.rates = ProviderRates(self.registry, clock=clock.now, processes=processes)
+        self.rates = ProviderRates(self.registry, clock=clock.now, minutes=minutes)
         self._limited = bool(self.rates)
         self.latencies = Latencies(clock=clock.now)
         self._opening = asyncio.Lock()

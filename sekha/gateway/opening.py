@@ -17,6 +17,7 @@ from sekha.gateway.serving import Serving
 from sekha.ledgers import lease_from, open_database
 from sekha.ledgers.sql import SqlLedger
 from sekha.loading import Loaded
+from sekha.rates import Minutes
 from sekha.registry import Registry
 from sekha.resources import Resources, ledger_url
 
@@ -31,8 +32,13 @@ def state_folder(loaded: Loaded) -> Path:
     return loaded.path(".sekha/gateway")
 
 
-async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) -> Serving:
-    """Open what the configuration declares. Providers and store connect with their first use."""
+async def open_serving(
+    loaded: Loaded, metrics: Metrics, *, workers: int = 1, minutes: Minutes | None = None
+) -> Serving:
+    """Open what the configuration declares. Providers and store connect with their first use.
+
+    `minutes` have what passed of every limit under the configuration before.
+    """
     from sekha.recording.recorder import Recorder
 
     state = state_folder(loaded)
@@ -41,12 +47,12 @@ async def open_serving(loaded: Loaded, metrics: Metrics, *, workers: int = 1) ->
     database = open_database(url)
     circuits = Circuits(_rules(loaded.config.routing.circuit_breaker), shared=SharedCircuits(database))
     ledger = lease_from(SqlLedger(database), url, state / "journal")
-    resources = Resources(loaded, ledger=ledger, circuits=circuits, processes=workers)
+    resources = Resources(loaded, ledger=ledger, circuits=circuits, minutes=minutes)
     circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits))
     memory = _memory(loaded, resources.registry, state / "memory")
     await circuits.start()
     await recorder.start()
-    serving = Serving(resources, metrics, recorder=recorder, memory=memory, leased=ledger, processes=workers)
+    serving = Serving(resources, metrics, recorder=recorder, memory=memory, leased=ledger, minutes=minutes)
     if memory is not None:
         memory.start(serving)
     return serving

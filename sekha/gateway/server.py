@@ -22,6 +22,7 @@ from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
 from sekha.gateway.sources import Source
 from sekha.loading import Loaded
+from sekha.rates import Minutes
 from sekha.registry import Registry
 
 if TYPE_CHECKING:
@@ -113,17 +114,20 @@ async def serve(
     ready: Callable[[], None],
     refused: Callable[[SekhaError], None] | None = None,
     workers: int = 1,
+    minutes: Minutes | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what is under way. SIGHUP has the configuration read anew.
 
     Also ends when `source` does. `refused` is told of a configuration that could not be taken over. Raises
     the `SekhaError` that keeps the first one from being opened.
     """
-    gateway = Gateway(await open_serving(loaded, metrics, workers=workers), access=access)
+    # A reload gives nobody a fresh minute.
+    open_ = partial(open_serving, metrics=metrics, workers=workers, minutes=minutes or Minutes())
+    gateway = Gateway(await open_(loaded), access=access)
     server = Server(gateway, listening)
     metrics.start()
     host = listening.getsockname()[0]
-    following = _Following(loaded, gateway, partial(open_serving, metrics=metrics, workers=workers), host)
+    following = _Following(loaded, gateway, open_, host)
     task = asyncio.create_task(following.run(source, server.stop, refused))
     try:
         with on_signals(server.stop, source.look):

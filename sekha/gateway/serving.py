@@ -10,6 +10,7 @@ from sekha.embedding import EmbedSteps, RawEmbedded
 from sekha.gateway.health import Health
 from sekha.gateway.metrics import Metrics
 from sekha.keys import Key, Keyring
+from sekha.rates import Minutes
 from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.search import SearchSteps
@@ -41,7 +42,7 @@ class Serving:
         recorder: Recorder | None = None,
         memory: Remembering | None = None,
         leased: LeasedLedger | None = None,
-        processes: int = 1,
+        minutes: Minutes | None = None,
     ) -> None:
         """`leased` is the ledger of `resources`, where it is one whose holds can be taken and settled at once."""
         self.resources = resources
@@ -70,7 +71,7 @@ class Serving:
             )
             for section in resources.loaded.config.keys
         )
-        self.keys = Keyring(keys, clock=resources.clock.now, processes=processes)
+        self.keys = Keyring(keys, clock=resources.clock.now, minutes=minutes)
         money, calls = self.runtime.money, self.runtime.calls
         self.chat: ChatSteps = noted(
             ChatSteps(

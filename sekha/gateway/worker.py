@@ -1,6 +1,6 @@
 """One of several processes behind one port; `sekha.gateway.workers` starts it.
 
-    python -P -m sekha.gateway.worker NUMBER COUNT SOCKET METRICS
+    python -P -m sekha.gateway.worker NUMBER COUNT SOCKET FOLDER
 
 Its configuration comes in on standard input, and when that ends, so does it. On standard output it says
 when it serves, and what keeps it from it.
@@ -22,6 +22,7 @@ from sekha.gateway.logs import configure
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.server import fast_loop, serve
 from sekha.gateway.sources import WhenTold
+from sekha.minutes import SharedMinutes
 from sekha.pipes import framed, own_pipe
 
 __all__ = ["SERVES"]
@@ -53,6 +54,7 @@ async def _work(number: int, count: int, listening: socket.socket, folder: Path,
             ready=ready,
             refused=refused,
             workers=count,
+            minutes=SharedMinutes(folder, number, count),
         )
     except SekhaError as error:
         refused(error)

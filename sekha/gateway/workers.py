@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ log = logging.getLogger("sekha.gateway")
 TOO_SOON_SECONDS = 2.0
 SHORTEST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
+_IN_MEMORY = "/dev/shm"  # noqa: S108 - a folder of its own is made in it
 
 
 async def run_workers(
@@ -36,7 +38,9 @@ async def run_workers(
     They are given the configuration, and each that `source` has after it. Raises the `SekhaError` that keeps
     them from beginning.
     """
-    with tempfile.TemporaryDirectory(prefix="sekha-workers-") as folder:
+    # What they count together lies in files that they map, where it can in memory alone: no disk has to keep it.
+    in_memory = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="sekha-workers-", dir=in_memory) as folder:
         workers = _Workers(loaded, listening, count, folder, ready)
         with on_signals(workers.stop, source.look):
             await workers.run(source)

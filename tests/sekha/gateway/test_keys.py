@@ -9,6 +9,7 @@ import pytest
 from sekha.errors import KeyLimited, Unauthenticated
 from sekha.gateway.app import ROUTES
 from sekha.keys import Key, Keyring, hash_of, new_key
+from sekha.rates import Minutes
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens
 
@@ -223,13 +224,17 @@ def test_tokens_count_as_they_were_used() -> None:
     ring.admit(header, tokens=10)
 
 
-def test_several_processes_share_a_keys_limit() -> None:
-    key = new_key()
-    ring = Keyring([Key(name="one", hash=hash_of(key), requests_per_minute=6)], clock=lambda: 100.0, processes=3)
+def test_what_a_key_used_counts_under_the_next_configuration_too() -> None:
+    key, minutes = new_key(), Minutes()
     header = b"Bearer " + key.encode()
 
-    for _ in range(2):
-        ring.admit(header, tokens=1)
+    def ring(requests: int) -> Keyring:
+        keys = [Key(name="one", hash=hash_of(key), requests_per_minute=requests)]
+        return Keyring(keys, clock=lambda: 100.0, minutes=minutes)
+
+    ring(2).admit(header, tokens=1)
+    ring(2).admit(header, tokens=1)
 
     with pytest.raises(KeyLimited):
-        ring.admit(header, tokens=1)
+        ring(2).admit(header, tokens=1)
+    ring(3).admit(header, tokens=1)

@@ -14,6 +14,7 @@ from decimal import Decimal
 import httpx
 import pytest
 
+from sekha.keys import hash_of, new_key
 from sekha.ledger import Budget
 from sekha.ledgers import open_ledger
 from sekha.testing import StandIn
@@ -237,6 +238,39 @@ async def test_workers_take_another_file_over_together(serving: Serves) -> None:
         for _ in range(6):
             async with new_callers(gate):
                 assert (await gate.chat(model="another")).status_code == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+async def test_a_keys_limit_is_one_for_all_workers_and_over_a_reload(serving: Serves, workers: str) -> None:
+    key = new_key()
+    limited = f"keys:\n  - {{name: one, hash: '{hash_of(key)}', requests_per_minute: 4}}"
+    async with StandIn() as standin, serving(config_for(standin, extra=limited), "--workers", workers) as gate:
+        if workers != "1":
+            await wait_until(lambda: len(gate.workers) == int(workers), seconds=20)
+        key_header = {"Authorization": f"Bearer {key}"}
+
+        async def ask() -> int:
+            async with new_callers(gate):
+                gate.http.headers.update(key_header)
+                return (await gate.chat(model="chat")).status_code
+
+        before = [await ask() for _ in range(2)]
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == int(workers), seconds=20)
+        after = [await ask() for _ in range(6)]
+
+        assert before == [200] * 2
+        assert after == [200] * 2 + [429] * 4
+        assert len(standin.requests) == 4
+
+
+async def test_one_connection_may_use_all_of_a_keys_limit(serving: Serves) -> None:
+    key = new_key()
+    limited = f"keys:\n  - {{name: one, hash: '{hash_of(key)}', requests_per_minute: 10}}"
+    async with StandIn() as standin, serving(config_for(standin, extra=limited), "--workers", "3") as gate:
+        gate.http.headers["Authorization"] = f"Bearer {key}"
+
+        assert [(await gate.chat(model="chat")).status_code for _ in range(12)] == [200] * 10 + [429] * 2
 
 
 async def test_workers_end_when_whoever_started_them_is_killed(serving: Serves) -> None:
