@@ -159,7 +159,11 @@ class RateLimit:
         """Seconds until a request of so many tokens may pass: 0 for now, infinite for never. Takes nothing."""
         minute = self._minute
         # What is counted only falls by itself, so that nothing need be looked at where there is room anyway.
-        if self._has_room(*self._counted(), tokens):
+        requests, counted = minute.all_requests, minute.all_tokens
+        for row in minute.others:
+            requests += row[1]
+            counted += row[2]
+        if requests < self.requests_per_minute and counted + tokens <= self.tokens_per_minute:
             return 0.0
         now = self._clock()
         minute.forget_until(math.floor(now))
@@ -167,16 +171,16 @@ class RateLimit:
             return 0.0
         if not self._has_room(0, 0, tokens):
             return math.inf
-        requests, counted = minute.in_order()
-        all_requests, all_tokens = sum(requests), sum(counted)
+        by_second, tokens_by_second = minute.in_order()
+        all_requests, all_tokens = sum(by_second), sum(tokens_by_second)
         if self._has_room(all_requests, all_tokens, tokens):
             return 0.0
         # How many of the oldest seconds have to be over before there is room.
         over = 0
         if all_requests >= self.requests_per_minute:
-            over = _first(requests, all_requests - self.requests_per_minute + 1)
+            over = _first(by_second, all_requests - self.requests_per_minute + 1)
         if all_tokens + tokens > self.tokens_per_minute:
-            over = max(over, _first(counted, all_tokens + tokens - self.tokens_per_minute))
+            over = max(over, _first(tokens_by_second, all_tokens + tokens - self.tokens_per_minute))
         return max(minute.second + 1 + over - now, 0.0)
 
     def take(self, tokens: int = 0) -> Taken:
