@@ -7,6 +7,7 @@ ten seconds, and everybody who wants to know meanwhile is told the same.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from sekha.breaker import CLOSED, Circuit
 from sekha.errors import SekhaError
+from sekha.ledgers.leased import LeasedLedger
 from sekha.providers.addresses import base_url_of
 from sekha.providers.http import BadResponse, HttpClient, Target
 from sekha.registry import Model, ProviderSpec
@@ -54,6 +56,8 @@ class Health:
         self._providers = _Fresh(self._look_at_providers, now)
         self._ledger = _Fresh(self._look_at_ledger, now)
         self._store = _Fresh(self._look_at_store, now)
+        self._ledger_answered = False
+        self._ledger_away_since: float | None = None
 
     async def providers(self) -> Mapping[str, Look]:
         """Each provider, by its id."""
@@ -61,6 +65,13 @@ class Health:
 
     async def ledger(self) -> Look:
         return await self._ledger.get()
+
+    @property
+    def ledger_away_seconds(self) -> float:
+        """How long the ledger has not answered: 0 while it does, infinite if it never did."""
+        if self._ledger_away_since is None:
+            return 0.0
+        return self._open.clock.now() - self._ledger_away_since if self._ledger_answered else math.inf
 
     async def store(self) -> Look:
         return await self._store.get()
@@ -98,7 +109,15 @@ class Health:
     async def _look_at_ledger(self) -> Look:
         ledger = await self._open.ledger()
         # A question about a model that nobody has: one look into an index, however much was spent.
-        return await self._timed(lambda: ledger.usual_output_tokens("", ""))
+        looked = await self._timed(lambda: ledger.usual_output_tokens("", ""))
+        if isinstance(ledger, LeasedLedger) and (away := ledger.away) is not None:
+            # It answered out of what it remembers.
+            looked = Look(status="unhealthy", detail=away.message)
+        if looked.status == "healthy":
+            self._ledger_answered, self._ledger_away_since = True, None
+        elif self._ledger_away_since is None:
+            self._ledger_away_since = self._open.clock.now()
+        return looked
 
     async def _look_at_store(self) -> Look:
         config = self._open.loaded.config

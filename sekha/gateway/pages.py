@@ -172,7 +172,10 @@ async def live(serving: Serving, x: Exchange) -> None:  # noqa: ARG001 - every p
 async def ready(serving: Serving, x: Exchange) -> None:
     """`GET /health/ready`: requests can be admitted. A provider that is down is no reason to send them elsewhere."""
     looked = await serving.health.ledger()
-    up = looked.status != "unhealthy"
+    leased, up = serving.leased, looked.status != "unhealthy"
+    if leased is not None:
+        # Out of its slices it answers for a while without the shared ledger, and for no longer.
+        up = not leased.is_too_far_behind and serving.health.ledger_away_seconds <= leased.behind_seconds
     await say(x, {"status": "ready" if up else "not_ready"}, 200 if up else 503)
 
 

@@ -555,6 +555,21 @@ class LeasedLedger:
                 pool.overspend(cost - paid)
         return written
 
+    @property
+    def behind_seconds(self) -> float:
+        """How long it may be out of touch with the shared ledger, and still holds."""
+        return self._behind_seconds
+
+    @property
+    def away(self) -> LedgerError | None:
+        """Why the shared ledger could not be used when that was tried last; None where it could."""
+        return self._down
+
+    @property
+    def is_too_far_behind(self) -> bool:
+        """Whether spending has waited so long to be recorded that nothing new is held."""
+        return monotonic() - self._behind_since > self._behind_seconds
+
     def _remember(self, spend: str) -> None:
         if self._behind_since == _NEVER:
             self._behind_since = monotonic()

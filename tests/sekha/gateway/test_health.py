@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from sekha.breaker import BreakerRules
+from sekha.calling import Clock
 from sekha.circuits import Circuits
 from sekha.errors import ProviderUnavailable
+from sekha.gateway.app import Gateway
 from sekha.gateway.health import Health
+from sekha.gateway.metrics import Metrics
+from sekha.gateway.serving import Serving
 from sekha.keys import hash_of, new_key
+from sekha.ledgers.leased import LeasedLedger
+from sekha.ledgers.sql import SqlLedger
+from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.loading import load
-from sekha.resources import Resources
+from sekha.resources import WALL, Resources
 from sekha.testing import StandIn
-from tests.fixtures.gateway import Opens, config_for
+from tests.fixtures.gateway import Opens, config_for, wait_until
 
 
 @asynccontextmanager
@@ -204,6 +213,47 @@ async def test_without_a_ledger_nothing_is_ready(gateway: Opens, tmp_path: Path)
         assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
         assert health.json()["ledger"]["detail"]
         assert (live.status_code, live.json()["status"]) == (200, "alive")
+
+
+async def test_it_is_ready_for_as_long_as_requests_are_answered_without_the_ledger(
+    tmp_path: Path,
+) -> None:
+    async with StandIn() as standin:
+        (tmp_path / "sekha.yaml").write_text(config_for(standin))
+        loaded, now = load(tmp_path / "sekha.yaml", environ={}), 0.0
+        database = SqliteDatabase(str(tmp_path / "ledger.db"), busy_seconds=0.01)
+        ledger = LeasedLedger(SqlLedger(database), tmp_path / "journal", behind_seconds=2.0)
+        clock = Clock(now=lambda: now, sleep=WALL.sleep, random=lambda: 0.0)
+        serving = Serving(Resources(loaded, clock=clock, ledger=ledger), Metrics(), leased=ledger)
+        transport = httpx.ASGITransport(Gateway(serving))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+
+            async def statuses() -> tuple[int, int]:
+                nonlocal now
+                now += 10  # what was seen is old
+                asked = {"messages": [{"role": "user", "content": "Hello."}], "model": "chat"}
+                answered = (await http.post("/v1/chat/completions", json=asked)).status_code
+                return answered, (await http.get("/health/ready")).status_code
+
+            well = await statuses()
+            with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as blocking:
+                blocking.execute("begin immediate")
+                await statuses()
+                await wait_until(lambda: ledger.away is not None)
+                without = await statuses()
+                looked = (await serving.health.ledger()).status
+                await wait_until(lambda: ledger.is_too_far_behind)
+                too_long = await statuses()
+                blocking.execute("rollback")
+            await wait_until(lambda: not ledger.is_too_far_behind)
+            now += 10
+            again = (await http.get("/health/ready")).status_code
+        await serving.aclose()
+
+    assert well == without == (200, 200)
+    assert looked == "unhealthy"
+    assert again == 200
+    assert too_long == (503, 503)
 
 
 async def test_whoever_has_no_key_is_told_little(gateway: Opens) -> None:
