@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -25,11 +26,14 @@ __all__ = [
     "period_end",
     "period_start",
     "remaining",
+    "since_of",
 ]
 
 Period: TypeAlias = Literal["hour", "day", "month", "total"]
 GroupBy: TypeAlias = Literal["provider", "model", "task", "key", "tag", "day"]
 GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
+_AGO = re.compile(r"(\d{1,4})([hdw])", re.ASCII)
+_SPANS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
 
 class Scope(NamedTuple):
@@ -167,6 +171,14 @@ class Ledger(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+def since_of(written: str, now: datetime) -> datetime:
+    """The moment that `24h`, `7d`, `2w`, a day or a time means. Raises `ValueError` and `OverflowError`."""
+    if found := _AGO.fullmatch(written):
+        return now - int(found[1]) * _SPANS[found[2]]
+    at = datetime.fromisoformat(written)
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
 def remaining(budget: Budget, spent: Decimal, held: Decimal) -> Decimal:

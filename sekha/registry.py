@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sekha.price_map import PriceMap
 
 __all__ = [
+    "CHAT_TASKS",
     "COLLECTION_NAME",
     "TASKS",
     "Limits",

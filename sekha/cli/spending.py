@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +12,7 @@ from sekha.cli.invocation import Invocation, config_option, json_option
 from sekha.cli.opening import configuration, run_async
 from sekha.cli.terminal import columns, note, say, show_table, write_json
 from sekha.errors import dollars
-from sekha.ledger import GROUPS, remaining
+from sekha.ledger import GROUPS, remaining, since_of
 
 if TYPE_CHECKING:
     from sekha.ledger import Budget, GroupBy, Spent
@@ -21,21 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["costs"]
 
-_SPANS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
-
 
 class _Since(click.ParamType[datetime]):
     name = "time"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
         text = str(value)
-        if found := re.fullmatch(r"(\d{1,4})([hdw])", text):
-            return datetime.now(UTC) - int(found[1]) * _SPANS[found[2]]
         try:
-            given = datetime.fromisoformat(text)
-        except ValueError:
+            return since_of(text, datetime.now(UTC))
+        except (ValueError, OverflowError):
             self.fail(f"{text!r} is no time: write 24h, 7d, 2w or 2026-11-01.", param, ctx)
-        return given if given.tzinfo else given.replace(tzinfo=UTC)
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,7 +22,8 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-_ID_LENGTH = 128
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+"""What a caller may call a request: nothing that could end a header, or a line of a log."""
 _IDS_AT_ONCE = 256
 _ids: list[bytes] = []
 os.register_at_fork(after_in_child=_ids.clear)
@@ -49,7 +51,7 @@ class Exchange(ABC):
 
     def identify(self, asked: bytes | None) -> None:
         """Give the request the id that its caller asked for, if that is one, or else a new one."""
-        if asked is not None and len(asked) <= _ID_LENGTH and asked.isalnum():
+        if asked is not None and _ID.fullmatch(asked):
             self.request_id = asked
         else:
             if not _ids:

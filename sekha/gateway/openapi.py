@@ -360,12 +360,13 @@ _SCHEMAS: dict[str, Json] = {
             "model": _MODEL,
             "encoding_format": {"enum": ["float", "base64", None]},
             "dimensions": _DIMENSION,
+            "task": {"enum": ["embedding", None]},
             "max_cost": _MAX_COST,
             "metadata": _METADATA,
             "store": _STORE,
             "user": _HANDED_ON["user"],
         },
-        optional=("model", "encoding_format", "dimensions", "max_cost", "metadata", "store", "user"),
+        optional=("model", "task", "encoding_format", "dimensions", "max_cost", "metadata", "store", "user"),
     ),
     "Embeddings": _object(
         {
@@ -419,9 +420,10 @@ _SCHEMAS: dict[str, Json] = {
             "id": _TEXT,
             "object": {"const": "model"},
             "created": _COUNT,
-            "owned_by": _says(_TEXT, "Its provider."),
+            "owned_by": _says(_TEXT, "Its provider, or `sekha` of `auto` and of a task."),
             "sekha": _ref("Model"),
-        }
+        },
+        optional=("sekha",),
     ),
     "RouteRequest": _object(
         {
@@ -663,8 +665,10 @@ _COSTS_PARAMETERS: tuple[Json, ...] = (
     {
         "name": "since",
         "in": "query",
-        "description": "A day or a time, in UTC where it does not say.",
-        "schema": {"type": "string", "format": "date"},
+        "description": "A day or a time, in UTC where it does not say; or how long ago: `24h`, `7d`, `2w`.",
+        "schema": {
+            "anyOf": [{"type": "string", "format": "date"}, {"type": "string", "pattern": r"^[0-9]{1,4}[hdw]$"}]
+        },
     },
 )
 _MODEL_PARAMETER: Json = {
@@ -707,7 +711,8 @@ _PATHS: dict[str, Json] = {
         "get": _operation(
             "list_models",
             "List the models, as OpenAI does",
-            "Each by its own name, and by its provider's and its own.",
+            "All that the key may ask for: each by its own name, and by its provider's and its own, then `auto` and "
+            "tasks.",
             tag="models",
             answers={200: _answer("Them.", _object({"object": {"const": "list"}, "data": _list(_ref("OpenAIModel"))}))},
             fails=(401,),
@@ -717,18 +722,18 @@ _PATHS: dict[str, Json] = {
         "get": _operation(
             "retrieve_model",
             "Show one model, as OpenAI does",
-            "By its own name, or by its provider's and its own.",
+            "By its own name, or by its provider's and its own; `auto` and tasks too.",
             tag="models",
             parameters=(_MODEL_PARAMETER,),
             answers={200: _answer("It.", _ref("OpenAIModel"))},
-            fails=(401, 404),
+            fails=(401, 403, 404),
         )
     },
     "/api/v1/models": {
         "get": _operation(
             "models",
             "List the models by task",
-            "A model with several tasks is listed once for each.",
+            "Those that the key may use; one with several tasks is listed once for each.",
             tag="models",
             answers={200: _answer("Them.", _object({"models": _list(_ref("Model"))}))},
             fails=(401,),

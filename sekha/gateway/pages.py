@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, TypeGuard, get_args
 from urllib.parse import parse_qs
@@ -17,12 +17,13 @@ from sekha.gateway.exchange import Exchange
 from sekha.gateway.gauges import standing
 from sekha.gateway.health import Look, circuit_values, overall, provider_status, sekha_version, worst_of
 from sekha.gateway.serving import Serving
-from sekha.ledger import GroupBy
-from sekha.registry import TASKS, Model, ProviderSpec
+from sekha.ledger import GroupBy, since_of
+from sekha.registry import CHAT_TASKS, TASKS, Model, ProviderSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from sekha.asks import Allowed
     from sekha.gateway.health import Status
     from sekha.ledger import Spent
 
@@ -58,32 +59,57 @@ async def say(x: Exchange, said: object, status: int = 200) -> None:
 
 
 async def openai_models(serving: Serving, x: Exchange) -> None:
-    """`GET /v1/models`, in OpenAI's shape: each model by its name, and by its provider's and its own."""
-    serving.keys.owner(x.authorization)
+    """`GET /v1/models`, in OpenAI's shape: all that the key may ask for.
+
+    That is each model by its name, and by its provider's and its own, then `auto` and tasks.
+    """
+    allowed = serving.keys.known(x.authorization).allowed
     seen: dict[str, Model] = {}
-    for each in serving.resources.registry:
+    for each in _usable(serving, allowed):
         seen.setdefault(each.id, each)
         seen.setdefault(each.name, each)
-    await say(x, {"object": "list", "data": [_openai_model(name, each) for name, each in seen.items()]})
+    said = [_openai_model(name, each) for name, each in seen.items()]
+    await say(x, {"object": "list", "data": said + [_openai_choice(name) for name in _choices(serving, allowed)]})
 
 
 async def model(serving: Serving, x: Exchange) -> None:
     """`GET /v1/models/{model}`; the names of models hold slashes."""
-    serving.keys.owner(x.authorization)
+    by = serving.keys.known(x.authorization)
     name = x.path.removeprefix("/v1/models/")
-    await say(x, _openai_model(name, serving.resources.registry.named(name)[0]))
+    registry = serving.resources.registry
+    by.check(registry, name, None)
+    if name in _choices(serving, by.allowed):
+        return await say(x, _openai_choice(name))
+    found = next(each for each in registry.named(name) if by.allowed is None or by.allowed.covers(each))
+    return await say(x, _openai_model(name, found))
 
 
 async def models(serving: Serving, x: Exchange) -> None:
-    """`GET /api/v1/models`: every model, once for each of its tasks."""
-    serving.keys.owner(x.authorization)
-    found = [_model(each) | {"task": task} for each in serving.resources.registry for task in each.tasks]
+    """`GET /api/v1/models`: every model that the key may use, once for each of its tasks."""
+    allowed = serving.keys.known(x.authorization).allowed
+    found = [_model(each) | {"task": task} for each in _usable(serving, allowed) for task in each.tasks]
     await say(x, {"models": found})
 
 
 async def tasks(serving: Serving, x: Exchange) -> None:
     serving.keys.owner(x.authorization)
     await say(x, {"tasks": list(TASKS)})
+
+
+def _usable(serving: Serving, allowed: Allowed | None) -> list[Model]:
+    return [each for each in serving.resources.registry if allowed is None or allowed.covers(each)]
+
+
+def _choices(serving: Serving, allowed: Allowed | None) -> list[str]:
+    """What may be asked for in place of a model: `auto`, and tasks that somebody does."""
+    usable = _usable(serving, allowed)
+    done = {task for each in usable for task in each.tasks if not (allowed and allowed.tasks) or task in allowed.tasks}
+    chats = any(task in CHAT_TASKS for task in done)
+    return [*(["auto"] if chats else []), *(task for task in TASKS if task in done)]
+
+
+def _openai_choice(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sekha"}
 
 
 def _openai_model(name: str, model: Model) -> dict[str, object]:
@@ -108,7 +134,7 @@ def _model(model: Model) -> dict[str, object]:
 async def costs(serving: Serving, x: Exchange) -> None:
     """`GET /api/v1/costs?by=provider&since=2026-11-01`: what was spent, the dearest first, against the estimate."""
     serving.keys.check_operator(x.authorization, "/api/v1/costs")
-    by, since = _costs_asked(x.query)
+    by, since = _costs_asked(x.query, serving.resources.now())
     ledger = await serving.resources.ledger()
     report = await ledger.report(by, since=since)
     # A call with two tags is on two lines of that report, and was paid once.
@@ -134,7 +160,7 @@ def _sums(lines: Sequence[Spent]) -> dict[str, object]:
     }
 
 
-def _costs_asked(query: bytes) -> tuple[GroupBy, datetime | None]:
+def _costs_asked(query: bytes, now: datetime) -> tuple[GroupBy, datetime | None]:
     given = parse_qs(query.decode("latin-1"), keep_blank_values=True)
     for name in given:
         if name not in ("by", "since"):
@@ -143,21 +169,21 @@ def _costs_asked(query: bytes) -> tuple[GroupBy, datetime | None]:
     by = given.get("by", ["provider"])[-1]
     if not _is_group(by):
         raise InvalidRequest(f"Costs are not kept by {by[:64]!r}, but by {', '.join(GROUPS)}.", field="by")
-    return by, _time(given["since"][-1]) if "since" in given else None
+    return by, _time(given["since"][-1], now) if "since" in given else None
 
 
 def _is_group(by: str) -> TypeGuard[GroupBy]:
     return by in GROUPS
 
 
-def _time(written: str) -> datetime:
+def _time(written: str, now: datetime) -> datetime:
     try:
         # A `+` that nobody escaped arrives as a space.
-        at = datetime.fromisoformat(written.replace(" ", "+"))
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+        return since_of(written.replace(" ", "+"), now)
     except (ValueError, OverflowError) as error:
         raise InvalidRequest(
-            "`since` must be a day or a time, such as 2026-11-23 or 2026-11-23T12:00:00Z.", field="since"
+            "`since` must be a day or a time, such as 2026-11-23 or 2026-11-23T12:00:00Z, or 24h, 7d, 2w.",
+            field="since",
         ) from error
 
 

@@ -127,6 +127,11 @@ def embed_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> EmbedReq
     if encoding not in (None, "float", "base64"):
         raise InvalidRequest("`encoding_format` must be `float` or `base64`.", field="encoding_format")
     whole(options, "dimensions", 1, MOST_DIMENSIONS)
+    task = name_in(given, "task")
+    if task is not None and task not in TASKS:
+        raise UnknownModel(task, TASKS, kind="task")
+    if task not in (None, "embedding"):
+        raise InvalidRequest(f"No model embeds with the task {task!r}: leave it out, or say 'embedding'.", field="task")
     return EmbedRequest(
         texts=_texts(given.get("input"), model),
         model=model,

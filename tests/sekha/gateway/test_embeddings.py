@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -162,3 +163,17 @@ async def test_a_model_that_is_not_there_is_not_found(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(standin) as served:
         with pytest.raises(openai.NotFoundError, match="Did you mean 'chat'"):
             await served.openai.models.retrieve("chatt")
+
+
+async def test_the_task_of_an_embedding_is_looked_at(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+
+        async def embed(task: str) -> httpx.Response:
+            return await served.http.post("/v1/embeddings", json={"input": "a", "task": task})
+
+        embedded, chat, unknown = [await embed(task) for task in ("embedding", "chat_small", "nope")]
+
+    assert embedded.status_code == 200
+    assert (chat.status_code, chat.json()["error"]["param"]) == (400, "task")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert "'nope'" in unknown.json()["error"]["message"]

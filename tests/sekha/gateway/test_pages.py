@@ -133,8 +133,42 @@ async def test_openais_sdk_lists_models_and_retrieves_those_with_slashes(gateway
         listed = [model.id async for model in served.openai.models.list()]
         one = await served.openai.models.retrieve("first/chat")
 
-        assert listed == ["chat", "first/chat", "eyes", "first/eyes", "vectors", "first/vectors"]
+        assert listed[:6] == ["chat", "first/chat", "eyes", "first/eyes", "vectors", "first/vectors"]
         assert (one.id, one.owned_by) == ("first/chat", "first")
+
+
+async def test_what_may_be_asked_for_in_place_of_a_model_is_listed_and_retrieved_like_one(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        listed = [model.id async for model in served.openai.models.list() if model.owned_by == "sekha"]
+        retrieved = [(await served.openai.models.retrieve(name)).id for name in listed]
+        answered = [(await served.chat(model=name)).status_code for name in ("auto", "chat_small", "vision")]
+        nobodys = await served.http.get("/v1/models/chat_smart")
+
+        assert listed == retrieved == ["auto", "embedding", "chat_small", "vision"]
+        assert answered == [200] * 3
+        assert nobodys.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("may", "listed"),
+    [
+        ("models: [chat]", ["chat", "first/chat", "auto", "chat_small"]),
+        ("models: [first/vectors]", ["vectors", "first/vectors", "embedding"]),
+        ("tasks: [vision]", ["eyes", "first/eyes", "auto", "vision"]),
+    ],
+)
+async def test_a_key_is_shown_the_models_that_it_may_use(gateway: Opens, may: str, listed: list[str]) -> None:
+    key = new_key()
+    keys = f"keys:\n  - {{name: one, hash: '{hash_of(key)}', {may}}}"
+    async with StandIn() as standin, gateway(standin, extra=keys, api_key=key) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        shown = [model.id async for model in served.openai.models.list()]
+        by_task = (await served.http.get("/api/v1/models")).json()["models"]
+        each = {name: (await served.http.get(f"/v1/models/{name}")).status_code for name in ("chat", "eyes", "vectors")}
+
+        assert shown == listed
+        assert {model["model_id"] for model in by_task} == {listed[0]}
+        assert each == {name: 200 if name == listed[0] else 403 for name in each}
 
 
 async def test_a_model_that_nobody_has_is_404(gateway: Opens) -> None:
@@ -357,6 +391,8 @@ async def test_costs_are_reported_since_a_day_or_a_time(gateway: Opens) -> None:
             answer = await served.http.get("/api/v1/costs", params={"since": since})
             return int(answer.json()["total"]["calls"])
 
+        assert [await calls(ago) for ago in ("1h", "7d", "2w")] == [1, 1, 1]
+        assert await calls("0h") == 0
         assert await calls((now - timedelta(days=1)).date().isoformat()) == 1
         assert await calls((now - timedelta(minutes=1)).isoformat()) == 1
         assert await calls((now + timedelta(days=1)).strftime("%Y-%m-%dT%H:%M:%SZ")) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -314,3 +315,15 @@ async def test_every_reply_has_a_request_id(gateway: Opens) -> None:
 
     assert len({reply.headers["x-request-id"] for reply in replies}) == 4
     assert all(reply.headers["x-request-id"].isalnum() for reply in replies)
+
+
+@pytest.mark.parametrize(
+    "asked", ["d2b7c7a4-6a0b-4f6e-9a49-0a9f5f1f7c11", "trace.7_b-2", "x" * 128, "0HN7:01", "a b", "x" * 129, "é"]
+)
+async def test_a_request_keeps_its_callers_id_where_that_breaks_no_line(gateway: Opens, asked: str) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        reply = await served.http.get("/v1/models", headers={"x-request-id": asked.encode()})
+
+    kept = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", asked) is not None
+    assert (reply.headers["x-request-id"] == asked) is kept
+    assert kept or re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
