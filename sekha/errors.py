@@ -57,7 +57,10 @@ it; `alive` is as good as an answer, since the request was at fault; `unknown` s
 does: a provider that limits us is routed around for as long as it asks, and is not shut out for everybody.
 
 Every error survives pickling, since Prefect moves them between processes.
-No message holds a secret or a prompt.
+
+No message holds a secret. That of a `ProviderError` holds no prompt either, since it is logged and recorded: what the
+provider itself said, which may quote any part of the request, is in `said`, and only `told`, which goes to whoever
+asked, repeats it.
 """
 
 from __future__ import annotations
@@ -138,12 +141,19 @@ class SekhaError(Exception):
     code: ClassVar[str] = "error"
     retryable: bool = False
     falls_back: bool = False
+    quotes_request: ClassVar[bool] = False
+    """Whether the message repeats what was asked, so that it is for whoever asked and for no record."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__.copy())
 
     @property
     def message(self) -> str:
+        return str(self)
+
+    @property
+    def told(self) -> str:
+        """The message for whoever asked: with what is left out for everybody else."""
         return str(self)
 
 
@@ -228,6 +238,7 @@ class RequestRefused(SekhaError):
 
 class InvalidRequest(RequestRefused):
     code = "invalid_request"
+    quotes_request = True
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         self.field = field
@@ -236,6 +247,7 @@ class InvalidRequest(RequestRefused):
 
 class UnknownModel(RequestRefused):
     code = "model_not_found"
+    quotes_request = True
 
     def __init__(
         self, name: str, known: Sequence[str], *, kind: Literal["model", "task", "collection"] = "model"
@@ -416,27 +428,37 @@ class ProviderError(SekhaError):
         self,
         detail: str = "",
         *,
+        said: str = "",
         provider_id: str,
         model_id: str | None = None,
         status: int | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
         self.detail = detail
+        """What is known beyond the kind, in our own words."""
+        self.said = said
+        """The provider's own sentence. It may quote the request: for whoever asked, for no log and for no record."""
         self.provider_id = provider_id
         self.model_id = model_id
         self.status = status
         self.retry_after_seconds = retry_after_seconds
         self.attempts: tuple[Attempt, ...] = ()
         """Every attempt of the request that this error ended."""
-        who = f"Provider {provider_id!r}" + (f", model {model_id!r}," if model_id else "")
-        facts = [f"HTTP {status}"] if status else []
-        if detail:
-            facts.append(detail)
-        if retry_after_seconds is not None:
-            facts.append(f"retry after {retry_after_seconds:g} s")
+        super().__init__(self._sentence(detail))
+
+    @property
+    def told(self) -> str:
+        return self._sentence(self.detail, self.said)
+
+    def _sentence(self, *details: str) -> str:
+        who = f"Provider {self.provider_id!r}" + (f", model {self.model_id!r}," if self.model_id else "")
+        facts = [f"HTTP {self.status}"] if self.status else []
+        facts += [detail for detail in details if detail]
+        if self.retry_after_seconds is not None:
+            facts.append(f"retry after {self.retry_after_seconds:g} s")
         said = f": {'; '.join(facts)}" if facts else ""
         end = "" if said.endswith((".", "!", "?")) else "."
-        super().__init__(f"{who} {self._says}{said}{end}{' ' if self._next else ''}{self._next}")
+        return f"{who} {self._says}{said}{end}{' ' if self._next else ''}{self._next}"
 
 
 class ProviderUnavailable(ProviderError):
@@ -543,6 +565,7 @@ class StoreError(SekhaError):
 
 class CollectionMissing(StoreError):
     code = "collection_missing"
+    quotes_request = True
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         self.name = name
@@ -677,10 +700,13 @@ class IngestIncomplete(SekhaError):
 
     code = "ingest_incomplete"
     retryable = True
+    said: str = ""
+    """The provider's own sentence of the first failure, as in `ProviderError`."""
 
-    def __init__(self, report: IngestReport, *, retryable: bool = True) -> None:
+    def __init__(self, report: IngestReport, *, retryable: bool = True, said: str = "") -> None:
         self.report = report
         self.retryable = retryable
+        self.said = said
         first = report.failures[0]
         sources = list(dict.fromkeys(failure.source for failure in report.failures))
         more = f" and {len(sources) - 10} more" if len(sources) > 10 else ""
@@ -689,3 +715,7 @@ class IngestIncomplete(SekhaError):
             f"First failure, {first.source!r}: {first.error} {'Run' if retryable else 'Mend that, then run'} the same "
             "ingest again: it does only what is missing."
         )
+
+    @property
+    def told(self) -> str:
+        return f"{self} The provider said: {self.said}" if self.said else str(self)

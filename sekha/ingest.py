@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from sekha.documents import Chunk, Document
 from sekha.embedding import EmbedRequest
-from sekha.errors import IngestIncomplete, InvalidRequest, ProviderRejected, SekhaError, VectorRefused
+from sekha.errors import IngestIncomplete, InvalidRequest, ProviderError, ProviderRejected, SekhaError, VectorRefused
 from sekha.ledger import Hold
 from sekha.pricing import Usage
 from sekha.registry import COLLECTION_NAME
@@ -259,7 +259,9 @@ async def ingest(
         failures=tuple(run.failures),
     )
     if report.failures:
-        raise IngestIncomplete(report, retryable=run.cause is not None and run.cause.retryable) from run.cause
+        cause = run.cause
+        said = cause.said if isinstance(cause, ProviderError) else ""
+        raise IngestIncomplete(report, retryable=cause is not None and cause.retryable, said=said) from cause
     return report
 
 

@@ -22,7 +22,11 @@ RESULT: JSONSerializer[Any] = JSONSerializer(
 def encode(value: Any) -> Any:
     """Write our values with their type and our errors with all that they carry; the rest as Prefect does."""
     if isinstance(value, SekhaError):
-        return {"error": type(value).__name__, "code": value.code, "message": str(value), "carries": vars(value)}
+        carries = vars(value)
+        if "said" in carries:
+            # A provider's own words may quote the prompt. They are for whoever called, and not to be kept.
+            carries = carries | {"said": ""}
+        return {"error": type(value).__name__, "code": value.code, "message": str(value), "carries": carries}
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         content = TypeAdapter(kind).dump_python(value, mode="json")

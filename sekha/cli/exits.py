@@ -102,9 +102,9 @@ def _described(error: BaseException) -> _Said:
     match error:
         case IngestIncomplete():
             listed = _missing(error)
-            return _Said(error.code, error.message, _details(error), listed)
+            return _Said(error.code, error.told, _details(error), listed)
         case SekhaError():
-            return _Said(error.code, error.message, _details(error))
+            return _Said(error.code, error.told, _details(error))
         case click.UsageError():
             where = f"Try: {error.ctx.command_path} --help" if error.ctx else ""
             return _Said("usage", error.format_message(), {}, where)

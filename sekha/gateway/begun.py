@@ -168,7 +168,9 @@ class Shortened(ABC):
         try:
             self._go_on()
         except Exception:
-            log.exception("request %s left the short way", self._x.request_id.decode())
+            # The traceback may quote what was asked, as in `Gateway.exchange`.
+            log.error("request %s left the short way", self._x.request_id.decode())  # noqa: TRY400
+            log.debug("request %s", self._x.request_id.decode(), exc_info=True)
             if not self._x.ended and self._x.task is None:
                 self._x.hand_over()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -23,6 +24,9 @@ from sekha.trace import take_notes, trace_of
 __all__ = ["UnderWay"]
 
 Asked: TypeAlias = ChatRequest | EmbedRequest | SearchRequest
+
+
+_NAME = re.compile(r"[\w.:/@+-]{1,128}")
 
 
 class Answered(Protocol):
@@ -135,7 +139,7 @@ class UnderWay:
         self.outcome, self.error = outcome, code
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
-            said = error.message if isinstance(error, SekhaError) else ""
+            said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""
             serving.recorder.record(self._run(outcome, seconds, time.time(), None, code, said, attempts))
 
     def _note_answer(self, by: Answered, outcome: Outcome, seconds: float, ended_at: float) -> None:
@@ -183,10 +187,10 @@ class UnderWay:
         parameters: dict[str, object]
         match request:
             case ChatRequest():
-                asked = request.model or request.task or "auto"
+                asked = _name(request.model or request.task or "auto")
                 parameters = {"model": asked, "messages": len(request.messages), "images": request.image_count}
             case EmbedRequest():
-                asked = request.model or "auto"
+                asked = _name(request.model or "auto")
                 parameters = {"model": asked, "texts": len(request.texts)}
             case SearchRequest():
                 asked = request.collection
@@ -231,6 +235,21 @@ def _without_data(message: Mapping[str, Any]) -> Mapping[str, Any]:
         **message,
         "content": [part if part.get("type") == "text" else {"type": part.get("type")} for part in content],
     }
+
+
+def _name(asked: str) -> str:
+    """The model that was asked for, unless it is no name at all: then it may be anything, a prompt too."""
+    return asked if _NAME.fullmatch(asked) else "what is no model's name"
+
+
+def _recorded(error: SekhaError, *, content: bool) -> str:
+    """What a record may hold of an error: what repeats the request only where that is recorded too."""
+    if content:
+        return error.told
+    if not error.quotes_request:
+        return error.message
+    field = getattr(error, "field", None)
+    return f"`{field}` is refused." if field else "It names what is not configured."
 
 
 def _count(serving: Serving, attempts: Sequence[Attempt]) -> None:

@@ -82,7 +82,7 @@ def status_of(error: SekhaError) -> int:
 def problem(error: SekhaError) -> dict[str, object]:
     """The error in OpenAI's shape, `{"error": {message, type, param, code}}`, with what else is known."""
     said: dict[str, object] = {
-        "message": error.message,
+        "message": error.told,
         "type": _KINDS.get(status_of(error), "server_error"),
         "param": getattr(error, "field", None),
         "code": error.code,

@@ -138,7 +138,7 @@ def failure_of(
 ) -> ProviderError:
     """Say what an exception means. `streaming` once a piece of the answer has been handed on.
 
-    The detail never holds the secret, nor the texts of the request, which some providers echo.
+    What was said never holds the secret. It may hold any part of the request, and so is in `said` alone.
     """
     chain = list(_chain(error))
     response = next((found for link in chain if (found := _answered(link)) is not None), None)
@@ -147,8 +147,11 @@ def failure_of(
     kind = _kind_unanswered(chain) if status is None else _kind_answered(error, status, body)
     if streaming and not issubclass(kind, ProviderTimeout):
         kind = StreamBroken
+    detail = "" if response is not None else _reason(chain, kind)
+    words = _said(body) if response is not None else "" if detail is not None else _own_sentence(error)
     return kind(
-        clean(_said(body) if response is not None else _reason(error, chain, kind), secret, texts),
+        detail or "",
+        said=clean(words, secret, texts),
         provider_id=provider_id,
         model_id=model_id,
         status=status,
@@ -168,7 +171,7 @@ def refusal_of(
 ) -> ProviderError:
     """Say what a provider's answer means that is not the one asked for. Names of `headers` are in lower case."""
     return _kind_answered(None, status, body)(
-        clean(_said(body), secret, texts),
+        said=clean(_said(body), secret, texts),
         provider_id=provider_id,
         model_id=model_id,
         status=status,
@@ -296,14 +299,18 @@ def _said(body: bytes) -> str:
     return " ".join(str(error).split())
 
 
-def _reason(error: Exception, chain: Sequence[BaseException], kind: type[ProviderError]) -> str:
-    """Why there was no answer. LiteLLM's own sentence only where it refused the request itself."""
+def _reason(chain: Sequence[BaseException], kind: type[ProviderError]) -> str | None:
+    """Why there was no answer, in our words; None where LiteLLM refused the request itself, and only its own tell."""
     if issubclass(kind, ProviderTimeout):
         return ""
     if issubclass(kind, BadReply):
         return "it is not the JSON of its API"
     if issubclass(kind, ProviderUnavailable):
         return f"the connection failed ({type(chain[-1]).__name__})"
+    return None
+
+
+def _own_sentence(error: Exception) -> str:
     first_line = str(error).partition("\n")[0]
     return re.sub(r"^(?:litellm\.)?(?:\w+(?:Error|Exception)\s*[:-]\s*)+", "", first_line)
 

@@ -180,7 +180,7 @@ class LiteLLMProvider:
             in_order = sorted(items, key=lambda item: int(item["index"]))
             vectors = np.array([item["embedding"] for item in in_order], dtype=np.float32)
         except (KeyError, TypeError, ValueError) as error:
-            raise self._bad(model, "its vectors are not lists of numbers of one length") from error
+            raise self._bad(model, "its vectors are not lists of numbers of one length") from wordless(error)
         if vectors.ndim != 2:
             raise self._bad(model, "its vectors are not lists of numbers of one length")
         if model.dimension is not None and vectors.shape[1] != model.dimension:
@@ -199,7 +199,9 @@ class LiteLLMProvider:
         known = {name: value for name, value in options.items() if name in named}
         if others:
             fields = ", ".join(repr(name) for name in sorted(others))
-            raise self._rejected(call.model, f"no field {fields} is known here")
+            # Named by the caller, and so not for the records.
+            said = f"no field {fields} is known here"
+            raise ProviderRejected(said=said, provider_id=self._spec.id, model_id=call.model.id)
         self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
         messages = deepcopy([dict(message) for message in call.messages])
@@ -232,7 +234,7 @@ class LiteLLMProvider:
                 # Anthropic takes other parts by address too, but what a part says to be its bytes LiteLLM reads.
                 passed_on = kind == "image_url" or (self._spec.kind == "anthropic" and field != "file_data")
                 if not (passed_on and address.startswith(taken)):
-                    what = "an image" if kind == "image_url" else f"a part of type {kind[:32]!r}"
+                    what = "an image" if kind == "image_url" else "a part of that type"
                     raise self._rejected(call.model, f"it takes {what} as base64 in a `data:` URL, not by this address")
 
     def _failure(

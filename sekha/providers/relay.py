@@ -516,8 +516,9 @@ class _Failing(NamedTuple):
 
     def broken_off(self, error: object) -> StreamBroken:
         """A stream whose provider says in the middle of it what went wrong."""
-        said = error.get("message") if isinstance(error, Mapping) else error
-        return self.broken(clean(" ".join(str(said or "").split()), self.secret, self.texts()))
+        words = error.get("message") if isinstance(error, Mapping) else error
+        said = clean(" ".join(str(words or "").split()), self.secret, self.texts())
+        return StreamBroken(said=said, provider_id=self.provider_id, model_id=self.model_id)
 
     def unreachable(self, why: str) -> ProviderError:
         """The file names an address or a key that no request can carry."""

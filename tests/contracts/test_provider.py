@@ -199,10 +199,12 @@ async def failure(subject: Subject, how: str, *, timeout_seconds: float = PATIEN
     with pytest.raises(ProviderError) as caught:
         await attempt(subject, how, timeout_seconds)
     assert len(subject.calls) == 1
-    assert SECRET not in str(caught.value)
-    assert PROMPT not in str(caught.value)
-    assert "Traceback" not in str(caught.value)
+    assert SECRET not in caught.value.told
+    assert PROMPT not in caught.value.told
+    assert "Traceback" not in caught.value.told
     assert len(caught.value.detail) <= 200
+    assert len(caught.value.said) <= 200
+    assert not caught.value.said or caught.value.said not in str(caught.value), "it may quote the request"
     assert caught.value.provider_id == "one"
     return caught.value
 
@@ -564,7 +566,7 @@ async def test_a_status_has_one_meaning(subject: Subject, how: str, status: int,
 
     assert type(error) is expected
     assert error.status == status
-    assert error.detail
+    assert error.said
 
 
 @each_way()

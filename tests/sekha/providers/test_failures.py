@@ -98,7 +98,7 @@ def test_the_providers_status_counts_and_not_the_one_litellm_made_up() -> None:
     error = meaning(wrapper)
 
     assert type(error) is RateLimited
-    assert (error.status, error.retry_after_seconds, error.detail) == (429, 2.5, "Slow down.")
+    assert (error.status, error.retry_after_seconds, error.said) == (429, 2.5, "Slow down.")
 
 
 def test_without_an_answer_litellms_own_class_decides() -> None:
@@ -110,7 +110,7 @@ def test_without_an_answer_litellms_own_class_decides() -> None:
 
     assert type(error) is ProviderRejected
     assert error.status is None
-    assert error.detail == "anthropic does not support parameters: ['seed']"
+    assert error.said == "anthropic does not support parameters: ['seed']"
 
 
 def test_a_key_never_shows() -> None:
@@ -119,18 +119,20 @@ def test_a_key_never_shows() -> None:
     error = meaning(answered(401, {"error": {"message": said}}), secret="my-own-secret-key")
 
     for piece in ("my-own-secret-key", "abcd", "wxyz", "0123456789"):
-        assert piece not in str(error)
-    assert "Incorrect API key provided" in error.detail
+        assert piece not in error.told
+    assert "Incorrect API key provided" in error.said
 
 
-def test_the_prompt_never_shows() -> None:
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500])
+def test_whatever_a_provider_quotes_of_a_prompt_is_for_whoever_asked_alone(status: int) -> None:
     prompt = "Our unannounced product is a flying bicycle that costs a fortune"
-    said = f"Invalid value in messages: {prompt!r}"
+    said = f"Invalid value in messages: {prompt[25:45]!r}"
 
-    error = meaning(answered(400, {"error": {"message": said}}), texts=[prompt])
+    error = meaning(answered(status, {"error": {"message": said}}), texts=[prompt])
 
-    assert "bicycle" not in str(error)
-    assert "Invalid value in messages" in error.detail
+    assert "flying bicycle" in error.told
+    assert "flying bicycle" not in str(error) + error.detail + "".join(traceback.format_exception(error))
+    assert f"HTTP {status}" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,8 @@ def test_a_long_page_is_cut_and_loses_its_markup() -> None:
 
     error = meaning(httpx.HTTPStatusError("no", request=REQUEST, response=page))
 
-    assert error.detail.startswith("Bad gateway")
-    assert len(error.detail) <= 200
+    assert error.said.startswith("Bad gateway")
+    assert len(error.said) <= 200
 
 
 def test_a_request_too_long_is_told_from_its_words() -> None:

@@ -170,13 +170,14 @@ async def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> No
 )
 async def test_an_answer_that_is_none_is_an_error(body: bytes, expected: type[ProviderError], says: str) -> None:
     async with relay_to(with_length(body)) as (provider, _):
-        with pytest.raises(expected, match=says) as whole:
+        with pytest.raises(expected) as whole:
             await provider.complete(chat())
         with pytest.raises(expected) as in_pieces:
             await provider.open_stream(chat())
 
     assert type(whole.value) is expected
     assert type(in_pieces.value) is expected
+    assert says in whole.value.told
 
 
 @pytest.mark.parametrize(
@@ -332,11 +333,13 @@ async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() ->
     async with relay_to(events(ROLE, WORD, failing, WORD, DONE)) as (provider, _):
         stream = await provider.open_stream(chat())
         received: list[bytes] = []
-        with pytest.raises(StreamBroken, match="Overloaded by") as caught:
+        with pytest.raises(StreamBroken) as caught:
             await gather(stream, received)
 
     assert b"".join(received) == ROLE + WORD
-    assert PROMPT not in str(caught.value)
+    assert "Overloaded by" in caught.value.told
+    assert "Overloaded by" not in str(caught.value)
+    assert PROMPT not in caught.value.told
     assert not caught.value.falls_back
 
 
