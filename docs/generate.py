@@ -92,7 +92,8 @@ def flows() -> str:
         "## In Prefect",
         "A flow run is named by what tells it apart: the model that was asked for, `docs → documents`, `in documents`. "
         "Its artifacts hold what it cost, who was asked and how each attempt ended, and how far a long ingest is. "
-        "Its tags name the provider and the model that served it, and `fallback` when another had failed first. "
+        "Its tags name the provider and the model that served it or were asked last, and `fallback` when another had "
+        "failed first. "
         "No prompt and no answer is in any of these, nor in the log and the state of a run that failed, where a "
         "provider's own words are left out; a run that is started through Prefect's API or with `--flow` "
         "has its request among its parameters, as every Prefect run has.",

@@ -228,6 +228,8 @@ class Opened:
     attempts: tuple[Attempt, ...]
     probe: str | None
     """Set when it is the one call that a half-open circuit lets through."""
+    began_at: float
+    """When it was asked for, by the clock of `Resources`."""
     charge: Callable[[Reply], Awaitable[None]] = field(repr=False)
     """Records the reply where an attempt before it failed and may be billed."""
 

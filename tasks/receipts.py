@@ -16,6 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
+from sekha.bill import Bill, open_bill
 from sekha.calling import Attempt
 from sekha.chat import Reply
 from sekha.errors import IngestIncomplete, ProviderError, dollars
@@ -34,13 +35,14 @@ log = logging.getLogger("sekha.flows")
 
 async def with_receipt(outcome: Awaitable[T]) -> T:
     """Wait for a flow's outcome, and leave in Prefect what it cost and who was asked, also when it fails."""
+    bill = open_bill()
     try:
         done = await outcome
     except IngestIncomplete as error:
         await _publish(_receipt(error.report), _tags(error.report))
         raise
     except ProviderError as error:
-        await _publish(_attempts(error.attempts), ())
+        await _publish(_receipt_of_failure(error.attempts, bill), _tags_of_failure(error.attempts))
         raise
     await _publish(_receipt(done), _tags(done))
     return done
@@ -131,6 +133,17 @@ def _receipt(outcome: Reply | IngestReport | Found) -> str:
             return f"{_table(('', ''), rows)}\n\n{_failures(outcome)}".rstrip()
         case _:
             assert_never(outcome)
+
+
+def _receipt_of_failure(attempts: Sequence[Attempt], bill: Bill) -> str:
+    """A call that failed may be billed all the same."""
+    cost = _table(("", ""), [("Cost", dollars(bill.cost))])
+    return f"{cost}\n\n{_attempts(attempts)}"
+
+
+def _tags_of_failure(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """Who was asked last: a provider's failures are looked for by them."""
+    return (f"provider:{attempts[-1].provider_id}", f"model:{attempts[-1].model_id}") if attempts else ()
 
 
 def _attempts(attempts: Sequence[Attempt]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sekha.errors import NoSuchPage, SekhaError
 from sekha.gateway import chats, embeddings, explaining, pages, searches, shortcut
 from sekha.gateway.exchange import AsgiExchange, Exchange, Message, Receive, Send
+from sekha.gateway.finished import CLIENT_LEFT
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.problems import answer_to
 from sekha.gateway.serving import Serving
@@ -128,9 +129,9 @@ class Gateway:
         except asyncio.CancelledError:
             if not x.left:
                 raise
-            x.status = 499
+            x.status, refused = 499, CLIENT_LEFT
         except ConnectionError:
-            x.status = 499
+            x.status, refused = 499, CLIENT_LEFT
         except Exception:
             # The traceback may quote what was asked: it goes to whoever runs this at `debug`, and to nobody else.
             log.error("request %s failed in a way that nobody foresaw", x.request_id.decode())  # noqa: TRY400
@@ -205,7 +206,7 @@ def _note(access: AccessLog, x: Exchange, seconds: float, refused: str | None) -
     if under_way is None:
         access.note(request_id=request_id, method=x.method, path=path, status=x.status, seconds=seconds, error=refused)
         return
-    by = under_way.answer
+    usage = under_way.usage
     access.note(
         request_id=request_id,
         method=x.method,
@@ -214,11 +215,11 @@ def _note(access: AccessLog, x: Exchange, seconds: float, refused: str | None) -
         seconds=seconds,
         run_id=under_way.run_id,
         key=under_way.key,
-        provider=by.provider_id if by else None,
-        model=by.model_id if by else None,
-        cost=by.cost if by else None,
-        input_tokens=by.usage.input_tokens if by else None,
-        output_tokens=by.usage.output_tokens if by else None,
+        provider=under_way.provider_id,
+        model=under_way.model_id,
+        cost=under_way.cost,
+        input_tokens=usage.input_tokens if usage else None,
+        output_tokens=usage.output_tokens if usage else None,
         outcome=under_way.outcome,
         error=under_way.error,
     )

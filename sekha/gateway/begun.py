@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import orjson
 
+from sekha.bill import note_asked, note_charged
 from sekha.calling import Attempt
 from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Reply, carried_out
 from sekha.embedding import EmbedRequest, RawEmbedded
@@ -182,13 +183,17 @@ class Shortened(ABC):
         """Settle at what was used. False when that is nowhere on record yet, and so nobody may be told."""
         lane, serving = self._lane, self.serving
         unit, spent, expected = lane.tariff.unit, cost_units(usage, lane.tariff), self._units.expected
-        self.usage, self.cost, estimated = usage, spent * unit, expected * unit
-        hold, scope, at = self._hold, lane.scope, serving.resources.now()
-        spend = Spend(id=hold, scope=scope, cost=self.cost, estimated=estimated, usage=usage, at=at)
+        self.usage, self.cost = usage, spent * unit
+        hold, spend = self._hold, self._spend()
         ledger = cast("LeasedLedger", serving.leased)
         written = ledger.settle_now(hold, spend, cost=spent * lane.picos, estimated=expected * lane.picos)
         self._settled_at = perf_counter()
         return written
+
+    def _spend(self) -> Spend:
+        estimated = self._units.expected * self._lane.tariff.unit
+        hold, scope, at = self._hold, self._lane.scope, self.serving.resources.now()
+        return Spend(id=hold, scope=scope, cost=self.cost, estimated=estimated, usage=self.usage, at=at)
 
     def _note(self) -> dict[str, object]:
         """What the reply carries under `sekha`, as `wire.sekha_note` has it."""
@@ -275,10 +280,6 @@ class Shortened(ABC):
         return self._by.key
 
     @property
-    def answer(self) -> Shortened:
-        return self
-
-    @property
     def provider_id(self) -> str:
         return self._lane.model.provider_id
 
@@ -296,8 +297,16 @@ class Shortened(ABC):
         """Go on as the line would that has come as far as this."""
         if self._settled_at:
             # What it cost is on record nowhere yet, and nobody is to be told before it is.
-            await cast("LeasedLedger", self.serving.leased).recorded()
-            await self._tell()
+            try:
+                await cast("LeasedLedger", self.serving.leased).recorded()
+                await self._tell()
+            except BaseException as error:
+                # It is paid for, whoever got it.
+                under_way = self._x.under_way = self._under_way()
+                note_asked(self._lane.model)
+                note_charged(self._spend())
+                under_way.failed(error)
+                raise
             self._ended_at = perf_counter()
             self._count()
             return
@@ -504,7 +513,14 @@ class BegunStream(Shortened):
         if self._stream is None:
             return None
         attempt = Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited)
-        return Opened(events=self._stream, candidate=plan.first, attempts=(attempt,), probe=None, charge=_nothing_more)
+        return Opened(
+            events=self._stream,
+            candidate=plan.first,
+            attempts=(attempt,),
+            probe=None,
+            began_at=self.serving.resources.clock.now() - (perf_counter() - self._reserved_at),
+            charge=_nothing_more,
+        )
 
     def _calls(self) -> tuple[Step, ...]:
         return (

@@ -23,12 +23,12 @@ async def embed(serving: Serving, x: Exchange) -> None:
     under_way = x.under_way = UnderWay(serving, "embed", request, by)
     try:
         embedded = await embed_in_order(request, serving.embed)
+        if keep and serving.memory is not None:
+            await serving.memory.vectors(under_way.run_id, request, embedded)
+        said, headers = embed_reply(embedded, under_way.run_id)
+        await x.answer(200, said, headers)
     except BaseException as error:
         under_way.failed(error)
         raise
-    if keep and serving.memory is not None:
-        await serving.memory.vectors(under_way.run_id, request, embedded)
-    said, headers = embed_reply(embedded, under_way.run_id)
-    await x.answer(200, said, headers)
     under_way.answered(embedded)
     return None

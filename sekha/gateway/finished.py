@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Protocol, TypeAlias
 
+from sekha.bill import open_bill
 from sekha.calling import Attempt
 from sekha.chat import ChatRequest
 from sekha.embedding import EmbedRequest
@@ -16,12 +17,16 @@ from sekha.errors import BudgetExceeded, ProviderError, SekhaError
 from sekha.gateway.news import tell_of_budget
 from sekha.gateway.serving import Serving
 from sekha.keys import EVERYBODY, Pass
+from sekha.ledger import Spend
 from sekha.pricing import Usage
 from sekha.recording.run import Outcome, Run, new_run_id
 from sekha.search import Found, SearchRequest
 from sekha.trace import take_notes, trace_of
 
-__all__ = ["UnderWay"]
+__all__ = ["CLIENT_LEFT", "UnderWay"]
+
+CLIENT_LEFT = "client_left"
+"""What the log and the record say of a request whose caller did not wait for its end."""
 
 Asked: TypeAlias = ChatRequest | EmbedRequest | SearchRequest
 
@@ -51,16 +56,21 @@ class UnderWay:
 
     __slots__ = (
         "_began",
+        "_bill",
         "_by",
         "_flow",
         "_serving",
         "answer",
+        "cost",
         "error",
+        "model_id",
         "notes",
         "outcome",
+        "provider_id",
         "request",
         "run_id",
         "said",
+        "usage",
     )
 
     def __init__(
@@ -76,6 +86,12 @@ class UnderWay:
         self._by = by
         self.run_id = run_id or new_run_id()
         self.answer: Answered | None = None
+        self.provider_id: str | None = None
+        """Of who answered, or was asked last; None as long as nobody was."""
+        self.model_id: str | None = None
+        self.cost: Decimal | None = None
+        """All that it was charged, for attempts that failed too."""
+        self.usage: Usage | None = None
         self.outcome: Outcome | None = None
         self.error: str | None = None
         """The code of what went wrong, or the name of what nobody foresaw."""
@@ -85,6 +101,7 @@ class UnderWay:
         self._flow = flow
         self.request = request
         self.notes = take_notes()
+        self._bill = open_bill()
         self._began = time.perf_counter() if began is None else began
 
     @property
@@ -116,6 +133,8 @@ class UnderWay:
     def answered(self, by: Answered) -> None:
         """Note an answer. Behind it: what is written in a turn of the event loop goes out at the turn's end."""
         self.answer = by
+        self.provider_id, self.model_id, self.usage = by.provider_id, by.model_id, by.usage
+        self.cost = by.cost + self._bill.lost_cost if self._bill.lost else by.cost
         # One attempt is the one that answered; of several, a search over several spaces has one for each.
         failed = len(by.attempts) > 1 and any(attempt.error for attempt in by.attempts)
         self.outcome = "fallback" if failed else "answered"
@@ -129,6 +148,8 @@ class UnderWay:
         if isinstance(error, ProviderError):
             attempts = error.attempts
             _count(serving, attempts)
+            if attempts:
+                self.provider_id, self.model_id = attempts[-1].provider_id, attempts[-1].model_id
         elif isinstance(error, asyncio.CancelledError | ConnectionError):
             outcome = "cancelled"
         elif isinstance(error, SekhaError) and not error.retryable:
@@ -136,11 +157,32 @@ class UnderWay:
             if serving.recorder is not None and isinstance(error, BudgetExceeded):
                 tell_of_budget(serving.recorder, error)
         code = error.code if isinstance(error, SekhaError) else type(error).__name__
+        if outcome == "cancelled":
+            code = CLIENT_LEFT
         self.outcome, self.error = outcome, code
+        self._note_charges()
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""
             serving.recorder.record(self._run(outcome, seconds, time.time(), None, code, said, attempts))
+
+    def _note_charges(self) -> None:
+        """Count what a request cost that has no answer, or none that arrived, and note who was asked last."""
+        bill = self._bill
+        if self.provider_id is None and bill.asked is not None:
+            self.provider_id, self.model_id = bill.asked.provider_id, bill.asked.id
+        if bill.spends:
+            self.cost = bill.cost
+            self.usage = sum((spend.usage for spend in bill.spends.values()), Usage())
+            self._count_spent(bill.spends.values())
+        elif bill.asked is not None:
+            self.cost = Decimal(0)
+
+    def _count_spent(self, spends: Iterable[Spend]) -> None:
+        for spend in spends:
+            usage, scope = spend.usage, spend.scope
+            tokens = usage.input_tokens, usage.output_tokens
+            self._serving.metrics.spent(scope.provider or "", scope.model or "", *tokens, spend.cost)
 
     def _note_answer(self, by: Answered, outcome: Outcome, seconds: float, ended_at: float) -> None:
         serving = self._serving
@@ -150,16 +192,17 @@ class UnderWay:
         for each in by.answers if isinstance(by, Found) else (by,):
             tokens = each.usage.input_tokens, each.usage.output_tokens
             serving.metrics.spent(each.provider_id, each.model_id, *tokens, each.cost)
+        self._count_spent(self._bill.lost)
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             serving.recorder.record(self._run(outcome, seconds, ended_at, by, None, "", by.attempts))
 
-    def _task(self, by: Answered) -> Sequence[str]:
+    def _task(self) -> Sequence[str]:
         """The tag of what the model was asked to do: what the caller said, else what it is listed for."""
         request = self.request
         if isinstance(request, ChatRequest) and request.task is not None:
             return (f"task:{request.task}",)
-        models = self._serving.resources.registry.providers[by.provider_id].models
-        return [f"task:{task}" for model in models if model.id == by.model_id for task in model.tasks[:1]]
+        models = self._serving.resources.registry.providers[str(self.provider_id)].models
+        return [f"task:{task}" for model in models if model.id == self.model_id for task in model.tasks[:1]]
 
     def _content(self) -> Mapping[str, Any]:
         """Prompt and reply, for a configuration that says `content: true`."""
@@ -199,7 +242,10 @@ class UnderWay:
             parameters["max_cost"] = str(request.max_cost)
         if request.key is not None:
             parameters["key"] = request.key
-        tags = [] if by is None else [f"provider:{by.provider_id}", f"model:{by.model_id}", *self._task(by)]
+        tags = []
+        if self.provider_id is not None:
+            # Also of a failure, by who was asked last: a provider's failures are looked for by them.
+            tags = [f"provider:{self.provider_id}", f"model:{self.model_id}", *self._task()]
         tags += sorted(request.tags)
         if outcome != "answered":
             tags.append(outcome)
@@ -218,10 +264,10 @@ class UnderWay:
             parameters=parameters,
             content=self._content() if self._serving.records_content else None,
             tags=tuple(tags),
-            provider_id=None if by is None else by.provider_id,
-            model_id=None if by is None else by.model_id,
+            provider_id=self.provider_id,
+            model_id=self.model_id,
             estimated_cost=None if by is None else by.estimated_cost,
-            cost=None if by is None else by.cost,
+            cost=self.cost,
             attempts=attempts,
         )
 

@@ -16,7 +16,7 @@ from sekha.gateway.wire import MOST_DIMENSIONS, sekha_note, tags_of
 from sekha.keys import Pass
 from sekha.messages import kind_of
 from sekha.registry import COLLECTION_NAME
-from sekha.search import SearchRequest
+from sekha.search import Found, SearchRequest
 from sekha.search import search as search_in_order
 from sekha.spaces import alias_of, names_index_of
 from sekha.vectors.base import AllOf, AnyOf, Compare, Filter, Not, Scalar
@@ -57,45 +57,46 @@ async def search(serving: Serving, x: Exchange) -> None:
     under_way = x.under_way = UnderWay(serving, "search", request, by)
     try:
         found = await search_in_order(request, serving.search)
+        await say(x, _said(found, under_way.run_id, explain=explain))
     except BaseException as error:
         under_way.failed(error)
         raise
-    await say(
-        x,
-        {
-            "collection": found.collection,
-            "results": [
-                {
-                    "uuid": hit.uuid,
-                    "content": hit.text,
-                    "score": hit.score,
-                    "similarity": hit.similarity,
-                    "space": hit.space,
-                    "dimension": hit.dimension,
-                    "properties": dict(hit.properties),
-                    **({"ranks": asdict(hit.ranks)} if explain else {}),
-                }
-                for hit in found.hits
-            ],
-            "sekha": sekha_note(found, under_way.run_id)
-            | {
-                "spaces": [
-                    {
-                        "space": answer.space,
-                        "dimension": answer.dimension,
-                        "size": answer.size,
-                        "seconds": round(answer.seconds, 6),
-                        "provider_id": answer.provider_id,
-                        "model_id": answer.model_id,
-                        "cost": float(answer.cost),
-                    }
-                    for answer in found.answers
-                ],
-                "left_out": [{"space": each.space, "why": each.why} for each in found.left_out],
-            },
-        },
-    )
     under_way.answered(found)
+
+
+def _said(found: Found, run_id: str, *, explain: bool) -> dict[str, object]:
+    return {
+        "collection": found.collection,
+        "results": [
+            {
+                "uuid": hit.uuid,
+                "content": hit.text,
+                "score": hit.score,
+                "similarity": hit.similarity,
+                "space": hit.space,
+                "dimension": hit.dimension,
+                "properties": dict(hit.properties),
+                **({"ranks": asdict(hit.ranks)} if explain else {}),
+            }
+            for hit in found.hits
+        ],
+        "sekha": sekha_note(found, run_id)
+        | {
+            "spaces": [
+                {
+                    "space": answer.space,
+                    "dimension": answer.dimension,
+                    "size": answer.size,
+                    "seconds": round(answer.seconds, 6),
+                    "provider_id": answer.provider_id,
+                    "model_id": answer.model_id,
+                    "cost": float(answer.cost),
+                }
+                for answer in found.answers
+            ],
+            "left_out": [{"space": each.space, "why": each.why} for each in found.left_out],
+        },
+    }
 
 
 def _asked(given: Mapping[str, Any], serving: Serving, by: Pass) -> SearchRequest:

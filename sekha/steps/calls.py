@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
 
 import orjson
 
+from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Piped, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
@@ -129,12 +130,14 @@ class Calls:
             candidate=answered.candidate,
             attempts=answered.attempts,
             probe=answered.probe,
+            began_at=self._open.clock.now() - answered.attempts[-1].seconds,
             charge=lost.charge,
         )
 
     async def relay_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, pipe: Piped) -> Reply:
         """Hand the pieces on as they come. However it ends, what arrived is on record."""
         events = opened.events
+        note_asked(opened.candidate.model)
         try:
             await pipe.begin(opened)
             async for block in events:
@@ -155,10 +158,10 @@ class Calls:
     ) -> None:
         """Charge what had arrived when a stream broke off or its reader left."""
         if isinstance(error, ProviderError):
-            error.attempts = (
-                *opened.attempts[:-1],
-                replace(opened.attempts[-1], error=error.code, detail=error.detail),
-            )
+            # Until it broke off, and not until it began.
+            seconds = self._open.clock.now() - opened.began_at
+            last = replace(opened.attempts[-1], seconds=seconds, error=error.code, detail=error.detail)
+            error.attempts = (*opened.attempts[:-1], last)
             if self._open.circuits is not None:
                 self._open.circuits.note(opened.candidate.model.name, error, probe=opened.probe)
         await opened.events.aclose()
@@ -331,6 +334,7 @@ class Calls:
 
     async def _charge(self, hold: Hold, spend: Spend) -> None:
         ledger = await self._open.ledger()
+        note_charged(spend)
         await to_the_end(ledger.charge(hold, spend))
 
     async def _in_turn(
@@ -437,6 +441,7 @@ class _Lost:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
+        note_asked(candidate.model)
         if len(self._again) < len(self._spends):
             await self._hold_again(self._spends[-1])
         try:
@@ -493,6 +498,7 @@ class _Lost:
         )
         ledger = await self._open.ledger()
         await ledger.charge(self._again[-1] if self._again else self._hold, spend)
+        note_charged(spend, lost=True)
         self._spends.append(spend)
 
 

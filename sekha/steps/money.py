@@ -11,6 +11,7 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 from sekha.asks import Ask, Estimates, Size
+from sekha.bill import note_charged
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import LedgerError, NoCandidate
@@ -154,7 +155,10 @@ class Money:
         """Record what the call cost, and free what is left of the hold."""
         ledger = await self._open.ledger()
         if isinstance(outcome, Reply):
-            await ledger.settle(hold, spend_of(outcome, identity=hold.id, at=self._open.now()))
+            spend = spend_of(outcome, identity=hold.id, at=self._open.now())
+            # Before, since whoever leaves meanwhile is charged all the same.
+            note_charged(spend)
+            await ledger.settle(hold, spend)
         else:
             # Embeddings were charged call by call, so that one that fails late hides nothing.
             await ledger.release(hold)

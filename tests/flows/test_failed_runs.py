@@ -1,4 +1,4 @@
-"""What callers sent stays between them and the provider: it is in no log, no spool and no record of Prefect's."""
+"""What is kept of requests that failed: who was asked and what it cost, and no word of the request or a provider."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ providers:
   - id: quoting
     provider_type: openai
     base_url: {url}
+    timeout_secs: 3
     models:
       - {{model_id: chat, task: chat_small, price: {{input_per_million: 10, output_per_million: 20}}}}
       - {{model_id: vectors, task: embedding, dimension: 8, price: {{input_per_million: 10}}}}
@@ -138,6 +139,29 @@ async def test_with_content_the_record_says_what_the_provider_said(prefect: Serv
     assert "Elm" not in "\n".join(gate.lines), "a log never does"
 
 
+async def test_a_run_that_failed_is_found_by_its_provider_and_says_what_it_cost(
+    prefect: Server, serving: Serves
+) -> None:
+    async with StandIn(dimension=8) as standin:
+        config = CONFIG.format(url=standin.openai_url, content="false")
+        async with serving(config, environment=prefect.local.environment) as gate:
+            standin.hang(times=None)
+            asking = asyncio.create_task(gate.chat(model="chat", metadata={"team": "blue"}))
+            await standin.arrived.wait()
+            asking.cancel()
+            answer = await gate.chat(model="chat", metadata={"team": "blue"})
+            timed_out = await recorded(prefect, "provider_timeout", "Cost $")
+            left = await recorded(prefect, "client_left", "Cost $")
+            tags = ["provider:quoting", "model:chat", "task:chat_small", "team:blue"]
+            body = {"flow_runs": {"tags": {"all_": tags}}}
+            runs = (await prefect.ask("POST", "/flow_runs/filter", body)).json()
+
+    assert answer.status_code == 504
+    assert "did not answer in time" in timed_out
+    assert "The client left. Cost $" in left
+    assert {run["state_name"] for run in runs} == {"Failed", "Cancelled"}
+
+
 async def test_a_failed_flow_run_keeps_our_words_and_not_the_providers(prefect: Server, tmp_path: Path) -> None:
     quoted = "zanzibarflowq7x"
     file = tmp_path / "sekha.yaml"
@@ -155,4 +179,6 @@ async def test_a_failed_flow_run_keeps_our_words_and_not_the_providers(prefect: 
     assert quoted in caught.value.told, "whoever called is told"
     assert "rejects the request: HTTP 400" in run["state"]["message"]
     assert "rejects the request: HTTP 400" in json.dumps(logs)
+    assert {"provider:quoting", "model:chat"} <= set(run["tags"])
+    assert "| Cost | $0 |" in await prefect.receipt(run["id"])
     assert list(holding([quoted], tmp_path, prefect.home)) == []
