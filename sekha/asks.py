@@ -123,6 +123,8 @@ class Size(NamedTuple):
     reply_limit: int | None = None
     """Tokens that the caller allows each reply."""
     writes_cache: bool = False
+    unbounded: str | None = None
+    """What in it nobody can count but its provider: at the worst it fills the context window."""
 
 
 # It goes from step to step, and what does is a dataclass: Prefect takes a tuple for several values.
@@ -159,7 +161,7 @@ class Estimates:
 
     def of(self, model: Model) -> Estimate | None:
         """What one call to the model will cost; None where its price is unknown."""
-        if not self.knows_price(model):
+        if not self.knows_price(model) or not self.knows_most(model):
             return None
         scope = self.ask.scope(model)
         most, _ = cap(self.ask, self.rules)
@@ -172,6 +174,12 @@ class Estimates:
         # With what is priced apart the map's price is another one, which would record too little.
         return self.ask.priced_apart is None or model.price.source != "price map" or model.price.is_free
 
+    def knows_most(self, model: Model) -> bool:
+        """Whether there is a bound on what a call to a model whose price is known may cost."""
+        return (
+            self.size.unbounded is None or model.context_window is not None or bool(model.price and model.price.is_free)
+        )
+
     def left(self, budget: Budget) -> Decimal:
         return self.remaining.get(budget.name, budget.limit)
 
@@ -183,7 +191,7 @@ class Estimates:
         counter, exact = self.counters[model.id]
         tokens, longest = self.counts[counter]
         exact = exact or price.is_free
-        ask, images, replies, reply_limit, writes_cache = self.size
+        ask, images, replies, reply_limit, writes_cache, unbounded = self.size
         if ask.kind == "embedding":
             return estimate_embedding(price, input_tokens=tokens, longest=longest, exact=exact)
         # In the order of its parameters: by their names the call takes half as long again.
@@ -199,4 +207,5 @@ class Estimates:
             images,
             replies,
             writes_cache,
+            unbounded is None,
         )

@@ -17,6 +17,7 @@ from sekha.providers.base import RawStream
 from sekha.registry import Task
 from sekha.routing import Ask, Candidate, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
+from sekha.tokens import MEDIA
 from sekha.values import value
 from sekha.vision import Pictures, pictures_in
 
@@ -39,6 +40,8 @@ ORDINARY_TIERS = (None, "auto", "default", "flex", "standard_only")
 """Service tiers that cost no more than the price map says."""
 ORDINARY_TTLS = (None, "5m")
 """How long input may stay cached at the price map's price of writing it."""
+_HEARD = frozenset({"audio", "input_audio", "audio_url", "video", "video_url", "input_video"})
+"""Parts whose tokens have prices of their own, since there is sound in them."""
 
 
 @value
@@ -63,7 +66,7 @@ class ChatRequest:
     allowed: Allowed | None = None
     """What that key may use; None for everything."""
     _parts: list[Mapping[str, Any]] = field(init=False, repr=False, compare=False)
-    """All parts of all messages whose content is no plain text."""
+    """All parts of all messages whose content is no plain text, and what was said aloud before."""
     _marks: list[object] = field(init=False, repr=False, compare=False)
     """Every `cache_control`, wherever one may stand."""
     _pictures: list[Pictures | None] = field(init=False, repr=False, compare=False)
@@ -80,8 +83,12 @@ class ChatRequest:
             # A dict first: to ask an abstract class costs more than all the rest.
             if not isinstance(message, (dict, Mapping)) or not isinstance(message.get("role"), str):
                 raise InvalidRequest(f"`messages[{at}]` needs a `role` and `content`.", field=f"messages[{at}]")
+            if len(message) == 2 and type(message.get("content")) is str:
+                continue  # nearly all are so
             if type(message.get("content")) is not str or "tool_calls" in message:
                 parts += parts_of(message, f"messages[{at}]")
+            if message.get("audio") is not None:
+                parts.append({"type": "audio", "audio": message["audio"]})
             if "cache_control" in message:
                 marks.append(message["cache_control"])
         for part in (*_tools_in(self.options), *parts):
@@ -138,13 +145,24 @@ class ChatRequest:
                 return "web_search_options"
             if "audio" in (self.options.get("modalities") or ()):
                 return "modalities"
-        if (parts := self._parts) and any(part.get("type") == "input_audio" for part in parts):
-            return "input_audio"
+            if self.options.get("plugins"):
+                return "plugins"
+            if any(_kind(tool).startswith("web_search") for tool in self.options.get("tools") or ()):
+                return "tools"
+        for part in self._parts:
+            kind = _kind(part)
+            if kind in _HEARD or (kind == "file" and _is_heard(part.get("file"))):
+                return kind
         if self._marks and any(
             isinstance(mark, Mapping) and mark.get("ttl") not in ORDINARY_TTLS for mark in self._marks
         ):
             return "cache_control.ttl"
         return None
+
+    @property
+    def unbounded(self) -> str | None:
+        """What in the request is as many tokens as its provider makes of it; None where all can be counted."""
+        return next((kind for part in self._parts if (kind := _kind(part)) in MEDIA), None) if self._parts else None
 
     def ask(self, *, images_need_vision: bool = True) -> Ask:
         """What routing has to know of the request."""
@@ -177,6 +195,8 @@ class Reply:
     model_id: str
     usage: Usage
     estimated_cost: Decimal
+    worst_case: Decimal
+    """Dollars that the call was not to pass."""
     cost: Decimal
     attempts: tuple[Attempt, ...]
     reason: str
@@ -200,6 +220,19 @@ def _tools_in(options: object) -> Sequence[Mapping[str, Any]]:
         if (value := options.get(name)) is not None:
             _check_count(name, value)
     return as_objects(options.get("tools"), "tools")
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    kind = part.get("type")
+    return kind if isinstance(kind, str) else ""
+
+
+def _is_heard(file: object) -> bool:
+    """Whether a file is sound or film, by the type that it is said to be."""
+    if not isinstance(file, Mapping):
+        return False
+    said = str(file.get("format") or ""), str(file.get("file_data") or "")[:16].removeprefix("data:")
+    return any(each.startswith(("audio", "video")) for each in said)
 
 
 def _check_count(name: str, value: object) -> None:

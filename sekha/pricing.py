@@ -164,6 +164,7 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
     images: int = 0,
     replies: int = 1,
     writes_cache: bool = False,
+    bounded: bool = True,
 ) -> Estimate:
     """Price a chat before it is made.
 
@@ -171,9 +172,13 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
     length of this model's replies so far, and `cap` the dollars that this call may cost. Under a cap,
     a reply whose length nobody limited is limited to what the cap affords, so that the call cannot
     pass it. The worst case counts input that is not `exact` as `INEXACT` times as long, and all of it
-    as written to the provider's cache when the request `writes_cache`.
+    as written to the provider's cache when the request `writes_cache`. Input that is not `bounded` is at
+    the worst all that fits the context window.
     """
     most = input_tokens if exact else most_of(input_tokens)
+    if not bounded and context_window and most < context_window:
+        # What is left for the reply goes by what was counted, as ever.
+        context_window, most = 2 * context_window - most, context_window
     now = then = price.tariff
     if price.long_input:
         now, then = price.at(input_tokens).tariff, price.at(most).tariff

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from decimal import Decimal
 
 from sekha.calling import Clock, Retries
 from sekha.circuits import Circuits
 from sekha.config import Config
+from sekha.errors import dollars
 from sekha.indexes import Indexes
 from sekha.latency import Latencies
 from sekha.ledger import Budget, Ledger
@@ -29,6 +32,7 @@ WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
 PATIENT = Retries()
 _NONE_OPEN: frozenset[str] = frozenset()
 _NONE_THROTTLED: Mapping[str, float] = {}
+log = logging.getLogger("sekha.money")
 
 
 def utc_now() -> datetime:
@@ -71,6 +75,8 @@ class Resources:
         self.rates = ProviderRates(self.registry, clock=clock.now, minutes=minutes)
         self._limited = bool(self.rates)
         self.latencies = Latencies(clock=clock.now)
+        self.when_passed: Callable[[str, str], None] | None = None
+        """Told the provider and the model whenever a call cost more than its worst case."""
         self._opening = asyncio.Lock()
         self.indexes = Indexes(self.store, now=clock.now)
 
@@ -106,6 +112,19 @@ class Resources:
             self.latencies.seconds(),
             self.clock.random(),
         )
+
+    def worst_case_passed(self, provider_id: str, model_id: str, cost: Decimal, worst_case: Decimal) -> None:
+        """Tell that a call cost more than was held for it, so that no cap or budget is passed unseen."""
+        log.warning(
+            "%s/%s billed %s, and %s was its worst case. It counts or prices otherwise than is known here: "
+            "compare its bill with `price:`, `context_window:` and `max_output_tokens:` in sekha.yaml.",
+            provider_id,
+            model_id,
+            dollars(cost),
+            dollars(worst_case),
+        )
+        if self.when_passed is not None:
+            self.when_passed(provider_id, model_id)
 
     def patience_seconds(self, chosen: Plan) -> float:
         """How long one request may take, all attempts together."""

@@ -176,7 +176,8 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
     entrants = lined_up.entrants
     most, within = lined_up.caps(estimates)
     cost_aware = estimates.rules.cost_aware
-    if len(entrants) > SHORTLIST:
+    unbounded = estimates.size.unbounded is not None
+    if len(entrants) > SHORTLIST and not unbounded:
         best = lined_up.best(estimates, most, within, conditions, count)
         if best is not None:
             chosen: list[_Kept] = []
@@ -188,6 +189,8 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
     kept: list[_Kept] = []
     for at, (model, name, group, _, _) in enumerate(entrants):
         if name in open_circuits or model.provider_id in throttled:
+            continue
+        if unbounded and not estimates.knows_most(model):
             continue
         limit = cap_at(at, most, within) if within else most
         estimate = estimates.priced(model, limit, name)
@@ -237,7 +240,7 @@ def _objections(model: Model, estimates: Estimates, conditions: Conditions) -> I
         yield "capability", why
     estimate = estimates.of(model)
     if estimate is None:
-        yield "price", _unpriced(ask, model)
+        yield "price", _unpriced(estimates, model)
         return
     if model.context_window and estimate.context_tokens > model.context_window:
         needs, takes = f"{estimate.context_tokens:,}", f"{model.context_window:,}"
@@ -256,9 +259,12 @@ def _objections(model: Model, estimates: Estimates, conditions: Conditions) -> I
         yield "rate", _throttled(seconds)
 
 
-def _unpriced(ask: Ask, model: Model) -> str:
-    if model.price is not None and ask.priced_apart is not None:
-        return f"its price with `{ask.priced_apart}` is unknown: leave that out, or set `price:` for the model"
+def _unpriced(estimates: Estimates, model: Model) -> str:
+    if estimates.knows_price(model):
+        what = estimates.size.unbounded
+        return f"how much a `{what}` may cost is unknown: leave that out, or set `context_window:` for the model"
+    if model.price is not None and (what := estimates.ask.priced_apart) is not None:
+        return f"its price with `{what}` is unknown: leave that out, or set `price:` for the model"
     return "its price is unknown: set `price:` for it, or `unknown_price: free`"
 
 

@@ -22,6 +22,8 @@ from sekha.images import Image, data_in_url, formula_of, read_image
 from sekha.words import ByWord
 
 __all__ = [
+    "MEDIA",
+    "NOT_IN_PROMPT",
     "Tokenizer",
     "TokenizerName",
     "count_each",
@@ -48,11 +50,78 @@ _FILES: Mapping[TokenizerName, str] = {
 _PER_MESSAGE = 3
 _PER_NAME = 1
 _PER_REPLY = 3
-_PER_TOOLS = 9
+_PER_OPTION = 9
 _PLAIN = frozenset({"role", "content", "name"})
 """What a message may have that is text alone."""
 _PROMPTS = frozenset({"system", "developer"})
 _REMEMBERED_CHARACTERS = 16_384
+_APART = _PLAIN | {"cache_control"}
+"""Fields of a message that are counted by themselves, or are not read."""
+MEDIA = frozenset(
+    {
+        "audio",
+        "file",
+        "input_file",
+        "file_url",
+        "document",
+        "input_audio",
+        "audio_url",
+        "video",
+        "video_url",
+        "input_video",
+        "container_upload",
+    }
+)
+"""Parts whose tokens only their provider knows: of a PDF the text that is in it and an image of each page."""
+_PER_MEDIA = 4_000
+"""Tokens that one of them is taken for at the most: two or three pages. What it costs at the worst is another matter,
+and said by the model's context window.
+"""
+_BYTES_OF_MEDIA = 64
+"""Characters of base64 for each of those tokens."""
+NOT_IN_PROMPT = frozenset(
+    {
+        # These steer how a provider answers, and no model reads them.
+        "audio",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "metadata",
+        "modalities",
+        "model",
+        "models",
+        "n",
+        "parallel_tool_calls",
+        "presence_penalty",
+        "prompt_cache_key",
+        "provider",
+        "reasoning",
+        "reasoning_effort",
+        "safety_identifier",
+        "seed",
+        "service_tier",
+        "stop",
+        "store",
+        "stream",
+        "stream_options",
+        "temperature",
+        "thinking",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "transforms",
+        "usage",
+        "user",
+        "verbosity",
+        "web_search_options",
+    }
+)
+"""Fields of a request that are no input, whatever stands in them. Any other counts, unless it is short."""
+_SHORT = 64
+"""Characters up to which a text is a setting, and not something to read."""
 
 _loading = Lock()
 _counters: dict[TokenizerName, Callable[[str], int]] = {}
@@ -125,11 +194,11 @@ def decoded(tokens: Sequence[int], model: str) -> str:
 
 
 def count_messages(
-    messages: Sequence[Mapping[str, Any]], model: str, *, tools: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Mapping[str, Any]], model: str, *, options: Mapping[str, Any] | None = None
 ) -> int:
     """Tokens of a chat in OpenAI's shape, as a provider would bill its input: its words and its images."""
     formula = formula_of(model)
-    words = count_words(messages, tokenizer_of(model).name, tools=tools)
+    words = count_words(messages, tokenizer_of(model).name, options=options)
     return words + sum(formula.tokens(image, detail) for image, detail in images_in(messages))
 
 
@@ -137,30 +206,36 @@ def count_words(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: TokenizerName,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> int:
-    """Tokens of a chat but for its images.
+    """Tokens of a chat but for its images, and with a guess for its `MEDIA`.
 
-    Messages carry OpenAI's published overhead. Tools count as their JSON, which is more than OpenAI's
-    terser rendering of them.
+    Messages carry OpenAI's published overhead, and every field of theirs counts. So does every one of the
+    `options` that a provider puts into the prompt: tools, a schema, a prediction. What is no text counts as
+    its JSON, which is more than OpenAI's terser rendering of it. Raises `InvalidRequest` for what cannot be
+    written as JSON.
     """
     count = _counter(tokenizer)
     total = _PER_REPLY
     for message in messages:
         role = str(message.get("role", ""))
         total += _PER_MESSAGE + _count_role(role, tokenizer)
+        known = 2
         if name := message.get("name"):
             total += _PER_NAME + count(str(name))
-        for call in message.get("tool_calls") or ():
-            function = call.get("function") or {}
-            total += count(f"{function.get('name', '')}{function.get('arguments', '')}")
+            known = 3
         content = message.get("content")
         if isinstance(content, str):
             total += _count_prompt(content, tokenizer) if role in _PROMPTS else count(content)
-        else:
-            total += sum(_count_part(part, count) for part in content or ())
-    if tools:
-        total += _PER_TOOLS + _count_prompt(orjson.dumps(list(tools)).decode(), tokenizer)
+        elif content:
+            total += sum(_count_part(part, count) for part in content)
+        # As a rule there is a role and a text, and nothing else.
+        if (len(message) > known or not isinstance(content, str)) and not _APART.issuperset(message):
+            total += _count_fields(message, count)
+    if options:
+        for name, value in options.items():
+            if name not in NOT_IN_PROMPT and (text := _prompted(value, name)):
+                total += _PER_OPTION + _count_prompt(text, tokenizer)
     return total
 
 
@@ -217,13 +292,77 @@ def _count_again(text: str, tokenizer: TokenizerName) -> int:
 
 
 def _count_part(part: Mapping[str, Any], count: Callable[[str], int]) -> int:
-    match part.get("type"):
+    match kind := part.get("type"):
         case "text":
             return count(str(part.get("text", "")))
         case "image_url":
             return 0
+        case str() if kind in MEDIA:
+            return _count_media(part.get(kind))
         case _:
-            return count(orjson.dumps(part, default=str).decode())
+            return count(_written(part, "messages"))
+
+
+def _count_media(held: object) -> int:
+    """Guess at a file: by its size where its data are here, and else as a large one."""
+    data = held.get("file_data") or held.get("data") if isinstance(held, Mapping) else None
+    return min(_PER_MEDIA // 8 + len(data) // _BYTES_OF_MEDIA, _PER_MEDIA) if isinstance(data, str) else _PER_MEDIA
+
+
+def _count_fields(message: Mapping[str, Any], count: Callable[[str], int]) -> int:
+    """Count what few messages have: calls of tools and whose answer it is, thoughts, a refusal."""
+    total = 0
+    for name, value in message.items():
+        if name in _APART or value is None:
+            continue
+        if name == "tool_calls" and isinstance(value, list | tuple):
+            total += sum(_count_call(call, count) for call in value)
+        elif name == "function_call":
+            total += _count_called(value, count)
+        else:
+            total += _PER_MEDIA if name == "audio" else count(_text(value))
+    return total
+
+
+def _count_call(call: object, count: Callable[[str], int]) -> int:
+    if not isinstance(call, Mapping):
+        return count(_text(call))
+    return sum(
+        _count_called(value, count) if name in ("function", "custom") else count(_text(value))
+        for name, value in call.items()
+        if name not in ("type", "index", "cache_control") and value is not None
+    )
+
+
+def _count_called(called: object, count: Callable[[str], int]) -> int:
+    """Count a call's name and what it is given, which is text as a rule: as JSON it would be quoted once more."""
+    if not isinstance(called, Mapping):
+        return count(_text(called))
+    return count("".join(_text(value) for value in called.values() if value is not None))
+
+
+def _prompted(value: object, name: str) -> str:
+    """What an option adds to the prompt; nothing when it is a number, a switch or a short text."""
+    if isinstance(value, str):
+        return value if len(value) > _SHORT else ""
+    return _written(value, name) if value and isinstance(value, Mapping | list | tuple) else ""
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else _written(value, "messages")
+
+
+def _written(value: object, field: str) -> str:
+    try:
+        return orjson.dumps(value, default=_as_json, option=orjson.OPT_NON_STR_KEYS).decode()
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest(
+            f"`{field}` cannot be written as JSON, as providers take it: {error}.", field=field
+        ) from error
+
+
+def _as_json(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def _image(reference: object) -> tuple[Image | None, str]:

@@ -184,6 +184,9 @@ class Shortened(ABC):
         lane, serving = self._lane, self.serving
         unit, spent, expected = lane.tariff.unit, cost_units(usage, lane.tariff), self._units.expected
         self.usage, self.cost = usage, spent * unit
+        if spent > self._units.worst_case:
+            worst = self._units.worst_case * unit
+            serving.resources.worst_case_passed(self.provider_id, self.model_id, self.cost, worst)
         hold, spend = self._hold, self._spend()
         ledger = cast("LeasedLedger", serving.leased)
         written = ledger.settle_now(hold, spend, cost=spent * lane.picos, estimated=expected * lane.picos)

@@ -71,6 +71,9 @@ FIRST_TOKEN = Family(
 )
 TOKENS = Family(name="sekha_tokens_total", says="Tokens used.", labels=(*_MODEL, "kind"))
 DOLLARS = Family(name="sekha_dollars_total", says="US dollars spent.", labels=_MODEL)
+PASSED = Family(
+    name="sekha_worst_case_passed_total", says="Calls that cost more than was held for them.", labels=_MODEL
+)
 LAG = Family(
     name="sekha_event_loop_lag_seconds",
     says="How late the event loop came to a timer.",
@@ -87,7 +90,7 @@ RECORDED = Family(name="sekha_recorder_recorded_total", says="Requests that were
 SAMPLED_OUT = Family(name="sekha_recorder_sampled_out_total", says="Requests that did not have to be recorded.")
 DROPPED = Family(name="sekha_recorder_dropped_total", says="Requests that should have been recorded, and are lost.")
 
-_COUNTED = (REQUESTS, CALLS, TOKENS, DOLLARS, RECORDED, SAMPLED_OUT, DROPPED)
+_COUNTED = (REQUESTS, CALLS, TOKENS, DOLLARS, PASSED, RECORDED, SAMPLED_OUT, DROPPED)
 _TIMED = (REQUEST_SECONDS, CALL_SECONDS, FIRST_TOKEN, LAG)
 
 
@@ -253,6 +256,10 @@ class Metrics:
         if (counter := self._dollars.get((provider, model))) is None:
             counter = self._dollars[provider, model] = Counter()
         counter.value += float(dollars)
+
+    def passed(self, provider: str, model: str) -> None:
+        """Count a call that cost more than was held for it."""
+        self._totals.counters[PASSED.name].setdefault((provider, model), Counter()).value += 1
 
     def follow(self, recorder: Recording) -> None:
         """Count what this recorder counts, in place of the one before."""

@@ -58,6 +58,7 @@ class Serving:
         self.health = Health(resources)
         self.runtime = Runtime(resources)
         self.metrics = metrics
+        resources.when_passed = metrics.passed
         keys = (
             Key(
                 name=section.name,

@@ -51,7 +51,6 @@ _ORDINARY = frozenset(
         "logprobs",
         "top_logprobs",
         "reasoning_effort",
-        "response_format",
         "seed",
         "stop",
         "user",

@@ -27,7 +27,7 @@ from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
 from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
-from sekha.steps.money import spend_of
+from sekha.steps.money import check_worst_case, spend_of
 from sekha.vectors.base import Vector
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class Calls:
                 model_id=model.id,
                 usage=usage,
                 estimated_cost=candidate.estimate.expected,
+                worst_case=candidate.estimate.worst_case,
                 cost=_cost(usage, model),
                 attempts=attempts,
                 reason=candidate.reason,
@@ -166,6 +167,7 @@ class Calls:
                 self._open.circuits.note(opened.candidate.model.name, error, probe=opened.probe)
         await opened.events.aclose()
         part = await self._streamed(request, chosen, opened)
+        check_worst_case(self._open, part)
         await self._charge(hold, spend_of(part, identity=hold.id, at=self._open.now()))
         await opened.charge(part)
 
@@ -173,7 +175,7 @@ class Calls:
         model = opened.candidate.model
         usage = opened.events.usage
         if usage is None:
-            went_in = await count_chat(request, model.id)
+            went_in = await _went_in(request, model)
             came_out, _ = await count_embedding([opened.events.said()], model.id)
             usage = Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
         return Reply(
@@ -183,6 +185,7 @@ class Calls:
             model_id=model.id,
             usage=usage,
             estimated_cost=opened.candidate.estimate.expected,
+            worst_case=opened.candidate.estimate.worst_case,
             cost=_cost(usage, model),
             attempts=opened.attempts,
             reason=opened.candidate.reason,
@@ -244,6 +247,8 @@ class Calls:
                 reason=answered.candidate.reason,
                 charged_to=chosen.ask.scope(model),
             )
+            if embedded.cost > (worst := answered.candidate.estimate.worst_case):
+                self._open.worst_case_passed(model.provider_id, model.id, embedded.cost, worst)
             await self._charge(hold, spend_of(embedded, identity=f"{hold.id}:0", at=self._open.now()))
         finally:
             await lost.free()
@@ -412,7 +417,7 @@ class Calls:
 
     async def _counted_usage(self, request: ChatRequest, completion: Completion, model: Model) -> Usage:
         """What was used, counted by us because the provider did not say."""
-        went_in = await count_chat(request, model.id)
+        went_in = await _went_in(request, model)
         came_out = await count_reply(completion.body, model.id)
         return Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
 
@@ -526,6 +531,14 @@ def _joined(vectors: Sequence[Vector]) -> Vector:
 
 def _packed(row: Vector) -> str:
     return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+async def _went_in(request: ChatRequest, model: Model) -> int:
+    """Tokens of a request whose provider says nothing of them: at the worst where nobody else can count them."""
+    counted = await count_chat(request, model.id)
+    if request.unbounded is None or model.context_window is None or (model.price and model.price.is_free):
+        return counted
+    return max(counted, model.context_window)
 
 
 def _cost(usage: Usage, model: Model) -> Decimal:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import orjson
 
 from sekha import tokens
 from sekha.asks import Count, Counter
@@ -53,12 +55,11 @@ class Counters:
 
     def count_short(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count] | None:
         """What each of these counters makes of a chat; None for one that is better counted in a thread."""
-        if not _is_short(request.messages):
+        if not _is_short(request):
             return None
-        tools = request.options.get("tools")
         if len(names) == 1 and self._ways[names[0]].formula is None:
             tokenizer = self._ways[names[0]].tokenizer
-            return {names[0]: Count(tokens.count_words(request.messages, tokenizer, tools=tools))}
+            return {names[0]: Count(tokens.count_words(request.messages, tokenizer, options=request.options))}
         return self._count(request, names)
 
     async def count_long(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
@@ -67,9 +68,8 @@ class Counters:
     def _count(self, request: ChatRequest, names: Sequence[str]) -> dict[str, Count]:
         """Words are counted once by each tokenizer, and images read once for all formulas."""
         ways = [self._ways[name] for name in names]
-        tools = request.options.get("tools")
         tokenizers = dict.fromkeys(way.tokenizer for way in ways)
-        words = {name: tokens.count_words(request.messages, name, tools=tools) for name in tokenizers}
+        words = {name: tokens.count_words(request.messages, name, options=request.options) for name in tokenizers}
         images = tokens.images_in(request.messages) if any(way.formula for way in ways) else []
         return {
             name: Count(
@@ -93,21 +93,44 @@ class Counters:
         return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
 
 
-def _is_short(messages: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether counting them takes no longer than handing them to a thread would."""
+def _is_short(request: ChatRequest) -> bool:
+    """Whether counting it takes no longer than handing it to a thread would."""
     characters = 0
-    for message in messages:
+    for message in request.messages:
         content = message.get("content")
         if isinstance(content, str):
             characters += len(content)
         else:
             characters += sum(map(_characters, content or ()))
+        if len(message) > 2:
+            characters += sum(_length(value) for name, value in message.items() if name != "content")
         if characters > INLINE:
             return False
-    return True
+    return not request.options or characters + _prompted(request.options) <= INLINE
+
+
+def _prompted(options: Mapping[str, Any]) -> int:
+    return sum(_length(value) for name, value in options.items() if name not in tokens.NOT_IN_PROMPT)
+
+
+def _length(value: object) -> int:
+    """About how many characters are to be counted of it."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, Mapping | list | tuple):
+        return 0
+    try:
+        return len(orjson.dumps(value, default=str))
+    except orjson.JSONEncodeError:
+        return 0  # it is refused when it is counted
 
 
 def _characters(part: Mapping[str, Any]) -> int:
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in tokens.MEDIA:
+        return 0  # nobody reads it here
+    if kind not in ("image_url", "text"):
+        return _length(part)
     if (text := part.get("text")) is not None:
         return len(text)
     image = part.get("image_url")
@@ -118,9 +141,9 @@ async def count_chat(request: ChatRequest, model_id: str) -> int:
     """Tokens that go in: messages, images and tools."""
 
     def count() -> int:
-        return tokens.count_messages(request.messages, model_id, tools=request.options.get("tools"))
+        return tokens.count_messages(request.messages, model_id, options=request.options)
 
-    return count() if _is_short(request.messages) else await asyncio.to_thread(count)
+    return count() if _is_short(request) else await asyncio.to_thread(count)
 
 
 async def count_embedding(texts: Sequence[str], model_id: str) -> tuple[int, int]:

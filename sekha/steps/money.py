@@ -24,7 +24,7 @@ from sekha.steps.counting import Counters
 from sekha.tokens import TokenizerName
 from sekha.vision import are_heavy
 
-__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "spend_of"]
+__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "check_worst_case", "spend_of"]
 
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
@@ -87,7 +87,7 @@ class Money:
                 names = known.lined_up.counter_names(counters)
             short = self._counters.count_short(request, names)
             counts = await self._counters.count_long(request, names) if short is None else short
-            size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache)
+            size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache, request.unbounded)
         else:
             counters = self._counters.of_words
             counts = await self._counters.count_texts(request.texts, known.counters)
@@ -155,6 +155,7 @@ class Money:
         """Record what the call cost, and free what is left of the hold."""
         ledger = await self._open.ledger()
         if isinstance(outcome, Reply):
+            check_worst_case(self._open, outcome)
             spend = spend_of(outcome, identity=hold.id, at=self._open.now())
             # Before, since whoever leaves meanwhile is charged all the same.
             note_charged(spend)
@@ -253,6 +254,12 @@ class UsualReplies:
             if usual:
                 found[name] = usual
         return found
+
+
+def check_worst_case(resources: Resources, reply: Reply) -> None:
+    """Tell of a reply that cost more than was held for it."""
+    if reply.cost > reply.worst_case:
+        resources.worst_case_passed(reply.provider_id, reply.model_id, reply.cost, reply.worst_case)
 
 
 def spend_of(outcome: Reply | Embedded | RawEmbedded, *, identity: str, at: datetime) -> Spend:

@@ -216,6 +216,105 @@ async def test_counting_a_long_chat_holds_nobody_up(running: Runtime) -> None:
     assert turns > 10
 
 
+WINDOWS = [
+    f"{{model_id: windowed, task: chat_small, context_window: 100000, max_output_tokens: 1000, {PRICE}}}",
+    f"{{model_id: endless, task: chat_small, max_output_tokens: 1000, {PRICE}}}",
+    "{model_id: gratis, task: chat_small, price: free}",
+    "{model_id: gpt-4o, task: chat_small}",
+]
+PDF = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + "QUJD" * 250_000}}
+
+
+async def judged(tmp_path: Path, *parts: dict[str, Any], **fields: Any) -> dict[str, tuple[Estimate | None, str]]:
+    """What becomes of each model when these parts are asked about."""
+    file = tmp_path / "sekha.yaml"
+    file.write_text(f"providers:\n{provider('here', *WINDOWS)}\n", "utf-8")
+    content = ({"type": "text", "text": "Sum it up."}, *parts)
+    request = ChatRequest(messages=({"role": "user", "content": content},), task="chat_small", **fields)
+    async with Runtime(Resources(load(str(file)), now=lambda: NOW)) as running:
+        made = await running.explain(request)
+    return {each.model.id: (each.estimate, each.why) for each in made.verdicts}
+
+
+@pytest.mark.parametrize(
+    "part", [PDF, {"type": "file", "file": {"file_id": "file-abc"}}, {"type": "document", "source": {"type": "url"}}]
+)
+async def test_a_file_costs_at_the_worst_what_fits_the_context_window(tmp_path: Path, part: dict[str, Any]) -> None:
+    said = await judged(tmp_path, part)
+
+    windowed, _ = said["windowed"]
+    assert windowed is not None
+    # A million tokens cost $1 that go in, and $2 that come out.
+    assert windowed.worst_case == Decimal("0.1") + Decimal("0.002")
+    assert windowed.expected < Decimal("0.01")
+    assert windowed.reply_limit in (None, 1000)
+    unlimited, why = said["endless"]
+    assert unlimited is None
+    assert (
+        why
+        == f"how much a `{part['type']}` may cost is unknown: leave that out, or set `context_window:` for the model"
+    )
+    assert said["gratis"][0] is not None
+    assert said["gpt-4o"][0] is not None  # the price map knows its window
+
+
+async def test_a_cap_refuses_a_file_that_may_pass_it(tmp_path: Path) -> None:
+    said = await judged(tmp_path, PDF, max_cost=Decimal("0.05"))
+
+    assert "above `max_cost` of $0.05" in said["windowed"][1]
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"type": "input_audio", "input_audio": {"data": "QUJD" * 50_000, "format": "wav"}}, "input_audio"),
+        ({"type": "video_url", "video_url": {"url": "https://example.com/film.mp4"}}, "video_url"),
+        ({"type": "file", "file": {"file_data": "data:audio/mpeg;base64,QUJD"}}, "file"),
+        ({"type": "file", "file": {"file_id": "a", "format": "video/mp4"}}, "file"),
+    ],
+)
+async def test_sound_and_film_have_prices_that_the_price_map_does_not_say(
+    tmp_path: Path, part: dict[str, Any], what: str
+) -> None:
+    said = await judged(tmp_path, part)
+
+    assert said["gpt-4o"] == (
+        None,
+        f"its price with `{what}` is unknown: leave that out, or set `price:` for the model",
+    )
+    # Who has priced a model has priced them too, and what fits its window is still the most.
+    windowed, _ = said["windowed"]
+    assert windowed is not None
+    assert windowed.worst_case == Decimal("0.102")
+
+
+async def test_what_was_said_aloud_before_is_sound_too(tmp_path: Path) -> None:
+    file = tmp_path / "sekha.yaml"
+    file.write_text(f"providers:\n{provider('here', *WINDOWS)}\n", "utf-8")
+    said = {"role": "assistant", "content": "Yes.", "audio": {"id": "audio_abc"}}
+    request = ChatRequest(messages=(said, *HELLO.messages), task="chat_small")
+
+    async with Runtime(Resources(load(str(file)), now=lambda: NOW)) as running:
+        made = await running.explain(request)
+
+    why = {each.model.id: each.why for each in made.verdicts}
+    assert "its price with `audio` is unknown" in why["gpt-4o"]
+    assert "how much a `audio` may cost is unknown" in why["endless"]
+
+
+async def test_searches_and_plugins_that_are_billed_apart_are_refused_where_the_map_says_the_price(
+    tmp_path: Path,
+) -> None:
+    for name, options in {
+        "plugins": {"plugins": [{"id": "web"}]},
+        "tools": {"tools": [{"type": "web_search"}]},
+    }.items():
+        said = await judged(tmp_path, options=options)
+
+        assert said["gpt-4o"][1].startswith(f"its price with `{name}` is unknown")
+        assert said["windowed"][0] is not None
+
+
 async def test_a_request_for_a_model_that_is_free_asks_the_ledger_nothing(tmp_path: Path, ledger: Asked) -> None:
     free = CONFIG.replace(PRICE, "price: free")
     file = tmp_path / "sekha.yaml"

@@ -582,6 +582,7 @@ def decisions(draw: st.DrawFn) -> tuple[Estimates, Registry, Conditions]:
             replies=draw(st.sampled_from([1, 1, 3])),
             reply_limit=draw(st.none() | st.integers(1, 2000)),
             writes_cache=draw(st.booleans()),
+            unbounded=draw(st.none() | st.none() | st.just("file")),
         ),
         counters={name: draw(tokenizers) for name in ["m", "n", "o", "gpt"]},
         counts={name: Count(draw(st.integers(0, 300)), draw(st.integers(0, 300))) for name in ("one", "two")},

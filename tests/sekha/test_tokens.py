@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+from sekha.errors import InvalidRequest
 from sekha.images import image_tokens
 from sekha.providers.litellm import litellm_module
 from sekha.tokens import count_messages, count_text, count_texts, tokenizer_of
@@ -56,7 +57,7 @@ def test_chats_count_as_litellm_counts_them(model: str) -> None:
 
 def test_tools_count_as_no_less_than_litellm_says() -> None:
     # We count their JSON; OpenAI renders them as TypeScript, which LiteLLM imitates.
-    ours = count_messages(CHAT, "gpt-4o", tools=[TOOL]) - count_messages(CHAT, "gpt-4o")
+    ours = count_messages(CHAT, "gpt-4o", options={"tools": [TOOL]}) - count_messages(CHAT, "gpt-4o")
 
     theirs = litellm_module().token_counter(
         model="gpt-4o", messages=CHAT, tools=[TOOL]
@@ -105,6 +106,87 @@ def test_a_tool_call_and_its_result_are_counted() -> None:
     ]
 
     assert count_messages(chat, "gpt-4o") > 2 * count_text(TEXT, "gpt-4o")
+
+
+LONG = "word " * 3000
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "object", "description": LONG}}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "y", "reasoning_content": LONG},
+        {"content": "y", "reasoning": LONG},
+        {"content": None, "refusal": LONG},
+        {"refusal": LONG},
+        {"content": None, "function_call": {"name": "f", "arguments": LONG}},
+        {"content": None, "function_call": LONG},
+        {"content": None, "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "f", "input": LONG}}]},
+        {"content": None, "tool_calls": [{"id": LONG, "type": "function", "function": {"name": "f"}}]},
+        {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"arguments": {"a": LONG}}}]},
+        {"content": "y", "thinking_blocks": [{"type": "thinking", "thinking": LONG}]},
+        {"content": [{"type": "refusal", "refusal": LONG}]},
+        {"content": [{"type": "thinking", "thinking": LONG}]},
+        {"content": [{"type": ["text"], "text": LONG}]},
+        {"content": "y", "name": "ada", "tool_call_id": LONG},
+        {"content": "y", "name": LONG},
+    ],
+)
+def test_every_field_of_a_message_counts(message: dict[str, object]) -> None:
+    assert count_messages([{"role": "assistant", **message}], "gpt-4o") >= count_text(LONG, "gpt-4o")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": LONG}}]},
+        {"functions": [{"name": "f", "description": LONG}]},
+        {"function_call": {"name": LONG}},
+        {"tool_choice": {"type": "function", "function": {"name": LONG}}},
+        {"response_format": SCHEMA},
+        {"prediction": {"type": "content", "content": LONG}},
+        {"documents": [LONG]},
+        {"a_field_of_a_provider_to_come": LONG},
+    ],
+)
+def test_every_field_of_a_request_that_is_read_counts(options: dict[str, object]) -> None:
+    plain = count_messages(CHAT, "gpt-4o")
+
+    assert count_messages(CHAT, "gpt-4o", options=options) - plain >= count_text(LONG, "gpt-4o")
+
+
+def test_what_steers_a_provider_and_is_not_read_counts_nothing() -> None:
+    settings: dict[str, object] = {
+        "temperature": 0.5,
+        "logit_bias": {str(token): -100 for token in range(300)},
+        "stop": ["END"],
+        "user": "u" * 200,
+        "stream_options": {"include_usage": True},
+        "reasoning": {"effort": "high"},
+        "tool_choice": "auto",
+        "tools": [],
+    }
+
+    assert count_messages(CHAT, "gpt-4o", options=settings) == count_messages(CHAT, "gpt-4o")
+
+
+def test_the_data_of_a_file_are_not_read_as_text() -> None:
+    file = {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + "QUJD" * 250_000}
+    parts = [{"type": "file", "file": file}, {"type": "file", "file": {"file_id": "file-abc"}}]
+
+    each = [count_messages([{"role": "user", "content": [part]}], "gpt-4o") for part in parts]
+
+    assert all(1_000 < tokens < 5_000 for tokens in each), each
+
+
+def test_a_field_that_cannot_be_written_as_json_is_refused_by_name() -> None:
+    deep: object = "x"
+    for _ in range(400):
+        deep = [deep]
+
+    with pytest.raises(InvalidRequest, match="`response_format` cannot be written as JSON") as caught:
+        count_messages(CHAT, "gpt-4o", options={"response_format": deep})
+    assert caught.value.field == "response_format"
 
 
 def test_an_image_counts_by_its_size_and_one_behind_a_url_as_the_largest() -> None:

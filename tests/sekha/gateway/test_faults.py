@@ -16,8 +16,10 @@ from sekha.breaker import BreakerRules
 from sekha.circuits import Circuits
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, wait_until
+from tests.fixtures.upstream import Upstream, with_length
 
 HELLO = [{"role": "user", "content": "Hello there."}]
+LONG = "word " * 3000
 PASSING: dict[str, Callable[[StandIn], None]] = {
     "500": lambda standin: standin.fail(500),
     "503": lambda standin: standin.fail(503, retry_after=30),
@@ -254,6 +256,56 @@ async def test_a_leased_budget_is_not_passed_either(gateway: Opens) -> None:
     assert float(spent) == pytest.approx(sum(answer.json()["sekha"]["cost"] for answer in admitted))
     assert spent <= limit
     assert held == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": {"description": LONG}}}},
+        {"functions": [{"name": "it", "description": LONG}]},
+        {"prediction": {"type": "content", "content": LONG}},
+        {"messages": [{"role": "assistant", "content": "y", "reasoning_content": LONG}]},
+    ],
+)
+async def test_no_field_is_a_way_past_a_cap(gateway: Opens, fields: dict[str, Any]) -> None:
+    async with StandIn() as standin, gateway(standin, as_served=True) as served:
+        plain = await served.chat(model="chat", max_tokens=5, max_cost=0.1)
+        # The second of its kind takes the short way, if it is one that may.
+        again = await served.chat(model="chat", max_tokens=5)
+        refused = await served.chat(model="chat", max_tokens=5, max_cost=0.1, **fields)
+        answered = await served.chat(model="chat", max_tokens=5, **fields)
+
+    assert [plain.status_code, again.status_code, answered.status_code] == [200, 200, 200]
+    assert refused.status_code == 402
+    assert refused.json()["error"]["code"] == "cost_refused"
+    assert answered.json()["sekha"]["estimated_cost"] > 3
+    assert len(standin.requests) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cost_above_what_was_held_is_told_and_counted(
+    gateway: Opens, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    usage = '"usage":{"prompt_tokens":5000,"completion_tokens":1,"total_tokens":5001}'
+    if stream:
+        said = '{"choices":[{"index":0,"delta":{"content":"y"},"finish_reason":"stop"}]}'
+        whole = f'data: {said}\n\ndata: {{"choices":[],{usage}}}\n\ndata: [DONE]\n\n'
+    else:
+        whole = f'{{"choices":[{{"index":0,"message":{{"content":"y"}}}}],{usage}}}'
+    kind = "text/event-stream" if stream else "application/json"
+    answer = with_length(whole.encode(), f"Content-Type: {kind}")
+
+    async with Upstream(answer) as upstream, gateway(upstream, as_served=True) as served:
+        for _ in range(3):  # by the line, and then by the short way
+            response = await served.chat("paint the boats blue", model="chat", max_tokens=5, stream=stream)
+            assert response.status_code == 200
+        metrics = (await served.http.get("/metrics")).text
+
+    assert 'sekha_worst_case_passed_total{provider="first",model="chat"} 3' in metrics
+    told = [record.getMessage() for record in caplog.records if record.name == "sekha.money"]
+    assert len(told) == 3
+    assert all(each.startswith("first/chat billed $5.00, and $0.0") for each in told), told
+    assert "boats" not in caplog.text
 
 
 async def _worst_case(gateway: Opens) -> Decimal:
