@@ -13,7 +13,7 @@ from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
-from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note, usage_of
 from sekha.registry import Model
 
 __all__ = ["Pipe", "complete", "headers_of", "stream_headers"]
@@ -100,6 +100,8 @@ class Pipe:
         if self._asked.wants_usage:
             # Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
             last = orjson.loads(self._last[5:]) if self._last else _usage_chunk(reply, self._under_way.run_id)
+            if reply.usage.counted:
+                last["usage"] = usage_of(reply.usage)
             said = b"data: " + orjson.dumps(last | {"sekha": note})
         else:
             said = b": sekha " + orjson.dumps(note)
@@ -134,17 +136,11 @@ def _without_usage_at_its_end(block: bytes) -> tuple[bytes, bytes]:
 
 def _usage_chunk(reply: Reply, run_id: str) -> dict[str, object]:
     """A stream's last chunk, where the provider sent none."""
-    usage = reply.usage
     return {
         "id": f"chatcmpl-{run_id}",
         "object": "chat.completion.chunk",
         "created": int(time.time()),
         "model": reply.model_id,
         "choices": [],
-        "usage": {
-            "prompt_tokens": usage.input_tokens,
-            "completion_tokens": usage.output_tokens,
-            "total_tokens": usage.input_tokens + usage.output_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        },
+        "usage": usage_of(reply.usage),
     }

@@ -17,6 +17,7 @@ from sekha.gateway.fields import dollars, flag, name_in, object_in, whole
 from sekha.gateway.problems import Headers
 from sekha.keys import EVERYBODY, Pass
 from sekha.messages import kind_of
+from sekha.pricing import Usage
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
 
@@ -34,6 +35,7 @@ __all__ = [
     "money",
     "sekha_note",
     "tags_of",
+    "usage_of",
     "with_note",
 ]
 
@@ -146,9 +148,24 @@ def embed_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> EmbedReq
 def chat_reply(reply: Reply, run_id: str) -> bytes:
     """The provider's own answer, with ours beside it under `sekha`."""
     note = sekha_note(reply, run_id)
-    if reply.raw is not None:
-        return with_note(reply.raw, note)
-    return orjson.dumps(dict(reply.body) | {"sekha": note})
+    if reply.raw is not None and not (reply.usage.counted and "usage" in reply.body):
+        more = b',"usage":' + orjson.dumps(usage_of(reply.usage)) if reply.usage.counted else b""
+        return with_note(reply.raw, note, more)
+    body = dict(reply.body)
+    if reply.usage.counted:
+        # In place of what was no usage: `null`, or of another shape.
+        body["usage"] = usage_of(reply.usage)
+    return orjson.dumps(body | {"sekha": note})
+
+
+def usage_of(usage: Usage) -> dict[str, object]:
+    """Usage as OpenAI writes it."""
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
 
 
 def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:

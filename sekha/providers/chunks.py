@@ -10,6 +10,7 @@ import orjson
 from sekha.errors import StreamBroken
 from sekha.pricing import Usage
 from sekha.providers.base import ChatCall, Chunk, Provider
+from sekha.providers.events import said_in
 
 __all__ = ["ChunkStream"]
 
@@ -47,7 +48,8 @@ class ChunkStream:
                 yield event
 
     def _event(self, chunk: Chunk) -> bytes:
-        self._said.append(chunk.text)
+        choices = chunk.body.get("choices") or ()
+        self._said += (text for choice in choices for text in said_in(choice.get("delta")))
         body = chunk.body
         if chunk.usage is not None:
             self.usage = chunk.usage

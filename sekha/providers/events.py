@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from sekha.providers.http import BadResponse
 
-__all__ = ["DONE", "EventSplitter", "bodies", "finishes", "json_object", "payloads", "texts_in"]
+__all__ = ["DONE", "EventSplitter", "bodies", "finishes", "json_object", "payloads", "said_in", "texts_in"]
 
 DONE = b"[DONE]"
 _EVENT_BYTES = 8 * 1024 * 1024
@@ -99,7 +99,7 @@ def finishes(block: bytes) -> bool:
 
 def texts_in(blocks: Sequence[bytes]) -> list[str]:
     """What was said, in every choice: text, thoughts and calls of tools."""
-    return [text for block in blocks for choice in _choices(block) for text in _said(choice.get("delta"))]
+    return [text for block in blocks for choice in _choices(block) for text in said_in(choice.get("delta"))]
 
 
 def _choices(block: bytes) -> Iterator[dict[str, Any]]:
@@ -108,14 +108,32 @@ def _choices(block: bytes) -> Iterator[dict[str, Any]]:
         yield from (choice for choice in choices if isinstance(choice, dict)) if isinstance(choices, list) else ()
 
 
-def _said(delta: object) -> Iterator[str]:
-    if not isinstance(delta, dict):
+def said_in(message: object) -> Iterator[str]:
+    """What a message says, or a piece of one: text, thoughts, a refusal and calls of tools."""
+    if not isinstance(message, Mapping):
         return
-    for name in ("content", "reasoning_content", "reasoning", "refusal"):
-        if isinstance(text := delta.get(name), str):
-            yield text
-    calls = delta.get("tool_calls")
-    for call in calls if isinstance(calls, list) else ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict):
-            yield f"{function.get('name') or ''}{function.get('arguments') or ''}"
+    thoughts = message.get("reasoning_content") or message.get("reasoning")  # some write the same under both names
+    for said in (message.get("content"), thoughts, message.get("refusal")):
+        yield from _texts(said)
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list | tuple) else ():
+        if isinstance(call, Mapping):
+            yield from _called(call.get("function"))
+            yield from _called(call.get("custom"))
+    yield from _called(message.get("function_call"))
+
+
+def _texts(said: object) -> Iterator[str]:
+    """A text, or those of its parts: some providers write thoughts so."""
+    if isinstance(said, str):
+        yield said
+        return
+    for part in said if isinstance(said, list | tuple) else ():
+        if isinstance(part, Mapping):
+            yield from _texts(part.get("text"))
+            yield from _texts(part.get("thinking"))
+
+
+def _called(called: object) -> Iterator[str]:
+    if isinstance(called, Mapping):
+        yield "".join(str(called.get(name) or "") for name in ("name", "arguments", "input"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from sekha import tokens
 from sekha.asks import Count, Counter
 from sekha.chat import ChatRequest
 from sekha.images import Formula, formula_of
+from sekha.providers.events import said_in
 from sekha.registry import Registry
 
 __all__ = ["INLINE", "Counters", "count_chat", "count_embedding", "count_reply"]
@@ -157,15 +158,8 @@ async def count_embedding(texts: Sequence[str], model_id: str) -> tuple[int, int
 
 
 async def count_reply(body: Mapping[str, Any], model_id: str) -> int:
-    """Tokens that came out, in every choice: text and calls of tools."""
-    said = [text for choice in body["choices"] for text in _said(choice["message"])]
+    """Tokens that came out, in every choice: text, thoughts and calls of tools."""
+    said = [text for choice in body["choices"] for text in said_in(choice["message"])]
     if sum(map(len, said)) <= INLINE:
         return sum(tokens.count_texts(said, model_id))
     return sum(await asyncio.to_thread(tokens.count_texts, said, model_id))
-
-
-def _said(message: Mapping[str, Any]) -> Iterator[str]:
-    yield str(message.get("content") or "")
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        yield f"{function.get('name', '')}{function.get('arguments', '')}"

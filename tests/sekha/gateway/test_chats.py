@@ -7,10 +7,12 @@ import base64
 import struct
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from sekha.testing import StandIn
-from tests.fixtures.gateway import Opens, config_for
+from tests.fixtures.gateway import Opens, config_for, payloads
+from tests.fixtures.upstream import Upstream, with_length
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
@@ -281,6 +283,50 @@ async def test_usage_that_no_provider_reports_is_counted_and_marked(gateway: Ope
     note = _note(reply)
     assert note["usage"] == "counted"
     assert note["cost"] == float(spent) > 0
+    assert reply.usage is not None
+    # Whoever asks the SDK finds what was counted: at $1,000 a million tokens that go in, and $2,000 that come out.
+    assert (reply.usage.prompt_tokens + 2 * reply.usage.completion_tokens) / 1000 == pytest.approx(note["cost"])
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+LONG = "thinking it over " * 100
+SPOKEN: dict[str, dict[str, Any]] = {
+    "reasoning_content": {"content": "4", "reasoning_content": LONG},
+    "reasoning": {"content": "4", "reasoning": LONG},
+    "refusal": {"content": None, "refusal": LONG},
+    "parts": {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": LONG}]}]},
+    "tool": {"content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": LONG}}]},
+    "custom tool": {"content": None, "tool_calls": [{"id": "1", "custom": {"name": "f", "input": LONG}}]},
+    "function": {"content": None, "function_call": {"name": "f", "arguments": LONG}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("usage", ["", ',"usage":null', ',"usage":{"prompt_tokens":0,"completion_tokens":0}'])
+@pytest.mark.parametrize("how", SPOKEN)
+async def test_thoughts_refusals_and_calls_are_counted_where_no_usage_is_reported(
+    gateway: Opens, how: str, usage: str, stream: bool
+) -> None:
+    said = orjson.dumps(SPOKEN[how]).decode()
+    if stream:
+        piece = f'{{"choices":[{{"index":0,"delta":{said},"finish_reason":"stop"}}]}}'
+        last = f'data: {{"choices":[]{usage}}}\n\n' if usage else ""
+        answer = with_length(f"data: {piece}\n\n{last}data: [DONE]\n\n".encode(), "Content-Type: text/event-stream")
+    else:
+        whole = f'{{"choices":[{{"index":0,"message":{said}}}]{usage}}}'
+        answer = with_length(whole.encode(), "Content-Type: application/json")
+
+    async with Upstream(answer) as upstream, gateway(upstream) as served:
+        if stream:
+            _, text = await served.stream(model="chat", stream_options={"include_usage": True})
+            *_, body = payloads(text)
+        else:
+            body = (await served.chat(model="chat")).json()
+        spent = await served.spent()
+
+    assert body["sekha"]["usage"] == "counted"
+    assert body["usage"]["completion_tokens"] >= 300
+    assert float(spent) == body["sekha"]["cost"] > 0.6
 
 
 async def test_tokens_that_the_provider_had_cached_cost_less(gateway: Opens) -> None:

@@ -142,9 +142,10 @@ async def test_a_stream_without_usage_is_counted_and_marked(gateway: Opens) -> N
         _, text = await served.stream(model="chat", stream_options={"include_usage": True})
         spent = await served.spent()
 
-    (note,) = [chunk["sekha"] for chunk in payloads(text) if "sekha" in chunk]
+    ((note, usage),) = [(chunk["sekha"], chunk["usage"]) for chunk in payloads(text) if "sekha" in chunk]
     assert note["usage"] == "counted"
     assert note["cost"] == float(spent) > 0
+    assert (usage["prompt_tokens"] + 2 * usage["completion_tokens"]) / 1000 == pytest.approx(note["cost"])
 
 
 # --- what breaks ---------------------------------------------------------------------------
