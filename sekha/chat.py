@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol, cast
@@ -40,6 +40,8 @@ ORDINARY_TIERS = (None, "auto", "default", "flex", "standard_only")
 """Service tiers that cost no more than the price map says."""
 ORDINARY_TTLS = (None, "5m")
 """How long input may stay cached at the price map's price of writing it."""
+_DATA = ("url", "file_data", "data")
+"""Where the data of an image, a file or a sound stand."""
 _HEARD = frozenset({"audio", "input_audio", "audio_url", "video", "video_url", "input_video"})
 """Parts whose tokens have prices of their own, since there is sound in them."""
 
@@ -158,6 +160,16 @@ class ChatRequest:
         ):
             return "cache_control.ttl"
         return None
+
+    @property
+    def data_parts(self) -> Iterator[tuple[str, int, str]]:
+        """Each image and file: its kind, the characters of its data if they are here, and an image's `detail`."""
+        for part in self._parts:
+            if (kind := _kind(part)) == "image_url" or kind in MEDIA:
+                held = part.get(kind)
+                held = held if isinstance(held, Mapping) else {"url": held}
+                data = next((each for name in _DATA if isinstance(each := held.get(name), str)), "")
+                yield kind, len(data), str(held.get("detail") or "auto")
 
     @property
     def unbounded(self) -> str | None:

@@ -15,6 +15,7 @@
     │   ├── KeyNotAllowed           the key is good, and not for this model or task
     │   ├── OperatorsOnly           the key is good, and no operator's
     │   ├── KeyLimited              the key has used up its requests or tokens for now
+    │   ├── TooManyTokens           more at once than the key's tokens of a whole minute
     │   ├── BodyTooLarge            the request's body is larger than the gateway reads
     │   ├── BodyTooSlow             the request's body did not arrive in time
     │   └── NoSuchPage              no such path, or not by that method
@@ -120,6 +121,7 @@ __all__ = [
     "StoreNotEmpty",
     "StoreUnavailable",
     "StreamBroken",
+    "TooManyTokens",
     "Unauthenticated",
     "UnknownModel",
     "VectorRefused",
@@ -381,6 +383,19 @@ class KeyLimited(RequestRefused):
         super().__init__(
             f"Key {key_name!r} has used up {limit}. Try again in {retry_after_seconds:.1f} s, "
             "or raise it under `keys:` in sekha.yaml."
+        )
+
+
+class TooManyTokens(RequestRefused):
+    code = "too_many_tokens"
+
+    def __init__(self, key_name: str, tokens: str, limit: str) -> None:
+        self.key_name = key_name
+        self.tokens = tokens
+        self.limit = limit
+        super().__init__(
+            f"The request may take {tokens}, and key {key_name!r} never has more than {limit}. Send less at once, "
+            "ask for a shorter reply with `max_tokens`, or raise `tokens_per_minute` under `keys:` in sekha.yaml."
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sekha.asks import Allowed
-from sekha.errors import KeyLimited, KeyNotAllowed, OperatorsOnly, Unauthenticated
+from sekha.errors import KeyLimited, KeyNotAllowed, OperatorsOnly, TooManyTokens, Unauthenticated
 from sekha.rates import Minutes, RateLimit, Taken
 from sekha.registry import TASKS, Registry, Task
 
@@ -57,6 +57,14 @@ class Pass(NamedTuple):
         """Count the tokens that it really had."""
         if self.limit is not None and self.taken is not None:
             self.limit.correct(self.taken, tokens)
+
+    def room(self, sure: int, guess: int) -> int:
+        """What a request of a key with limits is taken for that has so many tokens, and by a guess so many more.
+
+        No guess keeps it out of a minute in which nothing has passed.
+        """
+        most = math.inf if self.limit is None else self.limit.tokens_per_minute
+        return sure + guess if sure + guess <= most else max(sure, int(most))
 
     def check(self, registry: Registry, model: str | None, task: str | None) -> None:
         """Raise `KeyNotAllowed` for a model or task that was asked for by name and is not this key's to use."""
@@ -139,20 +147,29 @@ class Keyring:
         return EVERYBODY if found is None else Pass(found.key.name, found.allowed, found.limit)
 
     def admit(self, authorization: bytes | None, *, tokens: int) -> Pass:
-        """Let a request of about so many tokens in. Raises `Unauthenticated` and `KeyLimited`."""
+        """Let a request of about so many tokens in. Raises `Unauthenticated`, `KeyLimited` and `TooManyTokens`."""
         found = self._look_up(authorization)
         if found is None:
             return EVERYBODY
         key, allowed, limit, _ = found
+        return self.weigh(Pass(key.name, allowed, limit), tokens)
+
+    def weigh(self, by: Pass, tokens: int, guess: int = 0) -> Pass:
+        """Let a request in at what it is now known to be, in place of what it was taken for: one of so many tokens,
+        and by a guess of so many more. Raises `KeyLimited` and `TooManyTokens`, and then it took nothing.
+        """
+        limit = by.limit
         if limit is None:
-            return Pass(key.name, allowed)
-        wait = limit.wait(tokens)
+            return by
+        if by.taken is not None:
+            limit.give_back(by.taken)
+        weight = by.room(tokens, guess)
+        wait = limit.wait(weight)
         if wait == math.inf:
-            # More than a minute's tokens at once: it would wait for ever, and is told so.
-            raise KeyLimited(key.name, f"{key.tokens_per_minute:,} tokens a minute", retry_after_seconds=60.0)
+            raise TooManyTokens(str(by.key), f"{tokens:,} tokens", f"{limit.tokens_per_minute:,} in a minute")
         if wait:
-            raise KeyLimited(key.name, _limits_of(key), retry_after_seconds=wait)
-        return Pass(key.name, allowed, limit, limit.take(tokens))
+            raise KeyLimited(str(by.key), _limits_of(limit), retry_after_seconds=wait)
+        return by._replace(taken=limit.take(weight))
 
     def _look_up(self, authorization: bytes | None) -> _Known | None:
         if not self._by_digest:
@@ -180,6 +197,6 @@ class Keyring:
         return found
 
 
-def _limits_of(key: Key) -> str:
-    limits = [(key.requests_per_minute, "requests"), (key.tokens_per_minute, "tokens")]
-    return " or ".join(f"{limit:,} {what}" for limit, what in limits if limit is not None) + " a minute"
+def _limits_of(limit: RateLimit) -> str:
+    limits = [(limit.requests_per_minute, "requests"), (limit.tokens_per_minute, "tokens")]
+    return " or ".join(f"{most:,} {what}" for most, what in limits if most != math.inf) + " a minute"

@@ -12,7 +12,8 @@ from sekha.errors import ProviderError, SekhaError
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, problem
-from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.weighing import weighed_chat
 from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note, usage_of
 from sekha.registry import Model
 
@@ -27,9 +28,11 @@ async def complete(serving: Serving, x: Exchange) -> None:
         return await x.begun.in_line()
     serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
-    by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
+    # A request as such, before it is read: whoever has none left costs nothing more.
+    by = serving.keys.admit(x.authorization, tokens=0)
     asked = chat_asked(body, by=by)
     by.check(serving.resources.registry, asked.request.model, asked.request.task)
+    by = await weighed_chat(serving, by, body, asked.request)
     under_way = x.under_way = UnderWay(serving, "chat", asked.request, by)
     pipe = Pipe(x, serving, asked, under_way) if asked.stream else None
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from sekha.embedding import embed as embed_in_order
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
-from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.weighing import weighed_embedding
 from sekha.gateway.wire import embed_asked, embed_reply
 
 __all__ = ["embed"]
@@ -17,9 +18,10 @@ async def embed(serving: Serving, x: Exchange) -> None:
         return await x.begun.in_line()
     serving.keys.owner(x.authorization)  # before a body is read for nobody
     body = await x.body(limit_mb=BODY_MB, timeout_seconds=BODY_SECONDS)
-    by = serving.keys.admit(x.authorization, tokens=len(body) // BYTES_PER_TOKEN)
+    by = serving.keys.admit(x.authorization, tokens=0)
     request, keep = embed_asked(body, by=by)
     by.check(serving.resources.registry, request.model, "embedding" if request.model is None else None)
+    by = await weighed_embedding(serving, by, body, request)
     under_way = x.under_way = UnderWay(serving, "embed", request, by)
     try:
         embedded = await embed_in_order(request, serving.embed)

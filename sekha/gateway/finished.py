@@ -161,6 +161,8 @@ class UnderWay:
             code = CLIENT_LEFT
         self.outcome, self.error = outcome, code
         self._note_charges()
+        if isinstance(error, SekhaError) and self.said is None and not getattr(error, "may_be_billed", False):
+            self._by.used(0)  # no reply will come for which tokens were taken of the key's
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""

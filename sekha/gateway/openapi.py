@@ -26,7 +26,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
     403: ("key_not_allowed", "operators_only"),
     404: ("model_not_found", "collection_missing", "not_found"),
     408: ("request_timeout",),
-    413: ("request_too_large",),
+    413: ("request_too_large", "too_many_tokens"),
     429: ("rate_limit_exceeded", "rate_limited"),
     500: (
         *("config_invalid", "space_mismatch", "store_error", "collection_conflict", "vector_refused"),

@@ -25,6 +25,7 @@ from sekha.errors import (
     RateLimited,
     RequestRefused,
     SekhaError,
+    TooManyTokens,
     Unauthenticated,
     UnknownModel,
 )
@@ -45,6 +46,7 @@ _STATUS: Mapping[type[SekhaError], int] = {
     CollectionMissing: 404,
     NoSuchPage: 404,
     BodyTooLarge: 413,
+    TooManyTokens: 413,
     BodyTooSlow: 408,
     CostRefused: 402,
     BudgetExceeded: 402,

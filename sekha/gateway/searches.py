@@ -11,7 +11,8 @@ from sekha.gateway.exchange import Exchange
 from sekha.gateway.fields import dollars, flag, number, object_in, only, text, whole
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.pages import say
-from sekha.gateway.serving import BODY_MB, BODY_SECONDS, BYTES_PER_TOKEN, Serving
+from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
+from sekha.gateway.weighing import BYTES_PER_TOKEN
 from sekha.gateway.wire import MOST_DIMENSIONS, sekha_note, tags_of
 from sekha.keys import Pass
 from sekha.messages import kind_of

@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from sekha.ledgers.leased import LeasedLedger
     from sekha.recording.recorder import Recorder
 
-__all__ = ["BODY_MB", "BODY_SECONDS", "BYTES_PER_TOKEN", "Serving"]
+__all__ = ["BODY_MB", "BODY_SECONDS", "Serving"]
 
 BODY_MB = 64.0
 """The largest body that is read: a dozen images in base64."""
 BODY_SECONDS = 30.0
-BYTES_PER_TOKEN = 4
-"""What a request is taken for against its key's tokens a minute until its usage is known."""
 
 
 class Serving:

@@ -24,7 +24,8 @@ from sekha.errors import SekhaError
 from sekha.gateway.begun import BegunAnswer, BegunStream
 from sekha.gateway.begun_embeddings import BegunEmbedding
 from sekha.gateway.lanes import Lane, lane_of
-from sekha.gateway.serving import BYTES_PER_TOKEN, Serving
+from sekha.gateway.serving import Serving
+from sekha.gateway.weighing import BYTES_PER_TOKEN, reply_weight
 from sekha.gateway.wire import MOST_DIMENSIONS
 from sekha.registry import Task
 from sekha.steps.counting import INLINE
@@ -97,8 +98,12 @@ class Shortcut:
                 if type(limit) is not int or limit < 1:
                     return False
                 requested = limit if requested is None else min(limit, requested)
+        size = 0
+        if lane.by.limit is not None:
+            replies, guess = reply_weight(requested)
+            size = lane.by.room(len(body) // BYTES_PER_TOKEN + replies, guess)
         kind = BegunStream if stream else BegunAnswer
-        return kind(gateway, self._serving, x, lane, given, began).send(requested, tokens, len(body) // BYTES_PER_TOKEN)
+        return kind(gateway, self._serving, x, lane, given, began).send(requested, tokens, size)
 
     def begin_embedding(self, gateway: Gateway, x: HttpExchange, body: bytes) -> bool:
         """The same for an ordinary embedding."""

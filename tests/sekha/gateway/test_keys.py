@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
 import logging
+import struct
 
 import pytest
 
@@ -222,6 +226,126 @@ def test_tokens_count_as_they_were_used() -> None:
     assert 0 < caught.value.retry_after_seconds <= 61
     now = 161.5
     ring.admit(header, tokens=10)
+
+
+def _limited(key: str, tokens: int) -> str:
+    return f"keys:\n  - {{name: research, hash: '{hash_of(key)}', tokens_per_minute: {tokens}}}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_requests_at_once_take_what_their_replies_may(gateway: Opens, as_served: bool, stream: bool) -> None:
+    key = new_key()
+    async with StandIn() as standin, gateway(standin, as_served=as_served, extra=_limited(key, 1000)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        first = await served.chat(model="chat")  # the short way is known from here on, where there is one
+        standin.slow(0.3, times=None)
+
+        answers = await asyncio.gather(*(served.chat(model="chat", max_tokens=400, stream=stream) for _ in range(6)))
+        # Once they are answered it counts what they had.
+        later = await served.chat(model="chat", max_tokens=400, stream=stream)
+
+    assert sorted(answer.status_code for answer in (first, *answers)) == [200, 200, 200, 429, 429, 429, 429]
+    assert later.status_code == 200
+    assert len(standin.requests) == 4
+
+
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_a_reply_whose_length_nobody_limits_is_taken_for_a_usual_one(gateway: Opens, as_served: bool) -> None:
+    key = new_key()
+    async with StandIn() as standin, gateway(standin, as_served=as_served, extra=_limited(key, 300)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        first = await served.chat(model="chat")
+        standin.slow(0.3, times=None)
+
+        answers = await asyncio.gather(*(served.chat(model="chat") for _ in range(3)))
+
+    # A guess keeps nobody out by itself: the first found a minute in which nothing had passed.
+    assert first.status_code == 200
+    assert sorted(answer.status_code for answer in answers) in ([200, 429, 429], [429, 429, 429])
+
+
+async def test_the_data_of_images_and_files_are_no_tokens(gateway: Opens) -> None:
+    key = new_key()
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 512, 512) + bytes(1_000_000)
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    pdf = {
+        "type": "file",
+        "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + "QUJD" * 250_000},
+    }
+    async with StandIn() as standin, gateway(standin, extra=_limited(key, 10_000)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        text = {"type": "text", "text": "What is it?"}
+        image = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+        seen = await served.chat(model="eyes", messages=[{"role": "user", "content": [text, image]}])
+        read = await served.chat(model="chat", messages=[{"role": "user", "content": [text, pdf]}])
+
+    assert seen.status_code == 200, seen.text
+    assert read.json()["error"]["code"] == "no_candidate"  # let in, and as a matter of money refused
+
+
+@pytest.mark.parametrize("as_served", [False, True])
+@pytest.mark.parametrize(
+    ("text", "fields", "tokens"),
+    [
+        ("word " * 3000, {}, "3,00"),
+        ("Hello there.", {"max_tokens": 5000}, "5,0"),
+        ("Hi.", {"max_tokens": 500, "n": 3}, "1,5"),
+    ],
+)
+async def test_what_never_passes_is_told_so_and_not_to_try_again(
+    gateway: Opens, as_served: bool, text: str, fields: dict[str, int], tokens: str
+) -> None:
+    key = new_key()
+    async with StandIn() as standin, gateway(standin, as_served=as_served, extra=_limited(key, 1000)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        first = await served.chat(model="chat")
+        refused = await served.chat(text, model="chat", **fields)
+        again = await served.chat(model="chat")
+
+    assert first.status_code == again.status_code == 200
+    assert refused.status_code == 413
+    assert refused.headers["x-should-retry"] == "false"
+    assert "retry-after" not in refused.headers
+    error = refused.json()["error"]
+    assert error["code"] == "too_many_tokens"
+    assert error["message"].startswith(f"The request may take {tokens}")
+    assert "key 'research' never has more than 1,000 in a minute" in error["message"]
+    assert len(standin.requests) == 2
+
+
+async def test_a_body_that_is_long_by_its_escapes_alone_is_let_in(gateway: Opens) -> None:
+    key = new_key()
+    said = {"model": "chat", "max_tokens": 10, "messages": [{"role": "user", "content": "слово " * 140}]}
+    async with StandIn() as standin, gateway(standin, extra=_limited(key, 1000)) as served:
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        body = json.dumps(said, ensure_ascii=True)
+        answered = await served.http.post("/v1/chat/completions", content=body, headers=headers)
+
+    assert len(body) > 4_000
+    assert answered.status_code == 200
+
+
+async def test_texts_to_embed_that_never_pass_are_told_so(gateway: Opens) -> None:
+    key = new_key()
+    async with StandIn(dimension=8) as standin, gateway(standin, extra=_limited(key, 1000)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        refused = await served.http.post("/v1/embeddings", json={"input": "word " * 3000, "model": "vectors"})
+        answered = await served.http.post("/v1/embeddings", json={"input": "word", "model": "vectors"})
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_many_tokens")
+    assert answered.status_code == 200
+
+
+async def test_a_request_that_fails_takes_no_tokens_of_its_keys(gateway: Opens) -> None:
+    key = new_key()
+    async with StandIn() as standin, gateway(standin, extra=_limited(key, 1000)) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        standin.fail(500, times=3)
+        answers = [await served.chat(model="chat", max_tokens=900) for _ in range(4)]
+
+    assert [answer.status_code for answer in answers] == [503, 503, 503, 200]
 
 
 def test_what_a_key_used_counts_under_the_next_configuration_too() -> None:

@@ -46,6 +46,7 @@ STATUS = {
     "OperatorsOnly": 403,
     "KeyLimited": 429,
     "BodyTooLarge": 413,
+    "TooManyTokens": 413,
     "BodyTooSlow": 408,
     "NoSuchPage": 404,
     "ProviderError": 502,
