@@ -31,7 +31,8 @@
     │   ├── DimensionMismatch       vectors of another length than declared
     │   └── ProviderRejected        the provider calls the request wrong: the caller's to fix
     │       ├── ContentRefused      its content policy said no
-    │       └── ContextExceeded     longer than the model's context window
+    │       ├── ContextExceeded     longer than the model's context window
+    │       └── FieldUnsupported    its protocol has no such field, so it was not asked
     ├── StoreError                  look at the store
     │   ├── CollectionMissing       no collection or alias of that name
     │   ├── CollectionConflict      it exists with another dimension or metric
@@ -94,6 +95,7 @@ __all__ = [
     "CostRefused",
     "DimensionMismatch",
     "DocumentRefused",
+    "FieldUnsupported",
     "IngestIncomplete",
     "InvalidRequest",
     "KeyLimited",
@@ -556,7 +558,7 @@ class ProviderRejected(ProviderError):
 
     code = "provider_rejected"
     falls_back = False
-    health = "alive"
+    health: ClassVar[Literal["failing", "alive", "unknown"]] = "alive"
     _says = "rejects the request"
 
 
@@ -569,6 +571,18 @@ class ContextExceeded(ProviderRejected):
     code = "context_exceeded"
     _says = "cannot take a request this long"
     _next = "Shorten it, or route to a model with a larger `context_window`."
+
+
+class FieldUnsupported(ProviderRejected):
+    """The provider's protocol has no place for a field of the request. Nothing was sent, so another may be asked."""
+
+    code = "field_unsupported"
+    falls_back = True
+    health = "unknown"
+    field: str | None = None
+    """The first of those that have no place."""
+    _says = "was not asked"
+    _next = "Leave that out, or name a model of a provider that takes it."
 
 
 # --- look at the store or the ledger -------------------------------------------------------

@@ -19,6 +19,7 @@ from sekha.errors import (
     BadReply,
     ContentRefused,
     ContextExceeded,
+    FieldUnsupported,
     ModelNotFound,
     ProviderAuthFailed,
     ProviderError,
@@ -72,7 +73,7 @@ BY_CLASS: Mapping[str, type[ProviderError]] = {
     "ServiceUnavailableError": ProviderUnavailable,
     "Timeout": ProviderTimeout,
     "UnprocessableEntityError": ProviderRejected,
-    "UnsupportedParamsError": ProviderRejected,
+    "UnsupportedParamsError": FieldUnsupported,
     "VectorStoreSearchError": ProviderRejected,
     # From below it: httpx, openai, aiohttp, asyncio, and the parsing of replies.
     "APITimeoutError": ProviderTimeout,
@@ -312,6 +313,8 @@ def _reason(chain: Sequence[BaseException], kind: type[ProviderError]) -> str | 
 
 def _own_sentence(error: Exception) -> str:
     first_line = str(error).partition("\n")[0]
+    # Of a field that it refuses it goes on to say how to have it dropped, which nobody here can.
+    first_line = re.split(r"[.,;]?\s+(?:To drop|If you want to)\b", first_line)[0]
     return re.sub(r"^(?:litellm\.)?(?:\w+(?:Error|Exception)\s*[:-]\s*)+", "", first_line)
 
 

@@ -11,7 +11,7 @@ import base64
 import logging
 import os
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from sekha.errors import BadReply, DimensionMismatch, ProviderError, ProviderRejected, StreamBroken
+from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
 from sekha.images import format_of
 from sekha.pricing import Usage
 from sekha.providers.addresses import base_url_of
@@ -52,11 +52,15 @@ _FIELDS = frozenset(
         "parallel_tool_calls",
         "prediction",
         "presence_penalty",
+        "prompt_cache_key",
+        "prompt_cache_retention",
         "reasoning_effort",
         "response_format",
+        "safety_identifier",
         "seed",
         "service_tier",
         "stop",
+        "store",
         "temperature",
         "thinking",
         "tool_choice",
@@ -86,6 +90,29 @@ _OLLAMA_FIELDS = frozenset(
         "think",
     }
 )
+_HINTS = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "store", "user"})
+"""What nobody needs to heed for the answer to be the one that was asked for."""
+_CHANGES_NOTHING: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": ([], ["text"]),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "stop": ([], ""),
+    "temperature": (1,),
+    "tool_choice": ("auto", "none"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "top_p": (1,),
+    "verbosity": ("medium",),
+}
+"""Values that say what is so without them. A protocol that lacks the field does the same."""
 _ADDRESSED = frozenset({"file_data", "file_id", "file_uri", "image_url", "uri", "url"})
 """Fields of a part that may name what LiteLLM would fetch."""
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
@@ -108,9 +135,11 @@ class LiteLLMProvider:
             # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
             arguments["logger_fn"] = reported.append
         try:
-            litellm = await asyncio.to_thread(_opened, arguments["model"])
+            litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
             async with asyncio.timeout(call.timeout_seconds):
                 reply = await litellm.acompletion(**arguments)
+        except FieldUnsupported:
+            raise
         except Exception as error:
             raise self._failure(error, call.model, texts) from wordless(error)
         if not getattr(reply, "choices", None):
@@ -128,7 +157,7 @@ class LiteLLMProvider:
         pieces: Any = None
         started = False
         try:
-            litellm = await asyncio.to_thread(_opened, arguments["model"])
+            litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
             async with asyncio.timeout(call.timeout_seconds):
                 pieces = await litellm.acompletion(**arguments)
             envelope: dict[str, Any] | None = None
@@ -147,6 +176,8 @@ class LiteLLMProvider:
                     break
                 yield chunk
                 started = True
+        except FieldUnsupported:
+            raise
         except Exception as error:
             raise self._failure(error, call.model, texts, streaming=started) from wordless(error)
         finally:
@@ -195,13 +226,9 @@ class LiteLLMProvider:
         kind = self._spec.kind
         options = {name: value for name, value in call.options.items() if name not in _OURS and value is not None}
         named = _FIELDS | _OLLAMA_FIELDS if kind == "ollama" else _FIELDS
-        others = {name: value for name, value in options.items() if name not in named}
         known = {name: value for name, value in options.items() if name in named}
-        if others:
-            fields = ", ".join(repr(name) for name in sorted(others))
-            # Named by the caller, and so not for the records.
-            said = f"no field {fields} is known here"
-            raise ProviderRejected(said=said, provider_id=self._spec.id, model_id=call.model.id)
+        if others := options.keys() - named - _HINTS:
+            raise self._lacking(call.model, others)
         self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
         messages = deepcopy([dict(message) for message in call.messages])
@@ -214,6 +241,37 @@ class LiteLLMProvider:
             # With tools it would load its proxy for MCP, whose packages are not installed.
             "_skip_mcp_handler": True,
         }
+
+    def _opened_for(self, model: Model, arguments: dict[str, Any]) -> Any:
+        """LiteLLM, and `arguments` without what the model's protocol lacks, where that changes nothing.
+
+        Raises `FieldUnsupported` where it would. Nothing was sent then.
+        """
+        litellm = _opened(arguments["model"])
+        if not arguments.get("tools"):
+            # Some refuse an empty list, and Anthropic a choice where there is nothing to choose from.
+            for name in ("tools", "tool_choice", "parallel_tool_calls"):
+                if name == "parallel_tool_calls" or _changes_nothing(name, arguments.get(name)):
+                    arguments.pop(name, None)
+        lacked = arguments.keys() & _lacked(arguments["model"])
+        if needed := [name for name in lacked if not _changes_nothing(name, arguments[name])]:
+            raise self._lacking(model, needed)
+        for name in lacked:
+            del arguments[name]
+        return litellm
+
+    def _lacking(self, model: Model, fields: Collection[str]) -> FieldUnsupported:
+        names = sorted(fields)
+        # An error is short.
+        listed = " and ".join(f"`{name[:40]}`" for name in names[:4]) + (" and others" if len(names) > 4 else "")
+        lacks = f"its protocol has no {listed}"
+        # A caller names fields freely, and what he writes is not for the records.
+        known = _FIELDS.issuperset(names)
+        error = FieldUnsupported(
+            lacks if known else "", said="" if known else lacks, provider_id=self._spec.id, model_id=model.id
+        )
+        error.field = names[0]
+        return error
 
     def _connection(self, timeout_seconds: float) -> dict[str, Any]:
         # Without a key of its own, LiteLLM would look in the environment, and send what it finds there.
@@ -321,6 +379,29 @@ def _opened(model_name: str) -> Any:
             {"litellm_provider": "ollama", "mode": "chat", "input_cost_per_token": 0.0, "output_cost_per_token": 0.0},
         )
     return litellm
+
+
+@cache
+def _lacked(model_name: str) -> frozenset[str]:
+    """Which of OpenAI's fields this model's protocol has no place for; none where LiteLLM cannot say."""
+    litellm = litellm_module()
+    try:
+        name, provider, *_ = litellm.get_llm_provider(model_name)
+        taken = litellm.get_supported_openai_params(model=name, custom_llm_provider=provider)
+    except Exception:
+        # Whatever is wrong with the name, the call itself says it better.
+        return frozenset()
+    if taken is None:
+        return frozenset()
+    # What is not OpenAI's, as `top_k`, it hands on without a look.
+    openais = litellm.constants.DEFAULT_CHAT_COMPLETION_PARAM_VALUES.keys() | _HINTS
+    lacked: frozenset[str] = (_FIELDS & openais) - {*taken}
+    # LiteLLM hands it to Ollama as `repeat_penalty`, a factor: 1 is none there, and 0 is nonsense.
+    return lacked | {"frequency_penalty"} if provider == "ollama_chat" else lacked
+
+
+def _changes_nothing(name: str, value: object) -> bool:
+    return name in _HINTS or value in _CHANGES_NOTHING.get(name, ())
 
 
 def _images(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from sekha.errors import (
     ContentRefused,
     ContextExceeded,
     DimensionMismatch,
+    FieldUnsupported,
     ModelNotFound,
     ProviderAuthFailed,
     ProviderError,
@@ -57,6 +58,31 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
     },
 }
+
+
+CHANGES_NOTHING: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "logprobs": False,
+    "n": 1,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "stream_options": {"include_usage": True},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": None,
+}
+HINTS = {
+    "metadata": {"team": "search"},
+    "prompt_cache_key": "one",
+    "safety_identifier": "somebody",
+    "store": True,
+    "user": "somebody",
+}
+MEANT: dict[str, Any] = {"logit_bias": {"50256": -100}, "logprobs": True, "n": 2, "presence_penalty": 0.5}
+"""What says something, and what neither Anthropic's protocol nor Ollama's can say."""
 
 
 @dataclass(frozen=True)
@@ -542,6 +568,62 @@ async def test_the_key_and_the_options_reach_the_provider(subject: Subject) -> N
     assert 77 in (sent.get("max_tokens"), sent.get("max_completion_tokens"), sent.get("num_predict"))
     assert sent["temperature"] == 0.5
     assert any(SECRET in value for value in received.headers.values())
+
+
+@every("builtin", *REMOTE)
+@pytest.mark.parametrize("how", ["complete", "stream"])
+async def test_what_changes_nothing_and_what_nobody_needs_to_heed_keeps_no_chat_from_its_answer(
+    subject: Subject, how: str
+) -> None:
+    call = subject.call(**CHANGES_NOTHING, **HINTS)
+
+    if how == "complete":
+        said = (await subject.provider.complete(call)).text
+    else:
+        said = "".join(piece.text for piece in await pieces_of(subject.provider.stream(call)))
+
+    assert PROMPT in said
+
+
+@every("anthropic", "ollama")
+@pytest.mark.parametrize("field", CHANGES_NOTHING)
+async def test_a_value_that_changes_nothing_is_not_sent_where_the_protocol_lacks_it(
+    subject: Subject, field: str
+) -> None:
+    await subject.provider.complete(subject.call())
+    await subject.provider.complete(subject.call(**{field: CHANGES_NOTHING[field]}))
+
+    without, given = (received.json for received in subject.calls)
+    assert given == without
+
+
+@every("anthropic", "ollama")
+@pytest.mark.parametrize("how", ["complete", "stream"])
+@pytest.mark.parametrize("field", MEANT)
+async def test_a_field_that_the_protocol_lacks_is_left_to_those_that_have_it(
+    subject: Subject, how: str, field: str
+) -> None:
+    call = subject.call(**{field: MEANT[field]})
+
+    with pytest.raises(FieldUnsupported) as caught:
+        await (subject.provider.complete(call) if how == "complete" else pieces_of(subject.provider.stream(call)))
+
+    assert subject.calls == []
+    assert caught.value.falls_back
+    assert not caught.value.may_be_billed
+    assert caught.value.field == field
+    assert caught.value.message == (
+        f"Provider 'one', model {subject.chat.id!r}, was not asked: its protocol has no `{field}`. "
+        "Leave that out, or name a model of a provider that takes it."
+    )
+
+
+@every("openai", "openrouter", "litellm")
+@pytest.mark.parametrize("field", MEANT)
+async def test_a_field_of_openais_reaches_whoever_speaks_its_protocol(subject: Subject, field: str) -> None:
+    await subject.provider.complete(subject.call(**{field: MEANT[field]}))
+
+    assert subject.calls[0].json[field] == MEANT[field]
 
 
 # --- what fails ----------------------------------------------------------------------------

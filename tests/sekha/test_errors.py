@@ -216,7 +216,11 @@ def test_only_what_is_the_providers_fault_counts_against_it() -> None:
         "ProviderUnavailable",
         "StreamBroken",
     }
-    assert {name for name, says in health.items() if says == "unknown"} == {"CircuitOpen", "RateLimited"}
+    assert {name for name, says in health.items() if says == "unknown"} == {
+        "CircuitOpen",
+        "FieldUnsupported",
+        "RateLimited",
+    }
 
 
 def test_the_branches_say_who_can_mend_it() -> None:

@@ -16,7 +16,7 @@ import pytest
 from sekha.breaker import BreakerRules
 from sekha.circuits import Circuits
 from sekha.testing import StandIn
-from tests.fixtures.gateway import Opens, Served, wait_until
+from tests.fixtures.gateway import Opens, Served, config_for, wait_until
 from tests.fixtures.upstream import Upstream, with_length
 
 HELLO = [{"role": "user", "content": "Hello there."}]
@@ -64,6 +64,35 @@ async def test_what_is_wrong_with_the_request_is_asked_once_and_costs_nothing(
     assert response.headers["x-should-retry"] == "false"
     assert (len(one.requests), len(two.requests)) == (1, 0)
     assert (spent, held) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_field_that_one_providers_protocol_lacks_takes_the_chat_to_another(
+    gateway: Opens, stream: bool
+) -> None:
+    async with StandIn() as one, StandIn() as two:
+        config = config_for(one, two).replace("provider_type: openai", "provider_type: anthropic", 1)
+        config = config.replace(one.openai_url, one.anthropic_url, 1)
+        async with gateway(config=config, as_served=True) as served:
+            answers = [
+                await served.chat(model="chat", seed=1, stream=stream),
+                await served.chat(model="first/chat", seed=1, stream=stream),
+                await served.chat(model="first/chat", presence_penalty=0, user="somebody", stream=stream),
+            ]
+
+    assert [(answer.status_code, answer.headers.get("x-sekha-provider")) for answer in answers] == [
+        (200, "second"),
+        (400, None),
+        (200, "first"),
+    ]
+    assert two.requests[0].json["seed"] == 1
+    refused = answers[1].json()["error"]
+    assert (refused["code"], refused["param"], refused["type"]) == (
+        "field_unsupported",
+        "seed",
+        "invalid_request_error",
+    )
+    assert "no `seed`" in refused["message"]
 
 
 async def test_a_storm_of_429_is_left_alone_while_another_answers(gateway: Opens) -> None:

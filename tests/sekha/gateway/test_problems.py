@@ -62,6 +62,7 @@ STATUS = {
     "ProviderRejected": 400,
     "ContentRefused": 400,
     "ContextExceeded": 400,
+    "FieldUnsupported": 400,
     "StoreError": 500,
     "CollectionMissing": 404,
     "CollectionConflict": 500,

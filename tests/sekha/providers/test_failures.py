@@ -8,8 +8,8 @@ import pytest
 
 from sekha.errors import (
     ContextExceeded,
+    FieldUnsupported,
     ProviderError,
-    ProviderRejected,
     ProviderTimeout,
     ProviderUnavailable,
     RateLimited,
@@ -103,14 +103,16 @@ def test_the_providers_status_counts_and_not_the_one_litellm_made_up() -> None:
 
 def test_without_an_answer_litellms_own_class_decides() -> None:
     unsupported = litellm_module().exceptions.UnsupportedParamsError(
-        "anthropic does not support parameters: ['seed']", llm_provider="anthropic", model="m"
+        "O-series models don't support temperature=0.2. To drop it, set `litellm.drop_params=True`.",
+        llm_provider="openai",
+        model="m",
     )
 
     error = meaning(unsupported)
 
-    assert type(error) is ProviderRejected
+    assert type(error) is FieldUnsupported
     assert error.status is None
-    assert error.said == "anthropic does not support parameters: ['seed']"
+    assert error.said == "O-series models don't support temperature=0.2"
 
 
 def test_a_key_never_shows() -> None:
