@@ -420,22 +420,17 @@ class BegunStream(Shortened):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._stream: RelayStream | None = None
-        """Once it has begun."""
+        self._opened_at = 0.0
+        """Once something was said."""
 
     @property
     def _waited(self) -> float:
         return self._opened_at - self._reserved_at
 
     def _go_on(self) -> None:
-        x, response = self._x, self._sent.response
-        stream = self._stream
-        if stream is None:
-            if not (response.parts or response.complete or response.error):
-                return  # its head alone
-            stream = self._begun()
-            if stream is None:
-                x.hand_over()
-                return
+        if not self._opened_at and not self._opens():
+            return
+        x, response, stream = self._x, self._sent.response, cast("RelayStream", self._stream)
         try:
             while not x.is_held_up:
                 block = stream.take()
@@ -454,17 +449,6 @@ class BegunStream(Shortened):
         else:
             stream.listen()
 
-    def _begun(self) -> RelayStream | None:
-        """The answer, once it began as nearly all do, with its head on the way to the caller."""
-        lane = self._lane
-        stream = lane.provider.stream_of(self._sent, lane.model, timeout_seconds=lane.timeout_seconds)
-        if not stream.begin_now():
-            return None
-        self._stream, self._opened_at = stream, perf_counter()
-        self._x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
-        self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
-        return stream
-
     def _end(self, stream: RelayStream) -> None:
         self._called_at = perf_counter()
         if stream.usage is not None and self._settle(stream.usage):
@@ -474,6 +458,26 @@ class BegunStream(Shortened):
             self._ended()
         else:
             self._x.hand_over()
+
+    def _opens(self) -> bool:
+        """Begin to answer, where the provider has said something by now."""
+        x, lane, stream = self._x, self._lane, self._stream
+        if stream is None:
+            response = self._sent.response
+            if not (response.parts or response.complete or response.error):
+                return False  # its head alone
+            stream = lane.provider.stream_of(self._sent, lane.model, timeout_seconds=lane.timeout_seconds)
+            self._stream = stream
+        begun = stream.begin_now()
+        if begun is None:
+            return False
+        if not begun:
+            x.hand_over()
+            return False
+        self._opened_at = perf_counter()
+        x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
+        self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
+        return True
 
     def _last(self) -> bytes:
         return b": sekha " + orjson.dumps(self._note()) + b"\n\ndata: [DONE]\n\n"
@@ -513,7 +517,7 @@ class BegunStream(Shortened):
         return True
 
     def _opened(self, plan: Plan) -> Opened | None:
-        if self._stream is None:
+        if self._stream is None or not self._opened_at:
             return None
         attempt = Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited)
         return Opened(

@@ -38,7 +38,7 @@ class ChatCall:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """OpenAI's other fields as they came: `max_tokens`, `temperature`, `tools`, `response_format` …"""
     timeout_seconds: float = 60.0
-    """For the whole answer; for a stream, until its first chunk and between any two."""
+    """For the whole answer; for a stream, until its first token and between any two chunks."""
 
 
 @value
@@ -142,7 +142,7 @@ class ByteProvider(Provider, Protocol):
     """A provider that speaks OpenAI's protocol, so that its bytes can be handed on."""
 
     async def open_stream(self, call: ChatCall) -> RawStream:
-        """Wait for the first event. Until then every failure is raised here, and another provider may be asked."""
+        """Wait until something is said. Until then every failure is raised here, and another provider may be asked."""
         ...
 
     async def embed_raw(self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float) -> RawEmbeddings:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
 import orjson
 
-from sekha.errors import StreamBroken
+from sekha.errors import BadReply
 from sekha.pricing import Usage
 from sekha.providers.base import ChatCall, Chunk, Provider
-from sekha.providers.events import said_in
+from sekha.providers.events import said_in, says_something
 
 __all__ = ["ChunkStream"]
 
@@ -18,7 +18,7 @@ __all__ = ["ChunkStream"]
 class ChunkStream:
     """A `RawStream` over `Provider.stream`, for providers that speak another protocol than OpenAI's."""
 
-    def __init__(self, chunks: AsyncIterator[Chunk], first: Chunk, *, wants_usage: bool) -> None:
+    def __init__(self, chunks: AsyncIterator[Chunk], first: Sequence[Chunk], *, wants_usage: bool) -> None:
         self.usage: Usage | None = None
         self._chunks = chunks
         self._first = first
@@ -27,14 +27,20 @@ class ChunkStream:
 
     @classmethod
     async def open(cls, provider: Provider, call: ChatCall) -> Self:
-        """Wait for the first chunk. Until then a failure may fall back on another provider."""
+        """Wait until something is said. Until then a failure may fall back on another provider.
+
+        What says nothing is held back until then.
+        """
         chunks = provider.stream(call)
-        try:
-            first = await anext(chunks)
-        except StopAsyncIteration:
-            raise StreamBroken(
-                "it ended before it began", provider_id=call.model.provider_id, model_id=call.model.id
-            ) from None
+        first: list[Chunk] = []
+        async for chunk in chunks:
+            first.append(chunk)
+            if says_something(chunk.body):
+                break
+        if not first:
+            raise BadReply(
+                "the stream ended before it began", provider_id=call.model.provider_id, model_id=call.model.id
+            )
         options = call.options.get("stream_options") or {}
         return cls(chunks, first, wants_usage=options.get("include_usage") is True)
 
@@ -42,7 +48,7 @@ class ChunkStream:
         return "".join(self._said)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._event(self._first)
+        yield b"".join(map(self._event, self._first))
         async for chunk in self._chunks:
             if event := self._event(chunk):
                 yield event

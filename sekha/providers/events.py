@@ -9,7 +9,17 @@ import orjson
 
 from sekha.providers.http import BadResponse
 
-__all__ = ["DONE", "EventSplitter", "bodies", "finishes", "json_object", "payloads", "said_in", "texts_in"]
+__all__ = [
+    "DONE",
+    "EventSplitter",
+    "bodies",
+    "finishes",
+    "json_object",
+    "payloads",
+    "said_in",
+    "says_something",
+    "texts_in",
+]
 
 DONE = b"[DONE]"
 _EVENT_BYTES = 8 * 1024 * 1024
@@ -90,6 +100,22 @@ def json_object(payload: bytes) -> dict[str, Any] | None:
 
 def bodies(block: bytes) -> Iterator[dict[str, Any]]:
     return (body for payload in payloads(block) if (body := json_object(payload)) is not None)
+
+
+def says_something(body: Mapping[str, Any]) -> bool:
+    """Whether a chunk carries a token, or says why there are no more; the first often but names who speaks."""
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return bool(body.get("usage"))
+    for choice in choices:
+        if not isinstance(choice, dict):
+            continue
+        if choice.get("finish_reason"):
+            return True
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role"):
+            return True
+    return False
 
 
 def finishes(block: bytes) -> bool:

@@ -59,7 +59,7 @@ BY_CLASS: Mapping[str, type[ProviderError]] = {
     "InvalidRequestError": ProviderRejected,
     "JSONSchemaValidationError": BadReply,
     "LiteLLMUnknownProvider": ModelNotFound,
-    "MidStreamFallbackError": StreamBroken,
+    "MidStreamFallbackError": ProviderUnavailable,  # also before anything was said
     "MockException": ProviderError,
     "ModelNotMappedError": ModelNotFound,
     "ModifyResponseException": BadReply,
@@ -137,7 +137,7 @@ def failure_of(
     texts: Sequence[str] = (),
     streaming: bool = False,
 ) -> ProviderError:
-    """Say what an exception means. `streaming` once a piece of the answer has been handed on.
+    """Say what an exception means. `streaming` once something of the answer has been handed on.
 
     What was said never holds the secret. It may hold any part of the request, and so is in `said` alone.
     """
@@ -307,6 +307,8 @@ def _reason(chain: Sequence[BaseException], kind: type[ProviderError]) -> str | 
     if issubclass(kind, BadReply):
         return "it is not the JSON of its API"
     if issubclass(kind, ProviderUnavailable):
+        if (said := _said_within(chain[-1])) is not None:
+            return said
         return f"the connection failed ({type(chain[-1]).__name__})"
     return None
 
@@ -316,6 +318,13 @@ def _own_sentence(error: Exception) -> str:
     # Of a field that it refuses it goes on to say how to have it dropped, which nobody here can.
     first_line = re.split(r"[.,;]?\s+(?:To drop|If you want to)\b", first_line)[0]
     return re.sub(r"^(?:litellm\.)?(?:\w+(?:Error|Exception)\s*[:-]\s*)+", "", first_line)
+
+
+def _said_within(last: BaseException) -> str | None:
+    """What a provider said went wrong after its answer had begun, of which LiteLLM keeps no more than the sentence."""
+    within = any(base.__name__ == "BaseLLMException" for base in type(last).__mro__)
+    said = getattr(last, "message", None) if within else None
+    return " ".join(said.split()) if isinstance(said, str) and said.strip() else None
 
 
 def clean(detail: str, secret: str | None, texts: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from sekha.images import format_of
 from sekha.pricing import Usage
 from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
+from sekha.providers.events import says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.vision import schemes_of
@@ -175,7 +176,7 @@ class LiteLLMProvider:
                 if not _ended(pieces) and _finishes(chunk):
                     break
                 yield chunk
-                started = True
+                started = started or says_something(chunk.body)
         except FieldUnsupported:
             raise
         except Exception as error:

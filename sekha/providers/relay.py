@@ -30,7 +30,16 @@ from sekha.errors import (
 from sekha.pricing import Usage
 from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, RawEmbeddings
-from sekha.providers.events import DONE, EventSplitter, bodies, finishes, json_object, payloads, texts_in
+from sekha.providers.events import (
+    DONE,
+    EventSplitter,
+    bodies,
+    finishes,
+    json_object,
+    payloads,
+    says_something,
+    texts_in,
+)
 from sekha.providers.failures import clean, refusal_of, texts_of, wordless
 from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Response, Target
 from sekha.registry import Model, ProviderSpec
@@ -58,6 +67,8 @@ _NOT_JSON = "it is not the JSON of its API"
 _NOT_VECTORS = "its vectors are not lists of numbers of one length"
 _UNWRITABLE = "a field of it cannot be written as JSON"
 _NOTHING_SAID = "the stream ended before anything was said"
+# Of a stream that has not said anything yet. Whoever sends more than this first is waited for in the line.
+_UNSAID_BYTES = 64 * 1024
 
 
 class Begun(NamedTuple):
@@ -143,7 +154,7 @@ class RelayProvider:
             await events.aclose()
 
     async def open_stream(self, call: ChatCall, begun: Begun | None = None) -> RelayStream:
-        """Ask, and wait for the first event: until it is here, a failure leaves room for another provider."""
+        """Ask, and wait until something is said: until then, a failure leaves room for another provider."""
         options = call.options.get("stream_options")
         asked = isinstance(options, Mapping) and bool(options.get("include_usage"))
         return await self._open(call, begun, hands_on_usage=asked)
@@ -298,6 +309,9 @@ class RelayStream:
         self._hands_on_usage = hands_on_usage
         self._events = EventSplitter()
         self._first = b""
+        self._looked_at = 0
+        self._refusal: bytes | None = None
+        """The event that says why it broke off."""
         self._done = False
         self._failure: ProviderError | None = None
         self._kept: list[bytes] = []
@@ -306,36 +320,48 @@ class RelayStream:
         self._finished = False
 
     async def begin(self) -> None:
-        """Wait for the first event. Raises what is wrong with the answer, as for one that is not streamed."""
+        """Wait until something is said. Raises what is wrong before, as for an answer that is not streamed.
+
+        What says nothing, as the chunk that names who speaks, is held back until then.
+        """
         response, failed = self._response, self._failed
         if response.status != 200:
             raise failed.refused(response, await _what_came(response))
         try:
             seen, first = await self._first_event()
+            if first == DONE:
+                raise failed.bad(_NOTHING_SAID)
+            body = _parsed(response, first, failed)
+            if not seen:
+                raise failed.bad("it is no stream of events")
+            self._first = self._sought(seen)
+            if self._failure is not None or not says_something(body):
+                self._first = await self._until_said()
         except (OSError, BadResponse) as error:
             failure = failed.unanswered(error)
             failure.may_be_billed = True
             raise failure from wordless(error)
-        if first == DONE:
-            raise failed.bad(_NOTHING_SAID)
-        _parsed(response, first, failed)
-        if not seen:
-            raise failed.bad("it is no stream of events")
-        self._first = self._sought(seen)
 
-    def begin_now(self) -> bool:
-        """`begin`, where what has come begins as nearly all answers do; False where that is to be awaited or raised."""
+    def begin_now(self) -> bool | None:
+        """`begin`, where what has come begins as nearly all answers do; False where that is to be awaited or raised.
+
+        None where nothing is said yet: then it is to be asked again when more has come.
+        """
         response = self._response
         seen = response.content
-        if response.status != 200 or response.error is not None or not seen.startswith(_DATA) or b"\r" in seen:
+        if response.status != 200 or response.error is not None or b"\r" in seen:
             return False
-        end = seen.find(b"\n\n")
-        first = json_object(seen[len(_DATA) : end]) if end > 0 else None
-        if first is None or "error" in first:
-            return False
-        response.take()
-        self._first = self._sought(self._events.feed(seen))
-        return True
+        start = self._looked_at
+        while (end := seen.find(b"\n\n", start)) > 0:
+            body = json_object(seen[start + len(_DATA) : end]) if seen.startswith(_DATA, start) else None
+            if body is None or "error" in body:
+                return False
+            if says_something(body):
+                response.take()
+                self._first = self._sought(self._events.feed(seen))
+                return True
+            self._looked_at = start = end + 2
+        return False if response.complete or len(seen) > _UNSAID_BYTES else None
 
     def said(self) -> str:
         """The text that arrived, of every choice, with the calls of tools."""
@@ -424,6 +450,25 @@ class RelayStream:
             if not data:
                 return seen, DONE
 
+    async def _until_said(self) -> bytes:
+        """Everything until something is said, or the stream ends as it may."""
+        held: list[bytes] = []
+        try:
+            while True:
+                if (block := self.take()) is not None:
+                    held.append(block)
+                    if any(map(says_something, bodies(block))):
+                        break
+                elif self._done:
+                    break
+                else:
+                    await self._response.wait()
+        except StreamBroken as error:
+            if self._refusal is not None:
+                _parsed(self._response, self._refusal, self._failed)
+            raise self._failed.bad(error.detail) from None
+        return b"".join(held)
+
     def _sought(self, block: bytes) -> bytes:
         """What of a block is handed on. It is taken apart only where it holds a word that means something here."""
         if DONE in block or _ERROR in block or _COUNTED in block:
@@ -449,7 +494,7 @@ class RelayStream:
                 break
             if (body := json_object(payload)) is not None:
                 if error := body.get("error"):
-                    self._failure = self._failed.broken_off(error)
+                    self._failure, self._refusal = self._failed.broken_off(error), payload
                     break
                 if (usage := _usage(body.get("usage"))) is not None:
                     self.usage = usage

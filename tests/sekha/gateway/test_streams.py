@@ -215,17 +215,58 @@ async def test_a_stream_never_ends_as_if_it_were_whole_wherever_it_breaks(gatewa
     assert held == 0
 
 
+@pytest.mark.parametrize("as_served", [False, True])
+@pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize("how", BREAKS)
-async def test_until_the_first_piece_another_provider_is_asked(gateway: Opens, how: str) -> None:
-    async with StandIn() as one, StandIn() as two, gateway(one, two, timeout_secs=0.3) as served:
-        BREAKS[how](one, 0)
+async def test_until_the_first_token_another_provider_is_asked(
+    gateway: Opens, how: str, after: int, as_served: bool
+) -> None:
+    """The first event names who speaks and says nothing."""
+    async with (
+        StandIn() as one,
+        StandIn() as two,
+        gateway(one, two, timeout_secs=0.5, as_served=as_served) as served,
+    ):
+        if as_served:
+            # The first of its kind is met in the line.
+            await served.stream(model="chat")
+        BREAKS[how](one, after)
         response, text = await served.stream(model="chat")
+        await wait_until(lambda: _is_zero(served))
         held = await served.held()
 
     assert response.headers["x-sekha-provider"] == "second"
     assert _text(list(payloads(text))) == SAID
     assert text.endswith("data: [DONE]\n\n")
     assert held == 0
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+async def test_an_overloaded_anthropic_leaves_its_stream_to_another_provider(gateway: Opens, after: int) -> None:
+    """It says so within a stream that began well: after its head, and after a block of text that is empty yet."""
+    async with StandIn() as one, StandIn() as two:
+        config = config_for(one, two).replace("provider_type: openai", "provider_type: anthropic", 1)
+        async with gateway(config=config.replace(one.openai_url, one.anthropic_url, 1)) as served:
+            one.fail_within("Overloaded", after=after)
+            response, text = await served.stream(model="chat")
+            one.fail_within("Overloaded", after=after)
+            alone, said = await served.stream(model="first/chat")
+
+    assert response.headers["x-sekha-provider"] == "second"
+    assert _text(list(payloads(text))) == SAID
+    assert alone.status_code == 503
+    assert "Overloaded" in orjson.loads(said)["error"]["message"]
+
+
+async def test_the_first_token_is_timed_and_not_the_name_of_who_speaks(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, as_served=True) as served:
+        for _ in range(2):
+            standin.trickle(0.15)
+            await served.stream(model="chat")
+        page = (await served.http.get("/metrics")).text
+
+    (total,) = [line for line in page.splitlines() if line.startswith("sekha_first_token_seconds_sum")]
+    assert float(total.rpartition(" ")[2]) > 2 * 2 * 0.15
 
 
 async def test_a_refusal_before_the_first_piece_is_an_error_and_no_stream(gateway: Opens) -> None:

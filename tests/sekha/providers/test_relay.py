@@ -367,6 +367,60 @@ async def test_until_the_first_event_a_failure_leaves_room_for_another_provider(
     assert caught.value.falls_back
 
 
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        ((b'data: {"error":{"code":429,"message":"Slow down"}}\n\n',), RateLimited),
+        ((b'data: {"error":{"message":"Overloaded"}}\n\n', WORD), ProviderError),
+        ((), BadReply),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+async def test_what_names_who_speaks_is_no_token_yet(
+    rest: tuple[bytes, ...], expected: type[ProviderError], together: bool
+) -> None:
+    pieces = (ROLE, *rest)
+    async with relay_to(events(*([b"".join(pieces)] if together else pieces))) as (provider, _):
+        with pytest.raises(expected) as caught:
+            await provider.open_stream(chat())
+
+    assert caught.value.falls_back
+
+
+async def test_silence_before_the_first_token_leaves_room_for_another_provider() -> None:
+    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(events(ROLE, end=False))
+        await asyncio.sleep(PATIENCE)
+
+    async with relay_to(silent) as (provider, _):
+        with pytest.raises(ProviderTimeout):
+            await provider.open_stream(chat(timeout_seconds=0.3))
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"reasoning_content": "Hm"},
+        {"refusal": "No"},
+        {"tool_calls": [{"index": 0, "function": {"name": "look_up"}}]},
+    ],
+)
+async def test_any_token_begins_a_stream_and_what_was_held_back_goes_out_before_it(delta: dict[str, Any]) -> None:
+    first = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}) + b"\n\n"
+    given = asyncio.Event()
+
+    async def waits(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(events(b": hello\n\n", ROLE, ROLE, first, end=False))
+        await given.wait()
+        writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(STOP), STOP))
+
+    async with relay_to(waits) as (provider, _):
+        stream = await provider.open_stream(chat())
+        assert await anext(stream) == b": hello\n\n" + ROLE * 2 + first
+        given.set()
+        assert [block async for block in stream] == [STOP]
+
+
 async def test_comments_alone_do_not_keep_a_caller_waiting_beyond_its_time() -> None:
     async def only_comments(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
