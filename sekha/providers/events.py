@@ -14,6 +14,7 @@ __all__ = [
     "EventSplitter",
     "bodies",
     "finishes",
+    "is_sound",
     "json_object",
     "payloads",
     "said_in",
@@ -23,6 +24,8 @@ __all__ = [
 
 DONE = b"[DONE]"
 _EVENT_BYTES = 8 * 1024 * 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_FIELDS = (b"data", b":", b"event", b"id", b"retry")
 
 
 class EventSplitter:
@@ -88,6 +91,20 @@ def payloads(block: bytes) -> Iterator[bytes]:
         lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
         if lines:
             yield lines[0] if len(lines) == 1 else b"\n".join(lines)
+
+
+def is_sound(block: bytes) -> bool:
+    """Whether a block is text, and each line of it one that events are made of."""
+    if not block.isascii():
+        try:
+            block.decode()
+        except UnicodeDecodeError:
+            return False
+    # One event of one line, as nearly all blocks are.
+    if block.startswith(b"data:") and block.find(b"\n") == len(block) - 2:
+        return True
+    lines = block.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+    return all(not line or line.startswith(_FIELDS) for line in lines)
 
 
 def json_object(payload: bytes) -> dict[str, Any] | None:

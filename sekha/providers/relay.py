@@ -13,6 +13,7 @@ import binascii
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import orjson
@@ -35,6 +36,7 @@ from sekha.providers.events import (
     EventSplitter,
     bodies,
     finishes,
+    is_sound,
     json_object,
     payloads,
     says_something,
@@ -67,6 +69,7 @@ _NOT_JSON = "it is not the JSON of its API"
 _NOT_VECTORS = "its vectors are not lists of numbers of one length"
 _UNWRITABLE = "a field of it cannot be written as JSON"
 _NOTHING_SAID = "the stream ended before anything was said"
+_NO_EVENT = "it wrote what is no event"
 # Of a stream that has not said anything yet. Whoever sends more than this first is waited for in the line.
 _UNSAID_BYTES = 64 * 1024
 
@@ -471,6 +474,16 @@ class RelayStream:
 
     def _sought(self, block: bytes) -> bytes:
         """What of a block is handed on. It is taken apart only where it holds a word that means something here."""
+        sound = is_sound(block)
+        if not sound:
+            whole = iter(block.split(b"\n\n"))
+            block = b"".join(event + b"\n\n" for event in takewhile(is_sound, whole) if event)
+        block = self._taken_apart(block)
+        if not sound and not self._done and self._failure is None:
+            self._failure = self._failed.broken(_NO_EVENT)
+        return block
+
+    def _taken_apart(self, block: bytes) -> bytes:
         if DONE in block or _ERROR in block or _COUNTED in block:
             found = [at for word in (DONE, _ERROR, _COUNTED) if (at := block.find(word)) >= 0]
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2

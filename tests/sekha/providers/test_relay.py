@@ -372,6 +372,7 @@ async def test_until_the_first_event_a_failure_leaves_room_for_another_provider(
     [
         ((b'data: {"error":{"code":429,"message":"Slow down"}}\n\n',), RateLimited),
         ((b'data: {"error":{"message":"Overloaded"}}\n\n', WORD), ProviderError),
+        ((b"\x00\xff<html>\n\n",), BadReply),
         ((), BadReply),
     ],
 )
@@ -419,6 +420,28 @@ async def test_any_token_begins_a_stream_and_what_was_held_back_goes_out_before_
         assert await anext(stream) == b": hello\n\n" + ROLE * 2 + first
         given.set()
         assert [block async for block in stream] == [STOP]
+
+
+@pytest.mark.parametrize("garbage", [b"\x00\xff<html>\n\n", b"<html>\n\n", b'data: {"a":"\xff"}\n\n'])
+@pytest.mark.parametrize("together", [False, True])
+async def test_what_is_no_event_is_not_handed_on_and_breaks_the_stream(garbage: bytes, together: bool) -> None:
+    pieces = [WORD + garbage] if together else [WORD, garbage]
+    async with relay_to(events(ROLE, *pieces, STOP, DONE)) as (provider, _):
+        stream = await provider.open_stream(chat())
+        received: list[bytes] = []
+        with pytest.raises(StreamBroken, match="it wrote what is no event"):
+            await gather(stream, received)
+
+    assert b"".join(received) == ROLE + WORD
+
+
+async def test_any_line_of_events_and_any_language_is_handed_on() -> None:
+    lines = b"event: x\nid: 1\nretry: 5\n: comment\ndata: {\ndata: }\n\n"
+    said = 'data: {"choices":[{"delta":{"content":"naïve 日本"}}]}\n\n'.encode()
+
+    handed_on, _ = await streamed(events(ROLE, WORD, lines, said[:50], said[50:], STOP, DONE))
+
+    assert handed_on == ROLE + WORD + lines + said + STOP
 
 
 async def test_comments_alone_do_not_keep_a_caller_waiting_beyond_its_time() -> None:
