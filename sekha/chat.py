@@ -32,6 +32,7 @@ __all__ = [
     "answer",
     "carried_out",
     "stream",
+    "with_reply_limit",
 ]
 
 REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
@@ -250,6 +251,15 @@ def _is_heard(file: object) -> bool:
 def _check_count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 or more.", field=name)
+
+
+def with_reply_limit(given: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """The options with one limit of a reply's tokens, by the caller's own name for it where there is one."""
+    options = {name: value for name, value in given.items() if name not in REPLY_LIMITS}
+    if limit:
+        named = given.get("max_completion_tokens") is not None
+        options["max_completion_tokens" if named else "max_tokens"] = limit
+    return options
 
 
 class Piped(Protocol):

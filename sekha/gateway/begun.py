@@ -12,7 +12,7 @@ import orjson
 
 from sekha.bill import note_asked, note_charged
 from sekha.calling import Attempt
-from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Reply, carried_out
+from sekha.chat import ChatRequest, Opened, Reply, carried_out, with_reply_limit
 from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.errors import ProviderError, SekhaError
 from sekha.gateway.chats import Pipe, headers_of, stream_headers
@@ -37,7 +37,7 @@ __all__ = ["BegunAnswer", "BegunStream", "Shortened"]
 
 log = logging.getLogger("sekha.gateway")
 
-_NOT_OPTIONS = ("model", "messages", "stream", *REPLY_LIMITS)
+_NOT_OPTIONS = ("model", "messages", "stream")
 
 
 class Shortened(ABC):
@@ -108,9 +108,9 @@ class Shortened(ABC):
         if (lane.window and tokens + (requested or 0) > lane.window) or not self._reserve(units.worst_case, size):
             return False
         given = self._given
-        options = {name: value for name, value in given.items() if name not in _NOT_OPTIONS}
-        if most := requested or units.reply_limit:
-            options["max_tokens"] = most
+        options = with_reply_limit(given, requested or units.reply_limit)
+        for name in _NOT_OPTIONS:
+            options.pop(name, None)
         seconds, streams = lane.timeout_seconds, self.streams
         return self._call(
             lane.provider.begin(

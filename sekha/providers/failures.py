@@ -36,6 +36,7 @@ __all__ = [
     "clean",
     "failure_of",
     "refusal_of",
+    "refuses_max_tokens",
     "retry_after_seconds",
     "texts_of",
     "wordless",
@@ -177,6 +178,16 @@ def refusal_of(
         model_id=model_id,
         status=status,
         retry_after_seconds=retry_after_seconds(headers),
+    )
+
+
+def refuses_max_tokens(body: bytes) -> bool:
+    """Whether a provider refused a limit by the name of `max_tokens`, as the newer models of OpenAI's do."""
+    words = body.lower()
+    return (
+        b"max_completion_tokens" in words
+        and (b"not supported" in words or b"unsupported" in words)
+        and b"max_tokens" in words
     )
 
 

@@ -42,7 +42,7 @@ from sekha.providers.events import (
     says_something,
     texts_in,
 )
-from sekha.providers.failures import clean, refusal_of, texts_of, wordless
+from sekha.providers.failures import clean, refusal_of, refuses_max_tokens, texts_of, wordless
 from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Response, Target
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
@@ -91,15 +91,44 @@ class RelayProvider:
         self._base_url = base_url_of(spec.kind, spec.base_url) or ""
         self._http = HttpClient(limits=limits)
         self._targets: dict[str, Target] = {}
+        self._learned: set[str] = set()
+        """The models that refused `max_tokens`: OpenAI's newer ones under another name, a deployment's or an alias."""
 
     async def complete(self, call: ChatCall, begun: Begun | None = None) -> Completion:
         """`begun` is this very call, where `begin` has sent it."""
         failed = self._failing(call.model, partial(texts_of, call.messages))
-        if begun is None:
-            response = await self._answer(_CHAT, self._chat_body(call, failed), call.timeout_seconds, failed)
-        else:
-            response = await _answered(self._http.take_over(*begun), failed)
+        response, sent = await self._ask(call, begun, failed)
+        if self._learns(call.model.id, response, sent):
+            response, _ = await self._ask(call, None, failed)
+            self._unlearns(call.model.id, response)
+        if response.status != 200:
+            raise failed.refused(response, response.content)
         return _completion(response, failed)
+
+    async def _ask(self, call: ChatCall, begun: Begun | None, failed: _Failing) -> tuple[Response, bytes]:
+        """The whole answer, whatever its status, and what was sent."""
+        if begun is None:
+            target = self._targets.get(_CHAT) or self._target(_CHAT, failed)
+            sent = self._chat_body(call, failed)
+            answer = self._http.post(target, sent, timeout_seconds=call.timeout_seconds)
+        else:
+            sent, answer = begun.body, self._http.take_over(*begun)
+        try:
+            return await answer, sent
+        except (OSError, BadResponse) as error:
+            raise failed.unanswered(error) from wordless(error)
+
+    def _learns(self, model_id: str, response: Response, sent: bytes) -> bool:
+        """Whether a model refuses `max_tokens`, which was not known: then it is worth asking once more."""
+        if response.status != 400 or b'"max_tokens":' not in sent or not refuses_max_tokens(response.content):
+            return False
+        self._learned.add(model_id)
+        return True
+
+    def _unlearns(self, model_id: str, response: Response) -> None:
+        """Forget it where the other name does no better."""
+        if response.status == 400:
+            self._learned.discard(model_id)
 
     @property
     def is_ready(self) -> bool:
@@ -250,7 +279,9 @@ class RelayProvider:
         for name, value in options.items():
             if value is not None and name not in _OURS:
                 body[name] = value
-        if "max_tokens" in body and self._spec.kind == "openai" and _refuses_max_tokens(model_id):
+        if "max_tokens" in body and (
+            model_id in self._learned or (self._spec.kind == "openai" and _refuses_max_tokens(model_id))
+        ):
             limit = body.pop("max_tokens")
             body.setdefault("max_completion_tokens", limit)
         if stream:
@@ -271,16 +302,12 @@ class RelayProvider:
 
     async def _open(self, call: ChatCall, begun: Begun | None = None, *, hands_on_usage: bool) -> RelayStream:
         failed = self._failing(call.model, partial(texts_of, call.messages))
-        if begun is None:
-            target = self._targets.get(_CHAT) or self._target(_CHAT, failed)
-            body = self._chat_body(call, failed, stream=True)
-            opening = self._http.open(target, body, timeout_seconds=call.timeout_seconds)
-        else:
-            opening = self._http.take_over(*begun)
-        try:
-            response = await opening
-        except (OSError, BadResponse) as error:
-            raise failed.unanswered(error) from wordless(error)
+        response, sent = await self._start(call, begun, failed)
+        if response.status == 400:
+            await _what_came(response)
+            if self._learns(call.model.id, response, sent):
+                response, _ = await self._start(call, None, failed)
+                self._unlearns(call.model.id, response)
         stream = RelayStream(response, failed, timeout_seconds=call.timeout_seconds, hands_on_usage=hands_on_usage)
         try:
             await stream.begin()
@@ -288,6 +315,19 @@ class RelayProvider:
             response.close()
             raise
         return stream
+
+    async def _start(self, call: ChatCall, begun: Begun | None, failed: _Failing) -> tuple[Response, bytes]:
+        """The head of a streamed answer, whatever its status, and what was sent."""
+        if begun is None:
+            target = self._targets.get(_CHAT) or self._target(_CHAT, failed)
+            sent = self._chat_body(call, failed, stream=True)
+            opening = self._http.open(target, sent, timeout_seconds=call.timeout_seconds)
+        else:
+            sent, opening = begun.body, self._http.take_over(*begun)
+        try:
+            return await opening, sent
+        except (OSError, BadResponse) as error:
+            raise failed.unanswered(error) from wordless(error)
 
     def _target(self, path: str, failed: _Failing) -> Target:
         headers = {"content-type": "application/json", "accept": "*/*", "user-agent": "sekha"}

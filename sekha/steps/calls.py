@@ -13,7 +13,7 @@ import orjson
 
 from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
-from sekha.chat import REPLY_LIMITS, ChatRequest, Opened, Piped, Reply
+from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError
 from sekha.ingest import Batch, BatchEmbedded
@@ -195,13 +195,10 @@ class Calls:
     def _call(self, request: ChatRequest, candidate: Candidate, seconds: float) -> ChatCall:
         model, estimate, _ = candidate
         longest = self._open.registry.provider_of(model).timeout_seconds
-        options = {name: value for name, value in request.options.items() if name not in REPLY_LIMITS}
-        if limit := request.reply_limit or estimate.reply_limit:
-            options["max_tokens"] = limit
         return ChatCall(
             model=model,
             messages=request.messages,
-            options=options,
+            options=with_reply_limit(request.options, request.reply_limit or estimate.reply_limit),
             timeout_seconds=seconds if seconds < longest else longest,
         )
 

@@ -92,6 +92,37 @@ async def test_fields_that_are_not_ours_reach_the_provider_as_they_came(gateway:
     assert sent["messages"] == HELLO
 
 
+@pytest.mark.parametrize("as_served", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_limit_keeps_the_callers_name_for_it(gateway: Opens, as_served: bool, stream: bool) -> None:
+    limits: list[dict[str, int]] = [
+        {"max_tokens": 7},
+        {"max_completion_tokens": 7},
+        {"max_tokens": 9, "max_completion_tokens": 7},
+        {},
+    ]
+    async with StandIn() as standin, gateway(standin, as_served=as_served) as served:
+        await served.chat(model="chat")  # the first of its kind is met in the line
+        for limit in limits:
+            await served.chat(model="chat", stream=stream, **limit)
+        asked = [{name: value for name, value in sent.json.items() if "_tokens" in name} for sent in standin.requests]
+
+    assert asked[1:4] == [{"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_completion_tokens": 7}]
+    assert asked[4].keys() <= {"max_tokens"}
+
+
+async def test_a_limit_of_ours_reaches_a_model_that_takes_it_by_its_newer_name_alone(gateway: Opens) -> None:
+    said = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    async with StandIn() as standin, gateway(standin, as_served=True) as served:
+        await served.chat(model="chat")
+        standin.fail(400, message=said)
+        answers = [await served.chat(model="chat", max_tokens=5) for _ in range(3)]
+
+    assert [answer.status_code for answer in answers] == [200] * 3
+    names = [name for sent in standin.requests[1:] for name in sent.json if "_tokens" in name]
+    assert names == ["max_tokens", *["max_completion_tokens"] * 3]
+
+
 async def test_our_own_fields_stay_here(gateway: Opens) -> None:
     ours = {"task": "chat_small", "max_cost": 5, "preferred_model": "chat", "require_vision": False}
     async with StandIn() as standin, gateway(standin) as served:

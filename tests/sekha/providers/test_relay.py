@@ -43,6 +43,17 @@ WORD = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"word"},"finis
 STOP = b'data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":null}\n\n'
 USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":2,"total_tokens":8}}\n\n'
 DONE = b"data: [DONE]\n\n"
+NO_MAX_TOKENS = orjson.dumps(
+    {
+        "error": {
+            "message": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead.",
+            "type": "invalid_request_error",
+            "param": "max_tokens",
+            "code": "unsupported_parameter",
+        }
+    }
+)
 ANSWER = (
     b'{ "id":"c", "choices":[{"index":0,"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],'
     b' "usage":{"prompt_tokens":6,"completion_tokens":2,'
@@ -143,6 +154,40 @@ async def test_a_limit_has_the_name_that_the_model_takes(kind: ProviderKind, mod
         await provider.complete(chat(model, max_tokens=9))
 
         assert {name: value for name, value in sent(upstream).items() if "tokens" in name} == {field: 9}
+
+
+@pytest.mark.parametrize("how", ["complete", "stream"])
+async def test_a_model_that_refuses_a_limit_by_one_name_is_asked_by_the_other_from_then_on(how: str) -> None:
+    answer = with_length(ANSWER) if how == "complete" else events(ROLE, WORD, STOP, DONE)
+    async with relay_to(with_length(NO_MAX_TOKENS, status="400 Bad Request"), answer) as (provider, upstream):
+        for _ in range(2):
+            if how == "complete":
+                await provider.complete(chat("our-deployment", max_tokens=9))
+            else:
+                stream = await provider.open_stream(chat("our-deployment", max_tokens=9))
+                assert [block async for block in stream]
+                await stream.aclose()
+
+        limits = [
+            {name: value for name, value in asked.items() if "_tokens" in name}
+            for request in upstream.requests
+            for asked in [orjson.loads(request.partition(b"\r\n\r\n")[2])]
+        ]
+
+    assert limits == [{"max_tokens": 9}, {"max_completion_tokens": 9}, {"max_completion_tokens": 9}]
+
+
+@pytest.mark.parametrize("how", ["complete", "stream"])
+async def test_a_model_that_refuses_a_limit_by_either_name_is_asked_no_more(how: str) -> None:
+    async with relay_to(with_length(NO_MAX_TOKENS, status="400 Bad Request")) as (provider, upstream):
+        for _ in range(2):
+            ask = provider.complete if how == "complete" else provider.open_stream
+            with pytest.raises(ProviderRejected, match="not supported"):
+                await ask(chat(max_tokens=9))
+        with pytest.raises(ProviderRejected, match="not supported"):
+            await provider.complete(chat())
+
+        assert len(upstream.requests) == 2 * 2 + 1
 
 
 async def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
