@@ -22,6 +22,7 @@ from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
 from sekha.gateway.sources import Source
 from sekha.loading import Loaded
+from sekha.providers.opening import import_ahead
 from sekha.rates import Minutes
 from sekha.registry import Registry
 
@@ -222,6 +223,7 @@ def _load_ahead(registry: Registry) -> None:
         tokens.load(model.id for model in registry)
         if any(model.dimension is not None for model in registry):
             import numpy  # noqa: F401
+        import_ahead(registry.providers.values())
 
 
 class _Following:
@@ -258,6 +260,7 @@ class _Following:
     async def _take_over(self, loaded: Loaded) -> None:
         check_reach(loaded, self._host)
         serving = await self._open(loaded)
+        asyncio.get_running_loop().run_in_executor(None, _load_ahead, serving.resources.registry)
         replaced = asyncio.ensure_future(self._gateway.replace(serving))
         self._replaced.add(replaced)
         replaced.add_done_callback(self._replaced.discard)

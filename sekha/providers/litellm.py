@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
+from threading import Lock, Thread
 from typing import Any
 from weakref import WeakSet
 
@@ -30,7 +34,7 @@ from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.vision import schemes_of
 
-__all__ = ["LiteLLMProvider", "litellm_module"]
+__all__ = ["LiteLLMProvider", "begin_import", "litellm_module"]
 
 _CHAT_PREFIX: Mapping[ProviderKind, str] = {
     "ollama": "ollama_chat/",
@@ -136,6 +140,7 @@ class LiteLLMProvider:
             # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
             arguments["logger_fn"] = reported.append
         try:
+            await _imported()
             litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
             async with asyncio.timeout(call.timeout_seconds):
                 reply = await litellm.acompletion(**arguments)
@@ -158,6 +163,7 @@ class LiteLLMProvider:
         pieces: Any = None
         started = False
         try:
+            await _imported()
             litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
             async with asyncio.timeout(call.timeout_seconds):
                 pieces = await litellm.acompletion(**arguments)
@@ -191,6 +197,7 @@ class LiteLLMProvider:
         prefix = "ollama/" if self._spec.kind == "ollama" else _CHAT_PREFIX.get(self._spec.kind, "")
         arguments = self._connection(timeout_seconds) | {"model": prefix + model.id, "input": list(texts)}
         try:
+            await _imported()
             litellm = await asyncio.to_thread(_opened, arguments["model"])
             async with asyncio.timeout(timeout_seconds):
                 reply = await litellm.aembedding(**arguments)
@@ -321,6 +328,8 @@ class LiteLLMProvider:
 
 
 CLOSE_SECONDS = 2.0
+IMPORT_SWITCH_SECONDS = 0.0005
+"""How long the import keeps others from running at a time, where it can be interrupted."""
 _using_litellm: WeakSet[LiteLLMProvider] = WeakSet()
 
 
@@ -337,6 +346,46 @@ async def _close_connections() -> None:
                 await shared.client._transport.aclose()
     # What is closed would be handed out again.
     litellm_module().in_memory_llm_clients_cache.flush_cache()
+
+
+_starting = Lock()
+_import: Future[None] | None = None
+
+
+def begin_import() -> Future[None]:
+    """Import LiteLLM in a thread of its own, once in a process; who needs it waits for what this returns.
+
+    Not in one of the event loop's threads: a few callers who wait would take all of them, and others need those too.
+    """
+    global _import  # noqa: PLW0603 - what is imported is the process's
+    with _starting:
+        if _import is None or (_import.done() and _import.exception() is not None):
+            _import = Future()
+            # From here on nobody who gives up waiting can cancel it for the others.
+            _import.set_running_or_notify_cancel()
+            Thread(target=_import_into, args=(_import,), name="litellm", daemon=True).start()
+        return _import
+
+
+async def _imported() -> None:
+    if not litellm_module.cache_info().currsize:
+        await asyncio.wrap_future(begin_import())
+
+
+def _import_into(done: Future[None]) -> None:
+    # Not under a lower priority: what holds the interpreter's lock would be kept from giving it back.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(IMPORT_SWITCH_SECONDS)
+    try:
+        litellm_module()
+        # As what is imported at the start: the collector need not walk through hundreds of thousands of objects.
+        gc.freeze()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @cache

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sekha.providers.base import Provider
 from sekha.registry import ProviderSpec
 
-__all__ = ["open_provider"]
+__all__ = ["import_ahead", "open_provider"]
+
+
+def import_ahead(specs: Iterable[ProviderSpec]) -> None:
+    """Begin to import in the background what the first call to one of these providers would else wait for."""
+    if any(spec.kind not in ("builtin", "openai", "openrouter") for spec in specs):
+        from sekha.providers.litellm import begin_import
+
+        begin_import()
 
 
 def open_provider(spec: ProviderSpec) -> Provider:

@@ -322,6 +322,16 @@ async def test_the_process_that_serves_imports_neither_prefect_nor_litellm(servi
         assert not imported & {"prefect", "litellm", "fastapi", "weaviate", "rich"}
 
 
+async def test_litellm_is_imported_before_anybody_asks_where_a_provider_needs_it(serving: Serves) -> None:
+    async with (
+        StandIn() as standin,
+        serving(config_for(standin, kind="ollama"), python=("-X", "importtime")) as gate,
+    ):
+        await wait_until(lambda: any(line.endswith(" litellm") for line in gate.lines), seconds=80)
+
+    assert standin.requests == []
+
+
 async def test_every_request_is_one_line_of_json_without_what_was_asked(serving: Serves) -> None:
     async with StandIn() as standin, serving(config_for(standin)) as gate:
         answered = await gate.chat("a secret of mine", model="chat")

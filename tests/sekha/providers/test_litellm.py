@@ -117,3 +117,40 @@ def test_litellm_is_imported_by_the_first_call_only() -> None:
     )
 
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_litellm_is_imported_ahead_once_where_a_provider_needs_it_and_whoever_asks_meanwhile_waits() -> None:
+    program = """
+import asyncio, sys, threading
+from sekha.errors import ProviderError
+from sekha.providers.base import ChatCall
+from sekha.providers.opening import import_ahead, open_provider
+from sekha.registry import Model, ProviderSpec
+
+openai = ProviderSpec(id="one", kind="openai", base_url="http://127.0.0.1:1")
+ollama = ProviderSpec(id="two", kind="ollama", base_url="http://127.0.0.1:1")
+model = Model(id="m", provider_id="two", tasks=("chat_small",))
+
+def importing():
+    return sum(thread.name == "litellm" for thread in threading.enumerate())
+
+async def main():
+    import_ahead([openai])
+    assert "litellm" not in sys.modules and not importing()
+    import_ahead([openai, ollama])
+    assert importing() == 1
+    call = ChatCall(model=model, messages=[{"role": "user", "content": "Hi"}], timeout_seconds=5)
+    asking = [asyncio.create_task(open_provider(ollama).complete(call)) for _ in range(50)]
+    asking[0].cancel()
+    # Those who wait take no thread from whoever else needs one.
+    async with asyncio.timeout(30):
+        await asyncio.to_thread(int)
+    assert importing() == 1
+    failed = await asyncio.gather(*asking, return_exceptions=True)
+    assert all(isinstance(error, ProviderError) for error in failed[1:]), failed
+    assert not importing()
+
+asyncio.run(main())
+"""
+
+    subprocess.run([sys.executable, "-c", program], check=True)
