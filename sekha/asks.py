@@ -98,6 +98,8 @@ class Conditions(NamedTuple):
     """`provider/model` → the seconds that its answers take of late."""
     draw: float = 0.0
     """In [0, 1): chooses among equals."""
+    paused: Mapping[str, float] = {}
+    """`provider/model` → seconds for which its provider asked, by a 429, to be left alone."""
 
 
 class Counter(NamedTuple):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from sekha.errors import CircuitOpen, ProviderError, ProviderTimeout
+from sekha.errors import CircuitOpen, ProviderError, ProviderTimeout, RateLimited
+from sekha.pauses import Pauses
 from sekha.registry import Model
 from sekha.routing import Candidate
 from sekha.values import value
@@ -100,6 +101,7 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     clock: Clock,
     deadline_seconds: float,
     circuits: Gate | None = None,
+    pauses: Pauses | None = None,
     whole: bool = True,
     began_at: float | None = None,
 ) -> Answered[T]:
@@ -110,6 +112,9 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     not asked again; an error that does not `falls_back` ends it at once, since no other provider
     would make the request right. Raises the last `ProviderError` of a candidate that may yet
     succeed, else the last of all, with every attempt in its `attempts`.
+
+    A 429 that says how long to wait is noted in `pauses`, and a candidate that is paused has its turn
+    when the pause is over, whichever request was told of it.
 
     A candidate is passed over while its circuit lets no call through; `CircuitOpen` when that leaves
     nobody. Every call that ends is noted, once. When `call` returns not the `whole` answer but a stream
@@ -125,6 +130,10 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
             name = candidate.model.name
             if failed is not None and not failed.lets_ask(name):
                 continue
+            if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
+                failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
+                failed.pause(candidate.model, seconds)
+                continue
             probe: str | None = None
             if began_at is None and circuits is not None:
                 probe = None if circuits.admit(name) else await circuits.claim(name)
@@ -137,7 +146,7 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
             try:
                 answer = await call(candidate, ends_at - began)
             except ProviderError as error:
-                failed = failed or _Failed(retries, clock, circuits, ends_at)
+                failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
                 failed.note(candidate.model, error, now() - began, probe)
                 if not error.falls_back:
                     raise
@@ -159,11 +168,14 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
 class _Failed:
     """The calls of a request that failed so far: which error to end with, and who may be asked again and when."""
 
-    def __init__(self, retries: Retries, clock: Clock, circuits: Gate | None, ends_at: float) -> None:
+    def __init__(
+        self, retries: Retries, clock: Clock, circuits: Gate | None, pauses: Pauses | None, ends_at: float
+    ) -> None:
         self.attempts: tuple[Attempt, ...] = ()
         self._retries = retries
         self._clock = clock
         self._circuits = circuits
+        self._pauses = pauses
         self._ends_at = ends_at
         self._error: ProviderError | None = None
         self._awake = -math.inf
@@ -180,6 +192,8 @@ class _Failed:
                 circuits.note(name, error, probe=probe, seconds=seconds)
             elif probe is not None:
                 circuits.give_back(name, probe)
+        if self._pauses is not None and isinstance(error, RateLimited) and error.retry_after_seconds:
+            self._pauses.note(name, error.retry_after_seconds)
         self.attempts = (*self.attempts, _attempt(model, seconds, error))
         worst = self._error
         if worst is None or error.retryable or not worst.retryable or not error.falls_back:
@@ -188,6 +202,15 @@ class _Failed:
         tried = self._tried[name] = self._tried.get(name, 0) + 1
         again = error.retryable and tried < self._retries.rounds and (circuits is None or circuits.admit(name))
         self._due[name] = self._clock.now() + (error.retry_after_seconds or 0.0) if again else math.inf
+
+    def pause(self, model: Model, seconds: float) -> None:
+        """Put off one whose provider told another request how long to wait."""
+        self._due[model.name] = self._clock.now() + seconds
+        if self._error is None:
+            said = "so it said to a request before this one"
+            self._error = RateLimited(
+                said, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds
+            )
 
     def lets_ask(self, name: str) -> bool:
         """Whether it is this one's turn. Raises the error to end with when the time is over."""

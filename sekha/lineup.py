@@ -349,7 +349,7 @@ class _Field:
         self._ways = _Once(self._ways_of)
         self._lengths = _Once(self._lengths_of)
         self._shares = _Once(self._shares_of)
-        self._shut: tuple[frozenset[str], tuple[str, ...], Numbers] | None = None
+        self._shut: tuple[frozenset[str], tuple[str | None, ...], Numbers] | None = None
 
     def best(
         self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions, count: int
@@ -382,7 +382,7 @@ class _Field:
         if size.images and estimates.rules.cost_aware:
             key += self._image * size.images
 
-        if conditions.open_circuits or conditions.throttled:
+        if conditions.open_circuits or conditions.throttled or conditions.paused:
             key[self._shut_by(conditions)] = _NEVER
         context = [each.tokens + (size.reply_limit or 0) if chats else each.longest for each in counts]
         if max(context) > self._smallest_window:
@@ -470,11 +470,12 @@ class _Field:
 
     def _shut_by(self, conditions: Conditions) -> Numbers:
         """Who is shut out by a circuit or by a rate limit."""
-        throttled = tuple(conditions.throttled)
-        if self._shut is None or self._shut[0] is not conditions.open_circuits or self._shut[1] != throttled:
-            shut = [at for name in conditions.open_circuits if (at := self._position.get(name)) is not None]
-            shut += (at for provider in throttled for at in self._at_provider.get(provider, ()))
-            self._shut = conditions.open_circuits, throttled, self._np.array(shut, dtype=int)
+        limited = (*conditions.throttled, None, *conditions.paused)
+        if self._shut is None or self._shut[0] is not conditions.open_circuits or self._shut[1] != limited:
+            names = (*conditions.open_circuits, *conditions.paused)
+            shut = [at for name in names if (at := self._position.get(name)) is not None]
+            shut += (at for provider in conditions.throttled for at in self._at_provider.get(provider, ()))
+            self._shut = conditions.open_circuits, limited, self._np.array(shut, dtype=int)
         return self._shut[2]
 
     def _ways_of(self, counters: Mapping[str, Counter]) -> tuple[tuple[tuple[str, bool], ...], Numbers]:

@@ -19,6 +19,7 @@ from sekha.indexes import Indexes
 from sekha.latency import Latencies
 from sekha.ledger import Budget, Ledger
 from sekha.loading import Loaded
+from sekha.pauses import Pauses
 from sekha.price_map import PriceMap
 from sekha.providers.base import Provider
 from sekha.rates import Minutes, ProviderRates
@@ -74,6 +75,7 @@ class Resources:
         self.circuits = circuits
         self.rates = ProviderRates(self.registry, clock=clock.now, minutes=minutes)
         self._limited = bool(self.rates)
+        self.pauses = Pauses(clock=clock.now)
         self.latencies = Latencies(clock=clock.now)
         self.when_passed: Callable[[str, str], None] | None = None
         """Told the provider and the model whenever a call cost more than its worst case."""
@@ -111,6 +113,7 @@ class Resources:
             self.rates.throttled(estimates.tokens) if self._limited else _NONE_THROTTLED,
             self.latencies.seconds(),
             self.clock.random(),
+            self.pauses.now(),
         )
 
     def worst_case_passed(self, provider_id: str, model_id: str, cost: Decimal, worst_case: Decimal) -> None:

@@ -87,7 +87,7 @@ class Verdict:
     priority: int
     circuit: Literal["closed", "open"]
     throttled_seconds: float
-    """Until its provider's rate limit lets this request pass; 0 for at once."""
+    """Until its provider's `limits:` let this request pass, and what it asked for with a 429 is over; 0 for at once."""
     latency_seconds: float | None
     equals: int
     """How many equals it was drawn among, itself included; 0 when it is not asked."""
@@ -118,7 +118,8 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
 
     Preferred or named models go first, then the lower priority, then the lower price when `cost_aware`.
     Of equals one is drawn to go first, by weight and latency. A plan names at most `SHORTLIST`
-    candidates, and one alone without `auto_fallback`; of all the others `explain` tells.
+    candidates, and one alone without `auto_fallback`; of all the others `explain` tells. Those whose
+    providers asked to be left alone are named only where nobody else is: their call waits its turn.
 
     Raises the refusal that helps most: when models that are able and not shut are dropped for money,
     `CostRefused` or `BudgetExceeded` for the cheapest; else `NoCandidate` with each model's reason.
@@ -126,6 +127,8 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     count = SHORTLIST if estimates.rules.auto_fallback else 1
     lined_up = line_up(estimates.ask, registry)
     candidates = _shortlisted(lined_up, estimates, conditions, count)
+    if not candidates and conditions.paused:
+        candidates = _shortlisted(lined_up, estimates, conditions._replace(paused={}), count)
     if not candidates:
         raise explain(estimates, registry, conditions).refusal or NoCandidate(str(estimates.ask), [])
     return Plan(ask=estimates.ask, candidates=candidates)
@@ -140,6 +143,10 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
     models = considered(ask, registry)
     objections = {model.name: next(_objections(model, estimates, conditions), None) for model in models}
     able = [model for model in models if objections[model.name] is None]
+    if not able and conditions.paused:
+        awake = conditions._replace(paused={})
+        objections = {model.name: next(_objections(model, estimates, awake), None) for model in models}
+        able = [model for model in models if objections[model.name] is None]
     ranked = list(_ranked(able, registry, estimates, conditions))
     count = SHORTLIST if rules.auto_fallback else 1
     for model, _ in ranked[count:]:
@@ -157,7 +164,9 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             estimate=None if incapable(ask, model) else estimates.of(model),
             priority=registry.provider_of(model).priority,
             circuit="open" if model.name in conditions.open_circuits else "closed",
-            throttled_seconds=conditions.throttled.get(model.provider_id, 0.0),
+            throttled_seconds=max(
+                conditions.throttled.get(model.provider_id, 0.0), conditions.paused.get(model.name, 0.0)
+            ),
             latency_seconds=conditions.latency_seconds.get(model.name),
             equals=equals,
             budgets={each.name: estimates.left(each) for each in estimates.budgets if each.covers(scope)},
@@ -185,10 +194,10 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
                 model, name, group, _, _ = entrants[at]
                 chosen.append((group, _ANY, at, estimates.priced(model, cap_at(at, most, within), name)))
             return _candidates(entrants, chosen, cost_aware)
-    open_circuits, throttled, _, _ = conditions
+    open_circuits, throttled, _, _, paused = conditions
     kept: list[_Kept] = []
     for at, (model, name, group, _, _) in enumerate(entrants):
-        if name in open_circuits or model.provider_id in throttled:
+        if name in open_circuits or model.provider_id in throttled or name in paused:
             continue
         if unbounded and not estimates.knows_most(model):
             continue
@@ -257,6 +266,8 @@ def _objections(model: Model, estimates: Estimates, conditions: Conditions) -> I
         yield "circuit", "its circuit is open after repeated failures"
     if (seconds := conditions.throttled.get(model.provider_id)) is not None:
         yield "rate", _throttled(seconds)
+    if (seconds := conditions.paused.get(model.name)) is not None:
+        yield "rate", f"its provider limits us (429), and asked to be left alone for {math.ceil(seconds)} s more"
 
 
 def _unpriced(estimates: Estimates, model: Model) -> str:

@@ -130,6 +130,7 @@ class Shortened(ABC):
             or (lane.cap is not None and worst > lane.cap)
             or (circuits is not None and not circuits.admit(lane.name))
             or (rates and lane.model.provider_id in rates.throttled(tokens))
+            or resources.pauses.wait(lane.name)
             or (limit is not None and limit.wait(size))
         ):
             return False

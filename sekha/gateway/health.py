@@ -177,12 +177,12 @@ class _Fresh(Generic[T]):
 # --- what it comes to ----------------------------------------------------------------------
 
 
-def provider_status(look: Look, circuits: Sequence[Circuit]) -> Status:
-    """One provider's state, of what a probe saw and of what calls to its models met."""
+def provider_status(look: Look, circuits: Sequence[Circuit], *, limited: bool = False) -> Status:
+    """One provider's state, of what a probe saw and of what calls to its models met: failures, or a 429 that holds."""
     shut = sum(circuit.state != "closed" for circuit in circuits)
     if look.status == "unhealthy" or (circuits and shut == len(circuits)):
         return "unhealthy"
-    return "degraded" if shut else look.status
+    return "degraded" if shut or limited else look.status
 
 
 def overall(providers: Sequence[Status], ledger: Status, *others: Status) -> Status:

@@ -305,7 +305,9 @@ _CANDIDATE = _object(
         ),
         "priority": {"type": "integer"},
         "weight": _COUNT,
-        "throttled_seconds": _says(_or_null(_SECONDS), "Until its provider's limits let it pass; null for never."),
+        "throttled_seconds": _says(
+            _or_null(_SECONDS), "Until its provider's limits let it pass, and a 429 is over; null for never."
+        ),
         "latency_seconds": _says(_or_null(_SECONDS), "That its answers take of late."),
     }
 )
@@ -630,6 +632,10 @@ _SCHEMAS: dict[str, Json] = {
                         "circuits": _says(
                             {"type": "object", "additionalProperties": _ref("Circuit")},
                             "Of each model that had a failure.",
+                        ),
+                        "paused_seconds": _says(
+                            {"type": "object", "additionalProperties": _SECONDS},
+                            "Of each model that a 429 has us leave alone: for how long still.",
                         ),
                         "models_count": _COUNT,
                     }

@@ -217,7 +217,8 @@ async def health(serving: Serving, x: Exchange) -> None:
     )
     circuits = serving.circuits.snapshot() if serving.circuits is not None else {}
     specs = list(serving.resources.registry.providers.values())
-    statuses = [_status(spec, providers[spec.id], circuits) for spec in specs]
+    paused = serving.resources.pauses.now()
+    statuses = [_status(spec, providers[spec.id], circuits, paused) for spec in specs]
     recorder = _recorder(serving)
     status = overall(statuses, ledger.status, store.status, "degraded" if recorder["waits_for"] else "healthy")
     said: dict[str, object] = {"status": status, "version": sekha_version()}
@@ -243,7 +244,8 @@ async def providers_health(serving: Serving, x: Exchange) -> None:
     looks = await serving.health.providers()
     circuits = serving.circuits.snapshot() if serving.circuits is not None else {}
     specs = list(serving.resources.registry.providers.values())
-    statuses = [_status(spec, looks[spec.id], circuits) for spec in specs]
+    paused = serving.resources.pauses.now()
+    statuses = [_status(spec, looks[spec.id], circuits, paused) for spec in specs]
     said: dict[str, object] = {
         "totals": {
             "providers": len(specs),
@@ -252,7 +254,8 @@ async def providers_health(serving: Serving, x: Exchange) -> None:
     }
     if known:
         said["providers"] = [
-            _provider(spec, status, looks[spec.id], circuits) for spec, status in zip(specs, statuses, strict=True)
+            _provider(spec, status, looks[spec.id], circuits, paused)
+            for spec, status in zip(specs, statuses, strict=True)
         ]
     await say(x, said)
 
@@ -264,11 +267,18 @@ def _may_know(serving: Serving, x: Exchange) -> bool:
     return serving.keys.is_operator(x.authorization)
 
 
-def _status(spec: ProviderSpec, look: Look, circuits: Mapping[str, Circuit]) -> Status:
-    return provider_status(look, [circuits.get(each.name, CLOSED) for each in spec.models])
+def _status(spec: ProviderSpec, look: Look, circuits: Mapping[str, Circuit], paused: Mapping[str, float]) -> Status:
+    shut = [circuits.get(each.name, CLOSED) for each in spec.models]
+    return provider_status(look, shut, limited=any(each.name in paused for each in spec.models))
 
 
-def _provider(spec: ProviderSpec, status: Status, look: Look, circuits: Mapping[str, Circuit]) -> dict[str, object]:
+def _provider(
+    spec: ProviderSpec,
+    status: Status,
+    look: Look,
+    circuits: Mapping[str, Circuit],
+    paused: Mapping[str, float],
+) -> dict[str, object]:
     return {
         "provider_id": spec.id,
         "provider_type": spec.kind,
@@ -276,6 +286,7 @@ def _provider(spec: ProviderSpec, status: Status, look: Look, circuits: Mapping[
         "status": status,
         "circuit_breaker": circuit_values(worst_of(spec.models, circuits)),
         "circuits": {each.id: circuit_values(circuits[each.name]) for each in spec.models if each.name in circuits},
+        "paused_seconds": {each.id: round(paused[each.name], 3) for each in spec.models if each.name in paused},
         "models_count": len(spec.models),
     }
 

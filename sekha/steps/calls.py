@@ -369,6 +369,7 @@ class Calls:
             clock=self._open.clock,
             deadline_seconds=self._open.patience_seconds(chosen),
             circuits=self._open.circuits,
+            pauses=self._open.pauses,
             whole=whole,
             began_at=None if sent is None else sent.at,
         )

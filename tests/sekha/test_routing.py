@@ -264,6 +264,25 @@ def test_a_throttled_provider_is_passed_by_and_when_all_are_the_shortest_wait_is
     assert caught.value.retry_after_seconds == 2.5
 
 
+def test_a_model_whose_provider_limits_us_is_passed_by_for_as_long_as_it_asked() -> None:
+    known = registry(model("a/m"), model("a/n"), model("b/m"))
+    paused = Conditions(paused={"a/m": 2.5})
+
+    assert order(route(CHAT, known, paused)) == ["a/n", "b/m"]
+    explained = explain(estimates(CHAT, known.models), known, paused)
+    [dropped] = explained.dropped
+    assert (dropped.rule, dropped.throttled_seconds) == ("rate", 2.5)
+    assert dropped.why == "its provider limits us (429), and asked to be left alone for 3 s more"
+
+
+def test_where_only_models_that_are_left_alone_could_serve_they_are_asked_when_that_is_over() -> None:
+    known = registry(model("a/m"), model("b/m"), model("c/m", context_window=TOKENS - 1))
+    paused = Conditions(paused={"a/m": 2.5, "b/m": 1.0})
+
+    assert order(route(CHAT, known, paused)) == ["a/m", "b/m"]
+    assert [each.throttled_seconds for each in explain(estimates(CHAT, known.models), known, paused).kept] == [2.5, 1.0]
+
+
 def test_a_request_that_no_rate_limit_ever_lets_pass_is_not_tried_again() -> None:
     with pytest.raises(NoCandidate, match="never let as many tokens pass") as caught:
         route(CHAT, registry(model("a/m")), Conditions(throttled={"a": math.inf}))
@@ -596,6 +615,7 @@ def decisions(draw: st.DrawFn) -> tuple[Estimates, Registry, Conditions]:
         throttled=draw(st.dictionaries(st.sampled_from("abz"), st.sampled_from([0.5, 9.0, math.inf]), max_size=2)),
         latency_seconds=draw(st.dictionaries(some, st.floats(0, 100), max_size=4)),
         draw=draw(st.floats(0, 1, exclude_max=True)),
+        paused=draw(st.just({}) | st.dictionaries(some, st.sampled_from([0.5, 9.0]), max_size=4)),
     )
     return made, known, conditions
 

@@ -130,6 +130,62 @@ async def test_who_asks_to_wait_longer_than_there_is_time_is_not_waited_for(gate
     assert len(standin.requests) == 1
 
 
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_who_said_how_long_to_wait_is_left_alone_by_the_requests_after_it(
+    gateway: Opens, as_served: bool
+) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, rounds=3, as_served=as_served) as served:
+        one.fail(429, retry_after=60)
+        answers = [await served.chat(model="chat") for _ in range(3)]
+        route = (await served.http.post("/api/v1/route", json={"model": "chat"})).json()
+        health = (await served.http.get("/api/v1/health/providers")).json()
+        chats = [each for each in one.requests if each.method == "POST"]
+
+    assert {answer.headers["x-sekha-provider"] for answer in answers} == {"second"}
+    assert [answer.json()["sekha"]["attempts"] for answer in answers] == [2, 1, 1]
+    assert len(chats) == 1
+    passed = next(each for each in route["candidates"] if each["provider_id"] == "first")
+    assert (passed["place"], passed["rule"]) == (None, "rate")
+    assert 50 < passed["throttled_seconds"] <= 60
+    first = next(each for each in health["providers"] if each["provider_id"] == "first")
+    assert first["status"] == "degraded"
+    assert 50 < first["paused_seconds"]["chat"] <= 60
+
+
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_where_there_is_no_other_the_next_request_waits_what_is_left_and_asks_once(
+    gateway: Opens, as_served: bool
+) -> None:
+    async with StandIn() as standin, gateway(standin, rounds=3, as_served=as_served) as served:
+        await served.chat(model="first/chat")  # from the second on, the short way is taken
+        standin.fail(429, retry_after=1)
+        started = time.perf_counter()
+        first = asyncio.create_task(served.chat(model="first/chat"))
+        await wait_until(lambda: served.serving.resources.pauses.now())
+        second = await served.chat(model="first/chat")
+        seconds = time.perf_counter() - started
+        await first
+
+    assert second.json()["sekha"]["attempts"] == 1
+    assert 0.9 <= seconds < 1.8
+    assert len(standin.requests) == 4
+
+
+async def test_who_is_left_alone_for_longer_than_a_request_may_take_is_a_429_at_once(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, rounds=3, timeout_secs=1) as served:
+        standin.fail(429, retry_after=60, times=None)
+        await served.chat(model="chat")
+        started = time.perf_counter()
+        response = await served.chat(model="chat")
+        seconds = time.perf_counter() - started
+
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "rate_limited"
+    assert 50 < int(response.headers["retry-after"]) <= 60
+    assert seconds < 1
+    assert len(standin.requests) == 1
+
+
 async def test_a_provider_that_keeps_failing_is_not_asked_any_more(gateway: Opens) -> None:
     circuits = Circuits(BreakerRules(failure_threshold=3))
     async with StandIn() as one, StandIn() as two, gateway(one, two, circuits=circuits) as served:
