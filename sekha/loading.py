@@ -103,6 +103,8 @@ def parse(
         problems.append(tree.problem(place, message))
     written = data
     data = _References(tree, environ, read_block, problems).fill(written)
+    data, unlisted = _without_unlisted_defaults(data, tree)
+    warnings += unlisted
 
     config: Config | None = None
     try:
@@ -425,6 +427,7 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
         yield from _in_models(at, provider, models)
 
     for role, name in _dict(data.get("default_models")).items():
+        # One that names nothing is left out with a warning, and is none of these.
         if isinstance(name, str):
             yield from _unlisted(("default_models", role), name, models, embedding=role == "embedding")
     first: dict[str, str] = {}
@@ -480,6 +483,29 @@ def _twice(place: Place, names: list[Any], field: str) -> Found:
         if name is not None and (earlier := first.setdefault(str(name), at)) != at:
             message = f"{name!r} is the {field} of {yaml_file.path_of(place)}[{earlier}] too. Each needs its own."
             yield (*place, at, field), message
+
+
+def _without_unlisted_defaults(data: dict[str, Any], tree: Tree) -> tuple[dict[str, Any], list[str]]:
+    """Leave out the defaults that no provider lists, each with a warning: version 2.0 took such a file."""
+    models: dict[str, set[str]] = {}
+    for at, provider in enumerate(_list(data.get("providers"))):
+        for _ in _in_models(at, _dict(provider), models):
+            pass  # what is wrong with them is told by `_contradictions`
+    defaults = _dict(data.get("default_models"))
+    unlisted = {role: name for role, name in defaults.items() if isinstance(name, str) and name not in models}
+    if not unlisted:
+        return data, []
+    warnings = [
+        str(
+            tree.problem(
+                ("default_models", role),
+                f"no model {name!r}.{did_you_mean(name, list(models))} No provider lists it, so it is left out.",
+            )
+        )
+        for role, name in unlisted.items()
+    ]
+    kept = {role: name for role, name in defaults.items() if role not in unlisted}
+    return {**data, "default_models": kept}, warnings
 
 
 def _unlisted(place: Place, name: str, models: Mapping[str, set[str]], *, embedding: bool) -> Found:

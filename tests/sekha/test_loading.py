@@ -102,6 +102,22 @@ def test_a_2_0_file_loads_unchanged(write: Write) -> None:
     assert (config.server_host, config.server_port, config.log_level) == ("0.0.0.0", 5001, "info")
 
 
+def test_a_default_that_no_provider_lists_is_left_out_with_a_warning(write: Write) -> None:
+    # 2.0's own example names models for chats, and lists one for embeddings alone.
+    file = VERSION_2_0.replace('chat_smart: "llama3.1:70b"', 'chat_smart: "llama3.1:700b"')
+
+    loaded = load(write(file), environ={"OPENAI_API_KEY": CANARY})
+
+    line = 1 + file[: file.index("default_models")].count("\n")
+    assert loaded.config.default_models.chat_smart is None
+    assert loaded.config.default_models.chat_fast == "llama3.1:8b"
+    [warning] = [each for each in loaded.warnings if "default" in each]
+    assert warning == (
+        f"line {line}: default_models.chat_smart: no model 'llama3.1:700b'. Did you mean 'llama3.1:70b'? "
+        "No provider lists it, so it is left out."
+    )
+
+
 def test_2_0s_other_names_mean_the_same(write: Write) -> None:
     other = (
         VERSION_2_0.replace('version: "2.0"', "config_version: 2.0", 1)
@@ -396,8 +412,8 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
             "line 2: budgets[0].match.task: no task 'chat_smal'. Did you mean 'chat_small'?",
         ),
         (
-            "default_models: {embedding: nomic}\n",
-            "default_models.embedding: no model 'nomic'. Models are listed under `providers:`.",
+            "collections: {docs: {model: nomic}}\n",
+            "collections.docs.model: no model 'nomic'. Models are listed under `providers:`.",
         ),
         ("collections: {a b: {model: m}}\n", "a collection's name is a letter, then letters, digits and underscores."),
         ("store: {kind: weaviate}\n", "line 1: store: a Weaviate store needs `url:`"),
