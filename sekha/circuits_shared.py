@@ -46,6 +46,10 @@ class SharedCircuits:
             return self._database.write(partial(self._make_and, work), durable=False)
         return self._database.read(work)
 
+    def known(self) -> Future[dict[str, Circuit]]:
+        """Read every circuit, and write nothing: a `LedgerError` where no gateway ever made the table."""
+        return self._database.read(_known)
+
     def _make_and(self, work: Callable[[Transaction], Exchanged], transaction: Transaction) -> Exchanged:
         if not self._made:
             # PostgreSQL fails when two make a table at the same moment, so they queue for a row that is there.
@@ -72,6 +76,11 @@ def _exchange(transaction: Transaction, *, steps: tuple[tuple[str, Step], ...], 
     rows = transaction.rows(f"SELECT version, {_COLUMNS} FROM sekha_circuits WHERE version > ?", since)  # noqa: S608
     changed = {row[1]: _circuit(row[2:]) for row in rows}
     return {**told, **changed}, max([since, *(row[0] for row in rows)])
+
+
+def _known(transaction: Transaction) -> dict[str, Circuit]:
+    rows = transaction.rows(f"SELECT {_COLUMNS} FROM sekha_circuits")  # noqa: S608
+    return {row[0]: _circuit(row[1:]) for row in rows}
 
 
 def _read(transaction: Transaction, name: str) -> Circuit:

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from decimal import Decimal
 
+from sekha.breaker import BreakerRules
 from sekha.calling import Clock, Retries
 from sekha.circuits import Circuits
 from sekha.config import Config
@@ -27,7 +28,7 @@ from sekha.registry import ProviderSpec, Registry
 from sekha.routing import Conditions, Estimates, Plan, Rules
 from sekha.vectors.base import VectorStore
 
-__all__ = ["WALL", "Resources", "ledger_url", "utc_now"]
+__all__ = ["WALL", "Resources", "breaker_rules", "ledger_url", "utc_now"]
 
 WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
 PATIENT = Retries()
@@ -167,6 +168,15 @@ def _rules(config: Config) -> Rules:
         auto_fallback=routing.auto_fallback,
         cost_aware=routing.cost_aware,
         max_cost_per_request=routing.max_cost_per_request,
+    )
+
+
+def breaker_rules(config: Config) -> BreakerRules:
+    section = config.routing.circuit_breaker
+    return BreakerRules(
+        failure_threshold=section.failure_threshold,
+        timeout_seconds=section.timeout_secs,
+        success_threshold=section.success_threshold,
     )
 
 

@@ -14,7 +14,7 @@ import click
 
 from sekha.cli.dollars import DOLLARS
 from sekha.cli.invocation import Invocation, config_option, flow_option, json_option
-from sekha.cli.opening import configuration, name_of, open_here, run_async
+from sekha.cli.opening import configuration, name_of, open_here, open_looking, run_async
 from sekha.cli.server import in_flow
 from sekha.cli.terminal import columns, note, printable, say, show_table, waiting, write_json
 from sekha.errors import InvalidRequest, dollars
@@ -60,7 +60,8 @@ def route(invocation: Invocation, /, **request: Any) -> None:
 
     PROMPT is counted and priced at every model that it may mean; `-` reads it from stdin. Candidates
     are asked in this order, each only when those before it failed. Below them stands every other model
-    with the rule that left it out. When nobody can be asked, it says so as `sekha chat` would.
+    with the rule that left it out. Circuits are those of the gateways that share this ledger. When nobody
+    can be asked, it says so as they would.
 
     \b
     Examples:
@@ -152,7 +153,7 @@ def _image_url(image: str) -> str:
 
 
 async def _explained(loaded: Loaded, request: ChatRequest) -> Explanation:
-    async with open_here(loaded) as sekha:
+    async with await open_looking(loaded) as sekha:
         return await sekha.explain(request)
 
 

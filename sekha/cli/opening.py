@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from sekha.loading import Loaded
     from sekha.runtime import Runtime
 
-__all__ = ["configuration", "file_configuration", "name_of", "open_here", "run_async"]
+__all__ = ["configuration", "file_configuration", "name_of", "open_here", "open_looking", "run_async"]
 
 T = TypeVar("T")
 
@@ -60,6 +62,31 @@ def open_here(loaded: Loaded) -> Runtime:
     from sekha.runtime import Runtime
 
     return Runtime(Resources(loaded))
+
+
+async def open_looking(loaded: Loaded) -> Runtime:
+    """The same with the circuits that the gateways on this ledger share, so that what is said of them holds there."""
+    from sekha.circuits import Circuits
+    from sekha.circuits_shared import SharedCircuits
+    from sekha.errors import LedgerError
+    from sekha.ledgers import open_database
+    from sekha.resources import Resources, breaker_rules, ledger_url
+    from sekha.runtime import Runtime
+
+    url = ledger_url(loaded)
+    circuits = Circuits(breaker_rules(loaded.config))
+    if _may_be_there(url):
+        database = open_database(url)
+        # Without a table there never was a circuit. A ledger that cannot be reached is told of by the budgets.
+        with contextlib.suppress(LedgerError):
+            circuits.look_like(await asyncio.wrap_future(SharedCircuits(database).known()))
+        await asyncio.to_thread(database.close)
+    return Runtime(Resources(loaded, circuits=circuits))
+
+
+def _may_be_there(ledger_url: str) -> bool:
+    """Whether there is a ledger to look into: looking makes no file where there is none."""
+    return not ledger_url.startswith("sqlite:///") or Path(ledger_url.removeprefix("sqlite:///")).exists()
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

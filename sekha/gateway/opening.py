@@ -6,10 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sekha.breaker import BreakerRules
 from sekha.circuits import Circuits
 from sekha.circuits_shared import SharedCircuits
-from sekha.config import CircuitBreaker
 from sekha.errors import ConfigError, Problem, UnknownModel
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.news import tell_of_circuit
@@ -19,7 +17,7 @@ from sekha.ledgers.sql import SqlLedger
 from sekha.loading import Loaded
 from sekha.rates import Minutes
 from sekha.registry import Registry
-from sekha.resources import Resources, ledger_url
+from sekha.resources import Resources, breaker_rules, ledger_url
 
 if TYPE_CHECKING:
     from sekha.gateway.remembering import Remembering
@@ -45,7 +43,7 @@ async def open_serving(
     recorder = Recorder(loaded.config.recording, state / "recording", processes=workers)
     url = ledger_url(loaded)
     database = open_database(url)
-    circuits = Circuits(_rules(loaded.config.routing.circuit_breaker), shared=SharedCircuits(database))
+    circuits = Circuits(breaker_rules(loaded.config), shared=SharedCircuits(database))
     ledger = lease_from(SqlLedger(database), url, state / "journal")
     resources = Resources(loaded, ledger=ledger, circuits=circuits, minutes=minutes)
     circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits))
@@ -72,11 +70,3 @@ def _memory(loaded: Loaded, registry: Registry, folder: Path) -> Remembering | N
     except OSError as error:
         problem = f"{folder} cannot be written: {error.strerror}. Memory is written down there before it is kept."
     raise ConfigError(loaded.source, [Problem("memory", problem)])
-
-
-def _rules(section: CircuitBreaker) -> BreakerRules:
-    return BreakerRules(
-        failure_threshold=section.failure_threshold,
-        timeout_seconds=section.timeout_secs,
-        success_threshold=section.success_threshold,
-    )
