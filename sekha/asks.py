@@ -53,6 +53,10 @@ class Ask(NamedTuple):
     allowed: Allowed | None = None
     """What its key may use; None for everything."""
     tags: frozenset[str] = frozenset()
+    tools: str | None = None
+    """The field that has tools to call, `tools` or `functions`; None where there are none."""
+    audio: bool = False
+    """Whether audio goes in."""
 
     def scope(self, model: Model) -> Scope:
         """What a call to the model would be charged to."""

@@ -139,6 +139,11 @@ class ChatRequest:
         return self._pictures[0]
 
     @property
+    def tools_field(self) -> str | None:
+        """The field that names tools to call, by either of OpenAI's names; None where there are none."""
+        return next((name for name in ("tools", "functions") if self.options.get(name)), None)
+
+    @property
     def priced_apart(self) -> str | None:
         """What in the request a provider bills otherwise than by the prices of its tokens; None if nothing is."""
         if self.options:
@@ -194,6 +199,8 @@ class ChatRequest:
             self.key,
             self.allowed,
             self.tags,
+            self.tools_field if self.options else None,
+            bool(self._parts) and any(part.get("type") == "input_audio" for part in self._parts),
         )
 
 

@@ -90,8 +90,12 @@ class ModelSection(Section):
     query_prefix: str = Field("", description="What the model wants before a question: `search_query: `.")
     document_prefix: str = Field("", description="What it wants before a text to be found: `search_document: `.")
     supports_vision: bool = Field(False, description="Whether the model takes images.")
-    supports_audio: bool = Field(False, description="Whether the model takes audio.")
-    supports_function_calling: bool = Field(False, description="Whether the model calls tools.")
+    supports_audio: bool | None = Field(
+        None, description="Whether the model takes audio. Left out: LiteLLM's map, else unknown."
+    )
+    supports_function_calling: bool | None = Field(
+        None, description="Whether the model calls tools. Left out: LiteLLM's map, else unknown."
+    )
     vision_capabilities: VisionCapabilities | None = Field(None, description="Limits on the images it takes.")
     weight: int = Field(1, ge=1, description="Share of the traffic among equal candidates.")
     price: Annotated[

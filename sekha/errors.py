@@ -8,6 +8,9 @@
     │   ├── InvalidRequest          a field is missing, malformed or contradictory
     │   ├── UnknownModel            no model, provider or task of that name
     │   ├── NoCandidate             models of that name exist, none may serve this request
+    │   │   ├── NotCapable          none of them can do what is asked
+    │   │   ├── PromptTooLong       longer than the context window of every model that may serve it
+    │   │   └── LimitsReached       every provider that could serve it is at its `limits:`
     │   ├── CostRefused             it would cost more than the caller or the file allows
     │   ├── BudgetExceeded          a budget has too little left
     │   ├── DocumentRefused         a document is empty, binary, too large or not UTF-8
@@ -102,12 +105,15 @@ __all__ = [
     "KeyNotAllowed",
     "LedgerError",
     "LedgerUnavailable",
+    "LimitsReached",
     "ModelNotFound",
     "NoCandidate",
     "NoSuchPage",
+    "NotCapable",
     "OperatorsOnly",
     "PrefectUnavailable",
     "Problem",
+    "PromptTooLong",
     "ProviderAuthFailed",
     "ProviderError",
     "ProviderRejected",
@@ -265,44 +271,138 @@ class UnknownModel(RequestRefused):
         super().__init__(f"No {kind} {name!r}.{did_you_mean(name, known)} {where}")
 
 
+MOST_REASONS = 20
+"""Models of which a refusal says why: a thousand of them would be longer than most requests."""
+
+
 class NoCandidate(RequestRefused):
-    """Every model that could have served was dropped; `reasons` says by which rule."""
+    """Every model that could have served was dropped; `reasons` says by which rule, `more` of how many it does not."""
 
     code = "no_candidate"
+    _next: ClassVar[str] = "`sekha route` explains every choice."
 
     def __init__(
         self,
         wanted: str,
         reasons: Sequence[tuple[str, str]],
         *,
+        more: int = 0,
         retryable: bool = False,
         retry_after_seconds: float | None = None,
+        next_move: str = "",
     ) -> None:
+        """`more` counts the models that are dropped too and have no reason in here."""
         self.wanted = wanted
-        self.reasons = tuple(reasons)
+        self.more = more + max(len(reasons) - MOST_REASONS, 0)
+        self.reasons = tuple(reasons[:MOST_REASONS])
         self.retryable = retryable
         self.retry_after_seconds = retry_after_seconds
         if self.reasons:
             listed = "; ".join(f"{model}: {why}" for model, why in self.reasons[:5])
-            more = f"; and {len(self.reasons) - 5} more" if len(self.reasons) > 5 else ""
-            message = f"No model can serve {wanted}. {listed}{more}. `sekha route` explains every choice."
+            left = len(self.reasons[5:]) + self.more
+            others = f"; and {left} more" if left else ""
+            message = f"No model can serve {wanted}. {listed}{others}. {next_move or self._next}"
         else:
             message = f"No model can serve {wanted}. Give one that task under `providers:` in sekha.yaml."
         super().__init__(message)
 
 
+class NotCapable(NoCandidate):
+    """None of the models that were asked for does what is asked; `able` are some that do."""
+
+    code = "model_not_capable"
+
+    def __init__(
+        self,
+        wanted: str,
+        reasons: Sequence[tuple[str, str]],
+        *,
+        more: int = 0,
+        field: str = "model",
+        able: Sequence[str] = (),
+    ) -> None:
+        self.field = field
+        self.able = tuple(able)
+        others = f"Ask for one that can: {', '.join(able)}." if able else "None here can, which `sekha models` shows."
+        super().__init__(wanted, reasons, more=more, next_move=others)
+
+
+class PromptTooLong(NoCandidate):
+    """No model that may serve the request has room for it. The code is OpenAI's, by which programs cut a history."""
+
+    code = "context_length_exceeded"
+
+    def __init__(
+        self,
+        wanted: str,
+        reasons: Sequence[tuple[str, str]],
+        *,
+        more: int = 0,
+        field: str = "messages",
+        needs: int,
+        model: str,
+        takes: int,
+    ) -> None:
+        self.field = field
+        self.needs = needs
+        self.model = model
+        self.takes = takes
+        reply = ", lower `max_tokens`," if field == "messages" else ""
+        next_move = (
+            f"The longest maximum context length is {takes:,} tokens, of {model!r}, and this has {needs:,}. "
+            f"Shorten `{field}`{reply} or ask for a model with a larger `context_window`."
+        )
+        super().__init__(wanted, reasons, more=more, next_move=next_move)
+
+
+class LimitsReached(NoCandidate):
+    """The `limits:` of every provider that could serve it let nothing pass just now, or never as much at once."""
+
+    code = "limits_reached"
+
+
 class CostRefused(RequestRefused):
     code = "cost_refused"
 
-    def __init__(self, *, limit: Decimal, limit_name: str, cheapest: str, cost: Decimal, replies: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        limit: Decimal,
+        limit_name: str,
+        cheapest: str,
+        cost: Decimal,
+        replies: bool = True,
+        refused: str | None = None,
+        refused_cost: Decimal | None = None,
+    ) -> None:
+        """`cheapest` is so of all that could serve it, `refused` of those that were asked for; left out, the same."""
         self.limit = limit
         self.limit_name = limit_name
         self.cheapest = cheapest
         self.cost = cost
-        super().__init__(
-            f"The cheapest model, {cheapest!r}, is estimated at {dollars(cost)}, above `{limit_name}` of "
-            f"{dollars(limit)}. Shorten the input,{' lower `max_tokens`,' if replies else ''} or raise `{limit_name}`."
-        )
+        self.replies = replies
+        self.refused = cheapest if refused is None else refused
+        self.refused_cost = cost if refused_cost is None else refused_cost
+        less = f"Shorten the input,{' lower `max_tokens`,' if replies else ''} or raise `{limit_name}`."
+        above = f"is estimated at {dollars(self.refused_cost)}, above `{limit_name}` of {dollars(limit)}."
+        if self.refused == cheapest:
+            message = f"The cheapest model, {cheapest!r}, {above} {less}"
+        elif self.fits:
+            message = (
+                f"{self.refused!r} {above} {cheapest!r} would do for {dollars(cost)}: ask for that one. "
+                f"Or: {less[0].lower()}{less[1:]}"
+            )
+        else:
+            message = (
+                f"{self.refused!r} {above} The cheapest model that could serve this, {cheapest!r}, is estimated at "
+                f"{dollars(cost)}, which is above it too. {less}"
+            )
+        super().__init__(message)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the cheapest may serve it."""
+        return self.cost <= self.limit
 
 
 class BudgetExceeded(RequestRefused):

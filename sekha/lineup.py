@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from sekha.asks import Ask, Conditions, Counter, Estimates, Size, cap
+from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Size, cap
 from sekha.errors import UnknownModel
 from sekha.ledger import Budget
 from sekha.pricing import ASSUMED_REPLY, LONGEST_REPLY, Price, most_of
@@ -25,13 +25,16 @@ __all__ = [
     "REMEMBERED",
     "SHORTLIST",
     "Entrant",
+    "Lack",
     "LineUp",
+    "Rule",
     "cap_at",
     "considered",
     "drawn",
     "incapable",
     "line_up",
     "preferred",
+    "unsure",
 ]
 
 SHORTLIST = 5
@@ -52,6 +55,9 @@ _NEVER = 1 << 62
 
 T = TypeVar("T")
 R = TypeVar("R")
+Rule: TypeAlias = Literal["capability", "price", "context", "cost", "budget", "circuit", "rate", "fallback"]
+_RULES: tuple[Rule | None, ...] = (None, "context", "cost", "budget", "circuit", "rate")
+"""Those that depend on more than the form of an ask, in the order in which they are named."""
 
 
 # --- who may be meant ----------------------------------------------------------------------
@@ -107,16 +113,37 @@ def _comparable(first: Model, models: Sequence[Model]) -> tuple[Model, ...]:
     return tuple(model for model in models if model.dimension and model.fingerprint == first.fingerprint)
 
 
-def incapable(ask: Ask, model: Model) -> str | None:
-    """Why the model cannot do what is asked, at any price; None when it can."""
+class Lack(NamedTuple):
+    """Why a model cannot do what is asked."""
+
+    of: Literal["task", "images", "tools", "audio", "limits", "key"]
+    """What it lacks. The later ones are looked at last, so that with a `key` it could."""
+    why: str
+
+
+def incapable(ask: Ask, model: Model) -> Lack | None:
+    """Why the model cannot do what is asked, at any price; None when it can, or nobody says that it cannot."""
     if ask.kind == "chat" and _NO_CHAT.issuperset(model.tasks):
-        return f"it does not chat: its task is {', '.join(model.tasks)}"
+        return Lack("task", f"it does not chat: its task is {', '.join(model.tasks)}")
     if ask.vision and not model.vision:
-        return "it does not take images"
-    if ask.allowed is not None and not ask.allowed.covers(model):
-        return f"key {ask.key!r} may not use it"
+        return Lack("images", "it does not take images")
+    if ask.tools is not None and model.function_calling is False:
+        return Lack("tools", "it does not call tools (`supports_function_calling: false`)")
+    if ask.audio and model.audio is False:
+        return Lack("audio", "it does not take audio (`supports_audio: false`)")
     breach = ask.pictures.breach(model.vision_limits) if ask.pictures is not None else None
-    return None if breach is None else breach.why
+    if breach is not None:
+        return Lack("limits", breach.why)
+    if ask.allowed is not None and not ask.allowed.covers(model):
+        return Lack("key", f"key {ask.key!r} may not use it")
+    return None
+
+
+def unsure(ask: Ask, model: Model) -> str:
+    """What nobody says that the model can; empty where it is known to do all that is asked."""
+    if ask.tools is not None and model.function_calling is None:
+        return "not known to call tools"
+    return "not known to take audio" if ask.audio and model.audio is None else ""
 
 
 def drawn(models: Sequence[Model], conditions: Conditions) -> int:
@@ -240,6 +267,32 @@ class LineUp:
         """The positions of the first `count` that may serve, best first; None where machine words are too short."""
         return self._field.best(estimates, most, within, conditions, count)
 
+    def rules(
+        self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions
+    ) -> list[tuple[Rule | None, Any]] | None:
+        """Of each entrant: the first rule that drops it, and what a call costs at the least. None as for `best`.
+
+        Whoever costs less than another does so by these numbers too; they are no dollars.
+        """
+        return self._field.rules(estimates, most, within, conditions)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """The position among the entrants of each of the models; -1 for one that is none."""
+        position = {id(entrant.model): at for at, entrant in enumerate(self.entrants)}
+        return tuple(position.get(id(model), -1) for model in self.models)
+
+    @cached_property
+    def left_out(self) -> tuple[tuple[Rule | None, Any], ...]:
+        """Of each of the models: the rule that makes it no entrant, and what it lacks where it is `capability`."""
+        lacks = (
+            None if at >= 0 else incapable(self._ask, model) for model, at in zip(self.models, self.places, strict=True)
+        )
+        return tuple(
+            (None, None) if at >= 0 else ("price", None) if lack is None else ("capability", lack.of)
+            for at, lack in zip(self.places, lacks, strict=True)
+        )
+
     @cached_property
     def _field(self) -> _Field:
         return _Field(self.entrants)
@@ -260,10 +313,13 @@ class LineUp:
 
 def line_up(ask: Ask, registry: Registry) -> LineUp:
     """Who may serve asks of this form. Raises `UnknownModel` for a name that nothing carries."""
-    kind, model, task, preferred_model, vision, pictures, _, priced_apart, _, _, allowed, _ = ask
+    kind, model, task, preferred_model, vision, pictures, _, priced_apart, _, _, allowed, _, tools, audio = ask
     # Whose limits the images break is all that they have to do with it.
     seen_by = None if pictures is None else tuple(pictures.breach(each) is None for each in registry.vision_limits)
-    form: tuple[Hashable, ...] = (kind, model, task, preferred_model, vision, priced_apart is None, allowed, seen_by)
+    form: tuple[Hashable, ...] = (
+        *(kind, model, task, preferred_model, vision, tools is None, audio),
+        *(priced_apart is None, allowed, seen_by),
+    )
     known: dict[Hashable, LineUp] = registry.worked_out
     found = known.get(form)
     if found is None:
@@ -277,8 +333,12 @@ def line_up(ask: Ask, registry: Registry) -> LineUp:
 def _entrants(ask: Ask, registry: Registry, models: Sequence[Model]) -> Iterator[Entrant]:
     first = {model.name for model in preferred(ask, registry)}
     pricing = Estimates(size=Size(ask), counters={}, counts={})
+    some_unsure = ask.tools is not None or ask.audio
     able = [model for model in models if incapable(ask, model) is None and pricing.knows_price(model)]
-    ranks = [(model.name not in first, registry.provider_of(model).priority) for model in able]
+    ranks = [
+        (model.name not in first, registry.provider_of(model).priority, unsure(ask, model) if some_unsure else "")
+        for model in able
+    ]
     groups = {rank: group for group, rank in enumerate(sorted(set(ranks)))}
     for rank, model in sorted(zip(ranks, able, strict=True), key=lambda each: each[0]):
         if model.name in first:
@@ -286,7 +346,7 @@ def _entrants(ask: Ask, registry: Registry, models: Sequence[Model]) -> Iterator
         elif ask.model in (model.id, model.name):
             why = why_cheap = "named by the request"
         else:
-            why = f"priority {rank[1]}"
+            why = f"priority {rank[1]}" + (f", {rank[2]}" if rank[2] else "")
             why_cheap = f"{why}, then price"
         yield Entrant(model, model.name, groups[rank], why, why_cheap)
 
@@ -306,6 +366,19 @@ class _Lengths(NamedTuple):
     ranked_output: Numbers
     """The same, behind the group."""
     longest: int
+
+
+_Measured: TypeAlias = tuple[Size, bool, "Numbers", list[Count], _Lengths, list[int], list[int], int, bool]
+"""What a request is at all entrants side by side: its size; whether it chats; whose way of counting is which; by each
+way its counts; the lengths of replies; by each way its tokens, and those at the most; what the dearest might cost; and
+whether each reply is cut by nothing but its model's own limit. A plain tuple, since one is made for every choice."""
+
+
+def _context(size: Size, counts: Sequence[Count]) -> list[int]:
+    """Tokens that have to fit into the context window, by each way of counting."""
+    if size.ask.kind != "chat":
+        return [each.longest for each in counts]
+    return [each.tokens + (size.reply_limit or 0) for each in counts]
 
 
 class _Field:
@@ -349,24 +422,16 @@ class _Field:
         self._ways = _Once(self._ways_of)
         self._lengths = _Once(self._lengths_of)
         self._shares = _Once(self._shares_of)
-        self._shut: tuple[frozenset[str], tuple[str | None, ...], Numbers] | None = None
+        self._shut: tuple[frozenset[str], tuple[tuple[str, ...], ...], Numbers] | None = None
 
     def best(
         self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions, count: int
     ) -> list[int] | None:
-        np, size = self._np, estimates.size
-        chats = size.ask.kind == "chat"
-        ways, way = self._ways(estimates.counters)
-        counts = [estimates.counts[name] for name, _ in ways]
-        lengths = self._lengths(estimates.usual)
-        tokens = [each.tokens for each in counts]
-        at_most = [each if exact else most_of(each) for each, (_, exact) in zip(tokens, ways, strict=True)]
-        longest = (size.reply_limit or lengths.longest) * size.replies if chats else 0
-        dearest = max(at_most) * self._dearest[0] + longest * self._dearest[1] + size.images * self._dearest[2]
-        if not self._fits or max(at_most) > self._long_from or dearest >= _SUM:
+        measured = self._measured(estimates)
+        if measured is None:
             return None
-
-        plainly = chats and size.reply_limit is None and size.replies == 1 and max(at_most) <= self._slack
+        size, chats, way, counts, lengths, tokens, at_most, dearest, plainly = measured
+        np = self._np
         replies: Numbers | None = None
         if not estimates.rules.cost_aware:
             key = self._rank.copy()
@@ -384,7 +449,7 @@ class _Field:
 
         if conditions.open_circuits or conditions.throttled or conditions.paused:
             key[self._shut_by(conditions)] = _NEVER
-        context = [each.tokens + (size.reply_limit or 0) if chats else each.longest for each in counts]
+        context = _context(size, counts)
         if max(context) > self._smallest_window:
             np.putmask(key, self._each(context, way) > self._window, _NEVER)
         limits = [(units, cover) for left, cover in within if (units := self._units(left)) < dearest]
@@ -396,6 +461,47 @@ class _Field:
             for units, cover in limits:
                 np.putmask(key, (worst > units) & cover.mask, _NEVER)
         return self._in_order(key, conditions, count)
+
+    def rules(
+        self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions
+    ) -> list[tuple[Rule | None, Any]] | None:
+        measured = self._measured(estimates)
+        if measured is None:
+            return None
+        size, _, way, counts, lengths, _, at_most, _, plainly = measured
+        worst = self._worst(size, lengths, self._each(at_most, way), plainly)
+        rule = self._np.zeros(len(self._entrants), dtype=int)
+        limited = [at for provider in conditions.throttled for at in self._at_provider.get(provider, ())]
+        rule[limited + self._places_of(conditions.paused)] = _RULES.index("rate")
+        rule[self._places_of(conditions.open_circuits)] = _RULES.index("circuit")
+        for left, cover in within:
+            rule[(worst > self._units(left)) & cover.mask] = _RULES.index("budget")
+        if most is not None:
+            rule[worst > self._units(most)] = _RULES.index("budget")
+        limit, _ = cap(size.ask, estimates.rules)
+        if limit is not None:
+            rule[worst > self._units(limit)] = _RULES.index("cost")
+        rule[self._each(_context(size, counts), way) > self._window] = _RULES.index("context")
+        return [(_RULES[each], costs) for each, costs in zip(rule.tolist(), worst.tolist(), strict=True)]
+
+    def _places_of(self, names: Iterable[str]) -> list[int]:
+        return [at for name in names if (at := self._position.get(name)) is not None]
+
+    def _measured(self, estimates: Estimates) -> _Measured | None:
+        """What a request is at each of the entrants; None where machine words are too short for what it costs."""
+        size = estimates.size
+        chats = size.ask.kind == "chat"
+        ways, way = self._ways(estimates.counters)
+        counts = [estimates.counts[name] for name, _ in ways]
+        lengths = self._lengths(estimates.usual)
+        tokens = [each.tokens for each in counts]
+        at_most = [each if exact else most_of(each) for each, (_, exact) in zip(tokens, ways, strict=True)]
+        longest = (size.reply_limit or lengths.longest) * size.replies if chats else 0
+        dearest = max(at_most) * self._dearest[0] + longest * self._dearest[1] + size.images * self._dearest[2]
+        if not self._fits or max(at_most) > self._long_from or dearest >= _SUM:
+            return None
+        plainly = chats and size.reply_limit is None and size.replies == 1 and max(at_most) <= self._slack
+        return size, chats, way, counts, lengths, tokens, at_most, dearest, plainly
 
     def _units(self, amount: Decimal) -> int:
         return int(amount.scaleb(self._places))
@@ -470,12 +576,11 @@ class _Field:
 
     def _shut_by(self, conditions: Conditions) -> Numbers:
         """Who is shut out by a circuit or by a rate limit."""
-        limited = (*conditions.throttled, None, *conditions.paused)
-        if self._shut is None or self._shut[0] is not conditions.open_circuits or self._shut[1] != limited:
-            names = (*conditions.open_circuits, *conditions.paused)
-            shut = [at for name in names if (at := self._position.get(name)) is not None]
+        open_circuits, limited = conditions.open_circuits, (tuple(conditions.throttled), tuple(conditions.paused))
+        if self._shut is None or self._shut[0] is not open_circuits or self._shut[1] != limited:
+            shut = self._places_of((*conditions.open_circuits, *conditions.paused))
             shut += (at for provider in conditions.throttled for at in self._at_provider.get(provider, ()))
-            self._shut = conditions.open_circuits, limited, self._np.array(shut, dtype=int)
+            self._shut = open_circuits, limited, self._np.array(shut, dtype=int)
         return self._shut[2]
 
     def _ways_of(self, counters: Mapping[str, Counter]) -> tuple[tuple[tuple[str, bool], ...], Numbers]:

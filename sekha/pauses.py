@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 __all__ = ["LONGEST_SECONDS", "Pauses"]
 
 LONGEST_SECONDS = 3600.0
-"""A provider that asks for more is tried again after an hour all the same: a slip of its must not shut it out for good."""
+"""Whoever asks for more is tried again after an hour all the same: a slip must not shut a model out for good."""
 _MOMENT = 0.001
 """What is left of a pause by the rounding of clocks and timers is none."""
 _NOBODY: Mapping[str, float] = {}

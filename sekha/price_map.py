@@ -37,8 +37,8 @@ class ModelLimits:
     max_output_tokens: int | None = None
     dimension: int | None = None
     vision: bool = False
-    audio: bool = False
-    function_calling: bool = False
+    audio: bool | None = None
+    function_calling: bool | None = None
 
 
 class PriceMap:
@@ -75,8 +75,8 @@ class PriceMap:
             max_output_tokens=None if embeds else _whole(entry.get("max_output_tokens")),
             dimension=_whole(entry.get("output_vector_size")),
             vision=bool(entry.get("supports_vision")),
-            audio=bool(entry.get("supports_audio_input")),
-            function_calling=bool(entry.get("supports_function_calling")),
+            audio=_flag(entry.get("supports_audio_input")),
+            function_calling=_flag(entry.get("supports_function_calling")),
         )
 
     def _find(self, kind: ProviderKind, model_id: str) -> Mapping[str, Any] | None:
@@ -186,6 +186,11 @@ def _per_million(per_token: float | None) -> Decimal | None:
     if per_token is None:
         return None
     return Decimal(f"{(Decimal(repr(per_token)) * _MILLION).normalize():f}")  # 10, not 1E+1
+
+
+def _flag(value: object) -> bool | None:
+    # Most entries leave out what they could say, so that silence is no answer.
+    return value if isinstance(value, bool) else None
 
 
 def _whole(value: object) -> int | None:

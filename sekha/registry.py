@@ -73,8 +73,10 @@ class Model:
     document_prefix: str = ""
     """What stands before a text that it embeds to be found."""
     vision: bool = False
-    audio: bool = False
-    function_calling: bool = False
+    audio: bool | None = None
+    """Whether it takes audio; None where nobody says."""
+    function_calling: bool | None = None
+    """Whether it calls tools; None where nobody says."""
     vision_limits: VisionLimits = VisionLimits()
     weight: int = 1
     price: Price | None = None
@@ -273,8 +275,8 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         query_prefix=next((entry.query_prefix for entry in same if entry.query_prefix), ""),
         document_prefix=next((entry.document_prefix for entry in same if entry.document_prefix), ""),
         vision="vision" in tasks or any(entry.supports_vision for entry in same),
-        audio="audio" in tasks or any(entry.supports_audio for entry in same),
-        function_calling=any(entry.supports_function_calling for entry in same),
+        audio="audio" in tasks or _said((entry.supports_audio for entry in same), known and known.audio),
+        function_calling=_said((entry.supports_function_calling for entry in same), known and known.function_calling),
         vision_limits=_vision_limits(sees, schemes_of(section.provider_type, first.model_id)),
         weight=max(entry.weight for entry in same),
         price=price_of(
@@ -303,6 +305,12 @@ def _vision_limits(declared: VisionCapabilities | None, schemes: tuple[Scheme, .
     if declared is None:
         return VisionLimits(url_schemes=schemes)
     return VisionLimits(declared.max_images, declared.max_image_size_mb, declared.supported_formats, schemes)
+
+
+def _said(entries: Iterable[bool | None], mapped: bool | None) -> bool | None:
+    """What the entries say of an ability, one that has it before one that has not; else what the map does."""
+    said = [entry for entry in entries if entry is not None]
+    return any(said) if said else mapped
 
 
 def _first(values: Iterable[int | None]) -> int | None:

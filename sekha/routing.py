@@ -7,14 +7,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import groupby
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
-from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, dollars
+from sekha.errors import (
+    MOST_REASONS,
+    BudgetExceeded,
+    CostRefused,
+    KeyNotAllowed,
+    LimitsReached,
+    NoCandidate,
+    NotCapable,
+    PromptTooLong,
+    RequestRefused,
+    dollars,
+)
 from sekha.ledger import Budget, period_end
-from sekha.lineup import SHORTLIST, Entrant, LineUp, cap_at, considered, drawn, incapable, line_up, preferred
+from sekha.lineup import (
+    SHORTLIST,
+    Entrant,
+    LineUp,
+    Rule,
+    cap_at,
+    considered,
+    drawn,
+    incapable,
+    line_up,
+    preferred,
+    unsure,
+)
 from sekha.pricing import Estimate
-from sekha.registry import Model, Registry
+from sekha.registry import TASKS, Model, Registry
 from sekha.values import value
 from sekha.vision import nearest
 
@@ -33,17 +56,19 @@ __all__ = [
     "Size",
     "Verdict",
     "cap",
+    "cheapest",
     "considered",
     "explain",
     "plan",
 ]
 
-Rule: TypeAlias = Literal["capability", "price", "context", "cost", "budget", "circuit", "rate", "fallback"]
 ANYTIME = Conditions()
 _Kept: TypeAlias = tuple[int, Decimal, int, Estimate]
 """An entrant's group, price, position and estimate: they sort into the order in which they are asked."""
 _ANY = Decimal(0)
 """Stands for every price where price does not decide."""
+_Dropped: TypeAlias = tuple[Model, Rule, Any]
+"""A model, the rule that drops it, and what a refusal has to know: what it lacks by `capability`, else its costs."""
 
 
 class Candidate(NamedTuple):
@@ -121,8 +146,9 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     candidates, and one alone without `auto_fallback`; of all the others `explain` tells. Those whose
     providers asked to be left alone are named only where nobody else is: their call waits its turn.
 
-    Raises the refusal that helps most: when models that are able and not shut are dropped for money,
-    `CostRefused` or `BudgetExceeded` for the cheapest; else `NoCandidate` with each model's reason.
+    Raises the refusal that helps most, by whichever rule dropped the model that came nearest to serving: what
+    waiting mends; `CostRefused` or `BudgetExceeded` for the cheapest; `PromptTooLong`; `KeyNotAllowed` where a
+    model could and the key may not; `NotCapable`. Else `NoCandidate` with each model's reason.
     """
     count = SHORTLIST if estimates.rules.auto_fallback else 1
     lined_up = line_up(estimates.ask, registry)
@@ -130,7 +156,8 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     if not candidates and conditions.paused:
         candidates = _shortlisted(lined_up, estimates, conditions._replace(paused={}), count)
     if not candidates:
-        raise explain(estimates, registry, conditions).refusal or NoCandidate(str(estimates.ask), [])
+        awake = conditions._replace(paused={})
+        raise _refusal([*_dropped(lined_up, estimates, awake)], estimates, registry, awake)
     return Plan(ask=estimates.ask, candidates=candidates)
 
 
@@ -174,8 +201,28 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
 
     asked = [verdict(model, place, equals) for place, (model, equals) in enumerate(ranked[:count], 1)]
     left_out = [verdict(model, None, 0) for model in models if objections[model.name] is not None]
-    refusal = None if asked else _refusal(left_out, estimates)
+    refusal = None
+    if not asked:
+        dropped = [(each.model, each.rule, _detail(each, estimates)) for each in left_out if each.rule is not None]
+        refusal = _refusal(dropped, estimates, registry, conditions._replace(paused={}))
     return Explanation(ask=ask, verdicts=(*asked, *left_out), refusal=refusal)
+
+
+def cheapest(
+    estimates: Estimates, registry: Registry, conditions: Conditions = ANYTIME
+) -> tuple[Model, Decimal] | None:
+    """Where the request costs least, and how much: of those that may serve it, else of those that are above a cap.
+
+    None where no cap keeps anybody from serving it.
+    """
+    lined_up = line_up(estimates.ask, registry)
+    found = _ruled(lined_up, estimates, conditions._replace(paused={}))
+    for wanted in (None, "cost"):
+        able = [(costs, at) for at, (_, rule, costs) in enumerate(found) if rule == wanted]
+        if able:
+            _, at = min(able)
+            return found[at][0], _least(estimates, found[at][0])
+    return None
 
 
 # --- quickly -------------------------------------------------------------------------------
@@ -245,8 +292,8 @@ def _candidates(entrants: Sequence[Entrant], kept: Sequence[_Kept], cost_aware: 
 def _objections(model: Model, estimates: Estimates, conditions: Conditions) -> Iterator[tuple[Rule, str]]:
     """What speaks against a model. What passes by itself comes last, so that it is named only where nothing else is."""
     ask = estimates.ask
-    if (why := incapable(ask, model)) is not None:
-        yield "capability", why
+    if (lack := incapable(ask, model)) is not None:
+        yield "capability", lack.why
     estimate = estimates.of(model)
     if estimate is None:
         yield "price", _unpriced(estimates, model)
@@ -289,12 +336,13 @@ def _ranked(
     able: Sequence[Model], registry: Registry, estimates: Estimates, conditions: Conditions
 ) -> Iterator[tuple[Model, int]]:
     """Models in the order in which they are asked, each with the number of its equals."""
-    first = preferred(estimates.ask, registry)
+    ask = estimates.ask
+    first = preferred(ask, registry)
 
-    def rank(model: Model) -> tuple[bool, int, Decimal]:
+    def rank(model: Model) -> tuple[bool, int, str, Decimal]:
         estimate = estimates.of(model)
         price = estimate.expected if estimate is not None and estimates.rules.cost_aware else _ANY
-        return (model not in first, registry.provider_of(model).priority, price)
+        return (model not in first, registry.provider_of(model).priority, unsure(ask, model), price)
 
     for _, same in groupby(sorted(able, key=rank), key=rank):
         equals = list(same)
@@ -309,47 +357,153 @@ def _reason(estimates: Estimates, registry: Registry, model: Model, place: int) 
     elif ask.model in (model.id, model.name):
         why = "named by the request"
     else:
-        why = f"priority {registry.provider_of(model).priority}" + (
-            ", then price" if estimates.rules.cost_aware else ""
-        )
+        doubt = unsure(ask, model)
+        why = f"priority {registry.provider_of(model).priority}" + (f", {doubt}" if doubt else "")
+        why += ", then price" if estimates.rules.cost_aware else ""
     return why if place == 1 else f"fallback {place - 1}: {why}"
 
 
-def _refusal(dropped: Sequence[Verdict], estimates: Estimates) -> RequestRefused:
+# --- why nobody ----------------------------------------------------------------------------
+
+
+def _ruled(lined_up: LineUp, estimates: Estimates, conditions: Conditions) -> list[tuple[Model, Rule | None, Any]]:
+    """Each of the models with the first rule that drops it: a thousand of them in less than a millisecond."""
+    entrants = lined_up.entrants
+    found: list[tuple[Rule | None, Any]] | None = None
+    if len(entrants) > SHORTLIST:
+        found = lined_up.rules(estimates, *lined_up.caps(estimates), conditions)
+    if found is None:
+        found = [
+            (_first_rule(model, estimates, conditions), _least(estimates, model)) for model, _, _, _, _ in entrants
+        ]
+    models = zip(lined_up.models, lined_up.places, lined_up.left_out, strict=True)
+    return [(model, *(left_out if at < 0 else found[at])) for model, at, left_out in models]
+
+
+def _dropped(lined_up: LineUp, estimates: Estimates, conditions: Conditions) -> Iterator[_Dropped]:
+    for model, rule, detail in _ruled(lined_up, estimates, conditions):
+        if rule is not None:
+            yield model, rule, detail
+
+
+def _first_rule(model: Model, estimates: Estimates, conditions: Conditions) -> Rule | None:
+    return next((rule for rule, _ in _objections(model, estimates, conditions)), None)
+
+
+def _least(estimates: Estimates, model: Model) -> Decimal:
+    """Dollars that have to be held for a call to a model whose price is known, at the least."""
+    return estimates.priced(model, Decimal(0), model.name).worst_case
+
+
+def _detail(verdict: Verdict, estimates: Estimates) -> Any:
+    if verdict.rule == "capability":
+        lack = incapable(estimates.ask, verdict.model)
+        return None if lack is None else lack.of
+    return None if verdict.estimate is None else _least(estimates, verdict.model)
+
+
+def _refusal(
+    dropped: Sequence[_Dropped], estimates: Estimates, registry: Registry, conditions: Conditions
+) -> RequestRefused:
     ask = estimates.ask
-    if ask.pictures is not None and all(each.rule == "capability" for each in dropped):
-        breaches = ((each.why, ask.pictures.breach(each.model.vision_limits)) for each in dropped)
-        refusal = nearest(breach for why, breach in breaches if breach is not None and breach.why == why)
-        if refusal is not None:
-            return refusal
-    may_pass = [each for each in dropped if each.rule == "circuit" or (each.rule == "rate" and not _forever(each))]
-    priced = [(each.estimate.worst_case, each) for each in dropped if each.estimate and each.rule in ("cost", "budget")]
-    if priced and not may_pass and not any(each.rule == "price" for each in dropped):
-        needed, cheapest = min(priced, key=lambda each: each[0])
-        limit, limit_name = cap(ask, estimates.rules)
-        if limit is not None and needed > limit:
-            name, replies = cheapest.model.name, ask.kind == "chat"
-            return CostRefused(limit=limit, limit_name=limit_name, cheapest=name, cost=needed, replies=replies)
-        budget = next(each for each in estimates.budgets if needed > cheapest.budgets.get(each.name, needed))
-        return BudgetExceeded(
-            budget.name,
-            limit=budget.limit,
-            remaining=estimates.left(budget),
-            needed=needed,
-            period=budget.period,
-            resets=_resets(budget, needed, estimates),
+    by_rule: dict[Rule, list[_Dropped]] = {}
+    for each in dropped:
+        by_rule.setdefault(each[1], []).append(each)
+    waits = [_wait(model, conditions) for model, _, _ in by_rule.get("rate", ())]
+    soon = [wait for wait in waits if not math.isinf(wait)]
+    of_money = [*by_rule.get("cost", ()), *by_rule.get("budget", ())]
+    if not soon and "circuit" not in by_rule and of_money and "price" not in by_rule:
+        # Of equals the first that was considered.
+        return _too_dear(min((each for each in dropped if each[1] in ("cost", "budget")), key=_costs)[0], estimates)
+    reasons = [(model.name, _why(model, rule, estimates, conditions)) for model, rule, _ in dropped[:MOST_REASONS]]
+    more = len(dropped) - len(reasons)
+    if soon or (waits and "circuit" not in by_rule and not of_money):
+        return LimitsReached(
+            str(ask), reasons, more=more, retryable=bool(soon), retry_after_seconds=min(soon, default=None)
         )
-    waits = [each.throttled_seconds for each in may_pass if each.rule == "rate"]
-    return NoCandidate(
-        str(ask),
-        [(each.model.name, each.why) for each in dropped],
-        retryable=bool(may_pass),
-        retry_after_seconds=min(waits, default=None),
+    if "circuit" in by_rule or of_money:
+        return NoCandidate(str(ask), reasons, more=more, retryable="circuit" in by_rule)
+    if too_small := by_rule.get("context"):
+        widest = max((model for model, _, _ in too_small), key=lambda model: model.context_window or 0)
+        estimate = estimates.of(widest)
+        return PromptTooLong(
+            str(ask),
+            reasons,
+            more=more,
+            field="messages" if ask.kind == "chat" else "input",
+            needs=0 if estimate is None else estimate.context_tokens,
+            model=widest.name,
+            takes=widest.context_window or 0,
+        )
+    if "price" not in by_rule and (dropped or ask.kind == "embedding"):
+        return _not_capable(dropped, reasons, more, ask, registry)
+    return NoCandidate(str(ask), reasons, more=more)
+
+
+def _costs(dropped: _Dropped) -> Any:
+    return dropped[2]
+
+
+def _why(model: Model, rule: Rule, estimates: Estimates, conditions: Conditions) -> str:
+    return next((why for found, why in _objections(model, estimates, conditions) if found == rule), "")
+
+
+def _wait(model: Model, conditions: Conditions) -> float:
+    return conditions.throttled.get(model.provider_id, 0.0)
+
+
+def _too_dear(model: Model, estimates: Estimates) -> RequestRefused:
+    """The refusal where nothing but money keeps this model, the cheapest, from serving."""
+    ask, needed, scope = estimates.ask, _least(estimates, model), estimates.ask.scope(model)
+    limit, limit_name = cap(ask, estimates.rules)
+    if limit is not None and needed > limit:
+        name, replies = model.name, ask.kind == "chat"
+        return CostRefused(limit=limit, limit_name=limit_name, cheapest=name, cost=needed, replies=replies)
+    budget = next(each for each in estimates.budgets if each.covers(scope) and needed > estimates.left(each))
+    return BudgetExceeded(
+        budget.name,
+        limit=budget.limit,
+        remaining=estimates.left(budget),
+        needed=needed,
+        period=budget.period,
+        resets=_resets(budget, needed, estimates),
     )
 
 
-def _forever(verdict: Verdict) -> bool:
-    return math.isinf(verdict.throttled_seconds)
+def _not_capable(
+    dropped: Sequence[_Dropped], reasons: Sequence[tuple[str, str]], more: int, ask: Ask, registry: Registry
+) -> RequestRefused:
+    """The refusal where no model that was asked for can do it, or the key may use none that can."""
+    lacking = {lack: model for model, _, lack in reversed(dropped)}
+    if (model := lacking.get("key")) is not None and ask.allowed is not None and ask.key is not None:
+        models, tasks = ask.allowed
+        return KeyNotAllowed(ask.key, model.name, [*sorted(models), *sorted(tasks)])
+    if "limits" in lacking and ask.pictures is not None:
+        limits = dict.fromkeys(model.vision_limits for model, _, lack in dropped if lack == "limits")
+        breaches = (ask.pictures.breach(each) for each in limits)
+        refusal = nearest(breach for breach in breaches if breach is not None)
+        if refusal is not None:
+            return refusal
+    if ask.kind == "embedding":
+        if ask.model in (None, "auto", *TASKS):
+            return NoCandidate(str(ask), reasons, more=more)
+        reasons = [
+            (each.name, f"it does not embed: its task is {', '.join(each.tasks)}") for each in registry.named(ask.model)
+        ]
+        able = [model.id for model in registry.for_task("embedding")]
+        return NotCapable(str(ask), reasons, able=[*dict.fromkeys(able)][:SHORTLIST])
+    field = "model"
+    if "audio" in lacking:
+        field = "messages"
+    elif "tools" in lacking:
+        field = ask.tools or "tools"
+    elif "images" in lacking:
+        field = "require_vision" if ask.pictures is None else ask.pictures.each[0].field
+    elif ask.model is None and ask.task is not None:
+        field = "task"
+    anybody = ask._replace(model=None, task=None, preferred_model=None)
+    able = [entrant.model.id for entrant in line_up(anybody, registry).entrants[: 2 * SHORTLIST]]
+    return NotCapable(str(ask), reasons, more=more, field=field, able=[*dict.fromkeys(able)][:SHORTLIST])
 
 
 def _resets(budget: Budget, needed: Decimal, estimates: Estimates) -> str | None:

@@ -101,7 +101,7 @@ class Runtime:
 
     async def explain(self, request: ChatRequest | EmbedRequest) -> Explanation:
         """Say of every model that a request may mean where it stands, or which rule drops it, calling nobody."""
-        return self.money.explain_choice(await self.money.estimate_cost(request))
+        return await self.money.explain_choice(request, await self.money.estimate_cost(request))
 
     # --- the steps, in this process: `flows/` fills the same lines with Prefect tasks -------
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
-from sekha.errors import InvalidRequest, NoCandidate, ProviderError
+from sekha.errors import InvalidRequest, KeyNotAllowed, NoCandidate, ProviderError
 from sekha.pricing import Usage
 from sekha.vectors.base import Collection, Filter, Hit, Scalar, TextHit
 
@@ -192,12 +192,12 @@ async def search(request: SearchRequest, steps: SearchSteps) -> Found:
     first, *others = asked.questions
     if not others:
         return await steps.merge(request, asked, [await _answer(request, first, steps)])
-    failures: dict[str, ProviderError | NoCandidate] = {}
+    failures: dict[str, ProviderError | NoCandidate | KeyNotAllowed] = {}
 
     async def one(question: Question) -> Answer | LeftOut:
         try:
             return await _answer(request, question, steps)
-        except (ProviderError, NoCandidate) as error:
+        except (ProviderError, NoCandidate, KeyNotAllowed) as error:
             failures[question.index.name] = error
             attempts = error.attempts if isinstance(error, ProviderError) else ()
             return LeftOut(question.index.name, error.message, attempts)

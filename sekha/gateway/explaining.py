@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import orjson
@@ -39,7 +40,7 @@ async def route(serving: Serving, x: Exchange) -> None:
     request = _asked(given, EVERYBODY if key is None else Pass(key.name, key.allowed))
     money = serving.runtime.money
     estimates = await money.estimate_cost(request)
-    explained = money.explain_choice(_as_large_as(context_size, estimates))
+    explained = await money.explain_choice(request, estimates, resized=partial(_as_large_as, context_size))
     registry = serving.resources.registry
     candidates = [_candidate(each, registry) for each in explained.verdicts]
     if not explained.kept:

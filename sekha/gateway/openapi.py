@@ -20,14 +20,17 @@ __all__ = ["CODES", "document"]
 Json: TypeAlias = dict[str, Any]
 
 CODES: Mapping[int, tuple[str, ...]] = {
-    400: ("invalid_request", "provider_rejected", "content_refused", "context_exceeded", "document_refused"),
+    400: (
+        *("invalid_request", "model_not_capable", "context_length_exceeded", "document_refused"),
+        *("provider_rejected", "content_refused", "context_exceeded"),
+    ),
     401: ("invalid_api_key",),
     402: ("cost_refused", "budget_exceeded"),
     403: ("key_not_allowed", "operators_only"),
     404: ("model_not_found", "collection_missing", "not_found"),
     408: ("request_timeout",),
     413: ("request_too_large", "too_many_tokens"),
-    429: ("rate_limit_exceeded", "rate_limited"),
+    429: ("rate_limit_exceeded", "rate_limited", "limits_reached"),
     500: (
         *("config_invalid", "space_mismatch", "store_error", "collection_conflict", "vector_refused"),
         *("ledger_error", "error"),
@@ -299,8 +302,8 @@ _CANDIDATE = _object(
                 "tasks": _list(_TEXT),
                 "context_window": _or_null(_COUNT),
                 "vision": _FLAG,
-                "audio": _FLAG,
-                "function_calling": _FLAG,
+                "audio": _says(_or_null(_FLAG), "Null where nobody says."),
+                "function_calling": _says(_or_null(_FLAG), "Null where nobody says."),
             }
         ),
         "priority": {"type": "integer"},
@@ -412,8 +415,8 @@ _SCHEMAS: dict[str, Json] = {
             "context_window": _or_null(_COUNT),
             "dimension": _or_null(_COUNT),
             "supports_vision": _FLAG,
-            "supports_audio": _FLAG,
-            "supports_function_calling": _FLAG,
+            "supports_audio": _says(_or_null(_FLAG), "Null where nobody says."),
+            "supports_function_calling": _says(_or_null(_FLAG), "Null where nobody says."),
         },
         optional=("task",),
     ),

@@ -15,9 +15,12 @@ from sekha.errors import (
     CostRefused,
     KeyLimited,
     KeyNotAllowed,
+    LimitsReached,
     NoCandidate,
     NoSuchPage,
+    NotCapable,
     OperatorsOnly,
+    PromptTooLong,
     ProviderError,
     ProviderRejected,
     ProviderTimeout,
@@ -51,6 +54,9 @@ _STATUS: Mapping[type[SekhaError], int] = {
     CostRefused: 402,
     BudgetExceeded: 402,
     NoCandidate: 503,
+    NotCapable: 400,
+    PromptTooLong: 400,
+    LimitsReached: 429,
     ProviderError: 502,
     ProviderUnavailable: 503,
     ProviderTimeout: 504,
@@ -91,7 +97,11 @@ def problem(error: SekhaError) -> dict[str, object]:
     }
     match error:
         case CostRefused():
-            said["cheapest"] = {"model": error.cheapest, "estimated_cost": float(error.cost)}
+            said["cheapest"] = {
+                "model": error.cheapest,
+                "estimated_cost": float(error.cost),
+                "within_limit": error.fits,
+            }
             said["limit"] = float(error.limit)
         case BudgetExceeded():
             said["budget"] = error.budget
@@ -99,6 +109,7 @@ def problem(error: SekhaError) -> dict[str, object]:
             said["resets"] = error.resets
         case NoCandidate():
             said["reasons"] = [{"model": model, "why": why} for model, why in error.reasons]
+            said["more_reasons"] = error.more
         case ProviderError():
             said["provider_id"] = error.provider_id
             said["model_id"] = error.model_id

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
@@ -14,12 +15,12 @@ from sekha.asks import Ask, Estimates, Size
 from sekha.bill import note_charged
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import LedgerError, NoCandidate
+from sekha.errors import CostRefused, LedgerError, NoCandidate
 from sekha.ledger import Budget, Hold, Scope, Spend, remaining
 from sekha.lineup import REMEMBERED, LineUp, line_up
 from sekha.registry import Model
 from sekha.resources import Resources
-from sekha.routing import Explanation, Plan, explain, plan
+from sekha.routing import Explanation, Plan, cheapest, considered, explain, plan
 from sekha.steps.counting import Counters
 from sekha.tokens import TokenizerName
 from sekha.vision import are_heavy
@@ -105,7 +106,7 @@ class Money:
 
     async def select_provider(
         self,
-        request: ChatRequest | EmbedRequest,  # noqa: ARG002 - what of it decides is in the estimates
+        request: ChatRequest | EmbedRequest,
         estimates: Estimates,
     ) -> Plan:
         """Choose who is asked, in which order."""
@@ -113,8 +114,11 @@ class Money:
             return plan(estimates, self._open.registry, self._open.conditions(estimates))
         except NoCandidate as error:
             if error.retryable and error.retry_after_seconds is None and self._open.circuits is not None:
-                error.retry_after_seconds = self._open.circuits.soonest(name for name, _ in error.reasons)
+                names = (model.name for model in considered(estimates.ask, self._open.registry))
+                error.retry_after_seconds = self._open.circuits.soonest(names)
             raise
+        except CostRefused as error:
+            raise await self._with_alternative(request, error) from None
 
     def known(self, ask: Ask) -> Known | None:
         """What all asks like this one have in common; None before the first of them was estimated."""
@@ -129,9 +133,43 @@ class Money:
         counter = self._counters.of_words[model.id]
         return self._counters.tokenizer(counter.name), counter.exact
 
-    def explain_choice(self, estimates: Estimates) -> Explanation:
-        """Say who would be asked and why, and which rule drops each of the others."""
-        return explain(estimates, self._open.registry, self._open.conditions(estimates))
+    async def explain_choice(
+        self,
+        request: ChatRequest | EmbedRequest,
+        estimates: Estimates,
+        *,
+        resized: Callable[[Estimates], Estimates] = lambda estimates: estimates,
+    ) -> Explanation:
+        """Say who would be asked and why, and which rule drops each of the others; of a request `resized` so."""
+        estimates = resized(estimates)
+        explained = explain(estimates, self._open.registry, self._open.conditions(estimates))
+        if isinstance(explained.refusal, CostRefused):
+            return replace(explained, refusal=await self._with_alternative(request, explained.refusal, resized))
+        return explained
+
+    async def _with_alternative(
+        self,
+        request: ChatRequest | EmbedRequest,
+        refused: CostRefused,
+        resized: Callable[[Estimates], Estimates] = lambda estimates: estimates,
+    ) -> CostRefused:
+        """The same refusal, with the cheapest of all models that could serve it, whichever were asked for."""
+        if not isinstance(request, ChatRequest) or (request.model in (None, "auto") and request.task is None):
+            return refused  # that is the cheapest, since vectors of another model would be other vectors
+        anybody = replace(request, model=None, task=None, preferred_model=None)
+        estimates = resized(await self.estimate_cost(anybody))
+        found = cheapest(estimates, self._open.registry, self._open.conditions(estimates))
+        if found is None or found[0].name == refused.cheapest:
+            return refused
+        return CostRefused(
+            limit=refused.limit,
+            limit_name=refused.limit_name,
+            cheapest=found[0].name,
+            cost=found[1],
+            replies=refused.replies,
+            refused=refused.cheapest,
+            refused_cost=refused.cost,
+        )
 
     async def reserve_budget(self, chosen: Plan) -> Hold:
         """Hold the worst case against every budget that the calls may count against."""

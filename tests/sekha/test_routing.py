@@ -14,7 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekha.errors import BudgetExceeded, CostRefused, NoCandidate, RequestRefused, UnknownModel
+from sekha.asks import Allowed
+from sekha.errors import (
+    BudgetExceeded,
+    CostRefused,
+    KeyNotAllowed,
+    LimitsReached,
+    NoCandidate,
+    NotCapable,
+    PromptTooLong,
+    RequestRefused,
+    UnknownModel,
+)
 from sekha.ledger import Budget
 from sekha.lineup import FORMS, REMEMBERED
 from sekha.pricing import FREE, Price
@@ -30,6 +41,7 @@ from sekha.routing import (
     Rules,
     Size,
     cap,
+    cheapest,
     considered,
     explain,
     plan,
@@ -233,6 +245,28 @@ def test_an_embedding_model_is_never_chatted_with(name: str) -> None:
         route(Ask(kind="chat", model=name), registry(model("a/e", "embedding", dimension=8)))
 
 
+@pytest.mark.parametrize(
+    ("ask", "rest"),
+    [(Ask(kind="chat", tools="tools"), {"function_calling": False}), (Ask(kind="chat", audio=True), {"audio": False})],
+)
+def test_a_model_that_is_said_not_to_call_tools_or_hear_is_not_asked_to(ask: Ask, rest: dict[str, bool]) -> None:
+    able = dict.fromkeys(rest, True)
+    known = registry(model("cheap/m", **rest), model("dear/m", **able), model("unsure/m"))
+
+    made = route(ask, known, cheap="1", dear="3", unsure="2")
+
+    assert order(made) == ["dear/m", "unsure/m"]
+    assert "not known to" in made.candidates[1].reason
+    assert why_not(ask, known, cheap="1", dear="3", unsure="2") == [("cheap/m", "capability")]
+    assert order(route(CHAT, known, cheap="1", dear="3", unsure="2")) == ["cheap/m", "unsure/m", "dear/m"]
+
+
+def test_who_is_only_not_known_to_call_tools_keeps_its_priority() -> None:
+    known = registry(model("local/m"), model("far/m", function_calling=True), priority={"local": 1})
+
+    assert order(route(Ask(kind="chat", tools="tools"), known)) == ["local/m", "far/m"]
+
+
 def test_what_does_not_fit_the_context_window_is_dropped() -> None:
     known = registry(model("a/m", context_window=TOKENS - 1), model("b/m", context_window=TOKENS))
 
@@ -258,7 +292,7 @@ def test_a_throttled_provider_is_passed_by_and_when_all_are_the_shortest_wait_is
     known = registry(model("a/m"), model("b/m"))
 
     assert order(route(CHAT, known, Conditions(throttled={"a": 2.5}))) == ["b/m"]
-    with pytest.raises(NoCandidate, match="reached for the next 3 s") as caught:
+    with pytest.raises(LimitsReached, match="reached for the next 3 s") as caught:
         route(CHAT, known, Conditions(throttled={"a": 2.5, "b": 7}))
     assert caught.value.retryable
     assert caught.value.retry_after_seconds == 2.5
@@ -284,7 +318,7 @@ def test_where_only_models_that_are_left_alone_could_serve_they_are_asked_when_t
 
 
 def test_a_request_that_no_rate_limit_ever_lets_pass_is_not_tried_again() -> None:
-    with pytest.raises(NoCandidate, match="never let as many tokens pass") as caught:
+    with pytest.raises(LimitsReached, match="never let as many tokens pass") as caught:
         route(CHAT, registry(model("a/m")), Conditions(throttled={"a": math.inf}))
 
     assert not caught.value.retryable
@@ -310,6 +344,93 @@ def test_a_plan_names_a_handful_and_the_explanation_all() -> None:
 
     assert order(route(CHAT, known)) == [f"p{number}/m" for number in range(SHORTLIST)]
     assert why_not(CHAT, known) == [(f"p{SHORTLIST}/m", "fallback"), (f"p{SHORTLIST + 1}/m", "fallback")]
+
+
+# --- who has to change what, when nobody can be asked ---------------------------------------
+
+
+def refused(ask: Ask, known: Registry, conditions: Conditions = ANYTIME, **given_: Any) -> Any:
+    with pytest.raises(RequestRefused) as caught:
+        route(ask, known, conditions, **given_)
+    return caught.value
+
+
+def test_a_prompt_that_fits_no_window_is_told_by_how_much_it_is_too_long() -> None:
+    narrow = [model("a/m", context_window=TOKENS - 60), model("b/m", context_window=TOKENS - 10)]
+
+    error = refused(CHAT, registry(*narrow))
+
+    assert isinstance(error, PromptTooLong)
+    assert (error.code, error.field) == ("context_length_exceeded", "messages")
+    assert (error.needs, error.model, error.takes) == (TOKENS, "b/m", TOKENS - 10)
+
+
+def test_a_prompt_that_fits_where_somebody_is_shut_is_to_be_sent_again() -> None:
+    known = registry(model("a/m", context_window=TOKENS - 1), model("b/m"))
+
+    error = refused(CHAT, known, Conditions(open_circuits=frozenset({"b/m"})))
+
+    assert type(error) is NoCandidate
+    assert error.retryable
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (Ask(kind="chat", model="m", vision=True), "require_vision"),
+        (Ask(kind="chat", model="m", tools="functions"), "functions"),
+        (Ask(kind="chat", model="m", audio=True), "messages"),
+        (Ask(kind="chat", model="e"), "model"),
+        (Ask(kind="chat", task="embedding"), "task"),
+        (Ask(kind="embedding", model="m"), "model"),
+    ],
+)
+def test_what_no_model_that_was_asked_for_can_do_is_told_by_its_field(ask: Ask, field: str) -> None:
+    known = registry(
+        model("a/m", function_calling=False, audio=False),
+        model("a/all", vision=True, function_calling=True, audio=True),
+        model("a/e", "embedding", dimension=8),
+    )
+
+    error = refused(ask, known)
+
+    assert isinstance(error, NotCapable)
+    assert error.field == field
+    assert error.reasons
+    assert error.able == (
+        ("e",) if ask.kind == "embedding" else ("m", "all") if field in ("model", "task") else ("all",)
+    )
+
+
+def test_a_key_that_may_use_nobody_who_could_serve_is_told_so() -> None:
+    known = registry(model("a/blind"), model("a/eyes", vision=True))
+    ask = Ask(kind="chat", vision=True, key="research", allowed=Allowed(models=frozenset({"blind"})))
+
+    error = refused(ask, known)
+
+    assert isinstance(error, KeyNotAllowed)
+    assert str(error).startswith("Key 'research' may not use 'a/eyes', but blind: ")
+
+
+def test_a_thousand_that_are_dropped_are_not_all_listed() -> None:
+    error = refused(CHAT, registry(*(model(f"p{number}/m", price=None) for number in range(100))))
+
+    assert (len(error.reasons), error.more) == (20, 80)
+    assert "; and 95 more. " in str(error)
+
+
+def test_the_cheapest_of_all_may_serve_what_those_that_were_asked_for_may_not() -> None:
+    known = registry(model("a/m"), model("b/m"), model("c/m", context_window=TOKENS - 1), model("d/m"))
+    known = costing(known, {"a": "3", "b": "2", "c": "0.1", "d": "1"})
+    ask = Ask(kind="chat", max_cost=Decimal(5))
+
+    found = cheapest(estimates(ask, known.models), known, Conditions(open_circuits=frozenset({"d/m"})))
+    none_fits = cheapest(estimates(ask._replace(max_cost=Decimal(1)), known.models), known)
+
+    assert found is not None
+    assert (found[0].name, found[1]) == ("b/m", Decimal(4))
+    assert none_fits is not None
+    assert (none_fits[0].name, none_fits[1]) == ("d/m", Decimal(2))
 
 
 # --- equals --------------------------------------------------------------------------------
@@ -533,6 +654,8 @@ def models(draw: st.DrawFn, name: str) -> Model:
         tasks=of_tasks,
         dimension=draw(st.sampled_from([4, 8])) if "embedding" in of_tasks else None,
         vision=draw(st.booleans()),
+        audio=draw(st.sampled_from([None, True, False])),
+        function_calling=draw(st.sampled_from([None, True, False])),
         context_window=draw(st.none() | st.integers(1, 600)),
         max_output_tokens=draw(st.none() | st.sampled_from([1, 100, 1000])),
         weight=draw(st.integers(1, 3)),
@@ -549,7 +672,16 @@ def registries(draw: st.DrawFn) -> Registry:
     return registry(*found, priority={each.provider_id: draw(st.integers(1, 2)) for each in found})
 
 
-anybody = st.builds(Ask, kind=st.just("chat"), vision=st.booleans(), pictures=st.none(), max_cost=st.none() | tiny)
+anybody = st.builds(
+    Ask,
+    kind=st.just("chat"),
+    vision=st.booleans(),
+    pictures=st.none(),
+    max_cost=st.none() | tiny,
+    allowed=st.none(),
+    tools=st.none() | st.just("tools"),
+    audio=st.booleans(),
+)
 asks = anybody | st.builds(
     Ask,
     kind=st.sampled_from(["chat", "chat", "embedding"]),
@@ -562,7 +694,10 @@ asks = anybody | st.builds(
     priced_apart=st.none() | st.just("service_tier"),
     bulk=st.booleans(),
     key=st.sampled_from([None, "k"]),
+    allowed=st.none() | st.just(Allowed(models=frozenset({"m", "a/n"}))),
     tags=st.frozensets(st.just("t")),
+    tools=st.none() | st.none() | st.just("tools"),
+    audio=st.sampled_from([False, False, True]),
 )
 rules = st.builds(
     Rules,
@@ -641,6 +776,7 @@ def test_the_quick_choice_is_the_one_that_is_explained(decision: tuple[Estimates
     explained = explain(made, known, conditions)
     if isinstance(quick, RequestRefused):
         assert explained.kept == ()
+        assert type(quick) is type(explained.refusal)
         assert str(quick) == str(explained.refusal)
         return
     assert explained.refusal is None

@@ -260,8 +260,10 @@ async def test_a_blind_model_is_not_asked_about_an_image(gateway: Opens) -> None
     async with StandIn() as standin, gateway(standin) as served:
         response = await served.http.post("/v1/chat/completions", json={"model": "chat", "messages": seen})
 
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "no_candidate"
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_capable", "messages[0].content[0].image_url")
+    assert "Ask for one that can: eyes." in error["message"]
     assert response.headers["x-should-retry"] == "false"
     assert not standin.requests
 

@@ -161,7 +161,7 @@ async def test_where_there_is_no_other_the_next_request_waits_what_is_left_and_a
         standin.fail(429, retry_after=1)
         started = time.perf_counter()
         first = asyncio.create_task(served.chat(model="first/chat"))
-        await wait_until(lambda: served.serving.resources.pauses.now())
+        await wait_until(served.serving.resources.pauses.now)
         second = await served.chat(model="first/chat")
         seconds = time.perf_counter() - started
         await first

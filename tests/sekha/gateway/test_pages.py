@@ -65,7 +65,7 @@ async def test_an_unknown_task_is_refused_with_those_that_there_are(gateway: Ope
     ("asked", "code"),
     [
         ({"task": "audio"}, "no_candidate"),
-        ({"task": "chat_small", "require_vision": True}, "no_candidate"),
+        ({"task": "chat_small", "require_vision": True}, "model_not_capable"),
         ({"task": "chat_small", "max_cost": 0}, "cost_refused"),
         ({"task": "chat_small", "context_size": 10_000_000}, "budget_exceeded"),
     ],

@@ -38,6 +38,9 @@ STATUS = {
     "InvalidRequest": 400,
     "UnknownModel": 404,
     "NoCandidate": 503,
+    "NotCapable": 400,
+    "PromptTooLong": 400,
+    "LimitsReached": 429,
     "CostRefused": 402,
     "BudgetExceeded": 402,
     "DocumentRefused": 400,
@@ -109,6 +112,8 @@ def _example(kind: type[SekhaError]) -> SekhaError:
     }
     if kind is errors.IngestIncomplete:
         return kind.__new__(kind)
+    if kind is errors.PromptTooLong:
+        values |= {"needs": 9, "takes": 8}
     if kind is KeyLimited:
         values["limit"] = "60 requests a minute"
     if kind.__init__ is Exception.__init__:
@@ -179,7 +184,11 @@ def test_what_is_known_besides_is_said_in_fields() -> None:
     failed = StreamBroken(provider_id="first", model_id="chat")
     failed.attempts = (Attempt(provider_id="first", model_id="chat", seconds=0.123456, error="stream_broken"),)
 
-    assert _said(refused)["cheapest"] == {"model": "first/chat", "estimated_cost": 2.0}
+    assert _said(refused)["cheapest"] == {
+        "model": "first/chat",
+        "estimated_cost": 2.0,
+        "within_limit": False,
+    }
     assert (_said(spent)["budget"], _said(spent)["resets"]) == ("all", "2026-11-24T00:00Z")
     assert _said(nobody)["reasons"] == [{"model": "first/chat", "why": "its circuit is open"}]
     assert _said(problem(failed))["attempts"] == [
