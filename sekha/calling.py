@@ -10,12 +10,11 @@ from itertools import count
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sekha.errors import CircuitOpen, ProviderError, ProviderTimeout, RateLimited
-from sekha.pauses import Pauses
 from sekha.registry import Model
 from sekha.routing import Candidate
 from sekha.values import value
 
-__all__ = ["Answered", "Attempt", "Clock", "Gate", "Retries", "call_in_turn"]
+__all__ = ["Answered", "Attempt", "Clock", "Gate", "Retries", "Waits", "call_in_turn"]
 
 T = TypeVar("T")
 log = logging.getLogger("sekha.calling")
@@ -93,6 +92,18 @@ class Gate(Protocol):
         ...
 
 
+class Waits(Protocol):
+    """The pauses that providers asked for, as far as calling needs them. A name is `provider/model`."""
+
+    def note(self, name: str, seconds: float) -> None:
+        """Leave a model alone for so long."""
+        ...
+
+    def wait(self, name: str) -> float:
+        """Seconds for which this one is still to be left alone; 0 for none."""
+        ...
+
+
 async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     candidates: Sequence[Candidate],
     call: Callable[[Candidate, float], Awaitable[T]],
@@ -101,7 +112,7 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     clock: Clock,
     deadline_seconds: float,
     circuits: Gate | None = None,
-    pauses: Pauses | None = None,
+    pauses: Waits | None = None,
     whole: bool = True,
     began_at: float | None = None,
 ) -> Answered[T]:
@@ -169,7 +180,7 @@ class _Failed:
     """The calls of a request that failed so far: which error to end with, and who may be asked again and when."""
 
     def __init__(
-        self, retries: Retries, clock: Clock, circuits: Gate | None, pauses: Pauses | None, ends_at: float
+        self, retries: Retries, clock: Clock, circuits: Gate | None, pauses: Waits | None, ends_at: float
     ) -> None:
         self.attempts: tuple[Attempt, ...] = ()
         self._retries = retries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeAlias
@@ -46,7 +46,7 @@ class SharedCircuits:
             return self._database.write(partial(self._make_and, work), durable=False)
         return self._database.read(work)
 
-    def known(self) -> Future[dict[str, Circuit]]:
+    def known(self) -> Future[Mapping[str, Circuit]]:
         """Read every circuit, and write nothing: a `LedgerError` where no gateway ever made the table."""
         return self._database.read(_known)
 
@@ -78,7 +78,7 @@ def _exchange(transaction: Transaction, *, steps: tuple[tuple[str, Step], ...], 
     return {**told, **changed}, max([since, *(row[0] for row in rows)])
 
 
-def _known(transaction: Transaction) -> dict[str, Circuit]:
+def _known(transaction: Transaction) -> Mapping[str, Circuit]:
     rows = transaction.rows(f"SELECT {_COLUMNS} FROM sekha_circuits")  # noqa: S608
     return {row[0]: _circuit(row[1:]) for row in rows}
 

@@ -275,8 +275,10 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         query_prefix=next((entry.query_prefix for entry in same if entry.query_prefix), ""),
         document_prefix=next((entry.document_prefix for entry in same if entry.document_prefix), ""),
         vision="vision" in tasks or any(entry.supports_vision for entry in same),
-        audio="audio" in tasks or _said((entry.supports_audio for entry in same), known and known.audio),
-        function_calling=_said((entry.supports_function_calling for entry in same), known and known.function_calling),
+        audio="audio" in tasks or _said((entry.supports_audio for entry in same), known.audio if known else None),
+        function_calling=_said(
+            (entry.supports_function_calling for entry in same), known.function_calling if known else None
+        ),
         vision_limits=_vision_limits(sees, schemes_of(section.provider_type, first.model_id)),
         weight=max(entry.weight for entry in same),
         price=price_of(

@@ -485,7 +485,7 @@ def _not_capable(
         if refusal is not None:
             return refusal
     if ask.kind == "embedding":
-        if ask.model in (None, "auto", *TASKS):
+        if ask.model is None or ask.model in ("auto", *TASKS):
             return NoCandidate(str(ask), reasons, more=more)
         reasons = [
             (each.name, f"it does not embed: its task is {', '.join(each.tasks)}") for each in registry.named(ask.model)

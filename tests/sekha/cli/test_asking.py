@@ -4,6 +4,11 @@ import base64
 
 import pytest
 
+from sekha.breaker import BreakerRules
+from sekha.circuits import Circuits
+from sekha.circuits_shared import SharedCircuits
+from sekha.errors import ProviderUnavailable
+from sekha.ledgers import open_database
 from sekha.testing import StandIn
 
 PNG = base64.b64decode(
@@ -190,3 +195,26 @@ async def test_a_flow_run_on_a_server_that_is_gone_says_so(sekha):
 
     assert ended.code == 7
     assert "http://127.0.0.1:9/api" in ended.err
+
+
+async def test_a_route_knows_the_circuits_that_a_gateway_on_this_ledger_opened(sekha):
+    async with StandIn() as first, StandIn() as second:
+        sekha.write("sekha.yaml", two_providers(first, second))
+        before = await sekha("route", "hi", "--json")
+        await opened_circuit("first/gpt-4o-mini", f"sqlite:///{sekha.folder}/.sekha/ledger.db")
+        after = await sekha("route", "hi", "--json")
+
+    assert [each["model"] for each in before.json["candidates"]] == ["first/gpt-4o-mini", "second/gpt-4o-mini"]
+    assert [each["model"] for each in after.json["candidates"]] == ["second/gpt-4o-mini"]
+    [dropped] = after.json["dropped"]
+    assert (dropped["model"], dropped["rule"], dropped["circuit"]) == ("first/gpt-4o-mini", "circuit", "open")
+
+
+async def opened_circuit(name: str, ledger: str) -> None:
+    """Have a model fail at a gateway until its circuit opens, and tell the others."""
+    database = open_database(ledger)
+    circuits = Circuits(BreakerRules(failure_threshold=1), shared=SharedCircuits(database))
+    await circuits.start()
+    circuits.note(name, ProviderUnavailable(provider_id=name.partition("/")[0]))
+    await circuits.aclose()
+    database.close()

@@ -389,3 +389,68 @@ async def test_costs_are_reported_by_provider_and_tag(gateway: Opens) -> None:
 
     assert [(line["group"], line["calls"]) for line in by_provider["costs"]] == [("first", 2)]
     assert ("team:search", 1) in [(line["group"], line["calls"]) for line in by_tag["costs"]]
+
+
+# --- whose move it is when nobody can be asked ------------------------------------------------
+
+
+async def test_a_history_that_fits_no_window_is_refused_as_openai_refuses_it(gateway: Opens) -> None:
+    async with StandIn() as standin:
+        config = config_for(standin).replace("- model_id: chat\n", "- model_id: chat\n        context_window: 20\n")
+        async with gateway(config=config) as served:
+            response = await served.chat("word " * 30, model="chat")
+            route = await served.http.post(
+                "/api/v1/route", json={"model": "chat", "messages": [{"role": "user", "content": "word " * 30}]}
+            )
+
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "maximum context length is 20 tokens, of 'first/chat'" in error["message"]
+    assert route.json()["error"] == error
+    assert not standin.requests
+
+
+async def test_tools_do_not_go_to_a_model_that_is_said_not_to_call_them(gateway: Opens) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    async with StandIn() as one, StandIn() as two:
+        config = config_for(one, two).replace("- model_id: chat\n", "- model_id: chat\n        SAID\n")
+        config = config.replace("SAID", "supports_function_calling: false", 1)
+        config = config.replace("SAID", "supports_function_calling: true", 1)
+        async with gateway(config=config) as served:
+            answer = await served.chat(model="chat", tools=tools)
+            nobody = await served.chat(model="first/chat", tools=tools)
+
+    assert answer.headers["x-sekha-provider"] == "second"
+    assert nobody.status_code == 400
+    assert (nobody.json()["error"]["code"], nobody.json()["error"]["param"]) == ("model_not_capable", "tools")
+    assert not one.requests
+
+
+async def test_what_is_too_dear_at_the_model_that_was_named_is_offered_at_the_cheapest(gateway: Opens) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
+        refused = (await served.chat(model="second/chat", max_tokens=10, max_cost=0.035)).json()["error"]
+        route = (
+            await served.http.post("/api/v1/route", json={"model": "second/chat", "max_tokens": 10, "max_cost": 0.035})
+        ).json()["error"]
+        both = (await served.chat(model="second/chat", max_tokens=10, max_cost=0.001)).json()["error"]
+
+    assert (refused["code"], refused["cheapest"]["model"]) == ("cost_refused", "first/chat")
+    assert refused["cheapest"]["within_limit"] is True
+    assert refused["cheapest"]["estimated_cost"] <= 0.035
+    assert "'first/chat' would do for" in refused["message"]
+    assert route["cheapest"]["model"] == "first/chat"
+    assert both["cheapest"]["within_limit"] is False
+    assert "which is above it too" in both["message"]
+
+
+async def test_where_every_providers_limits_are_reached_the_caller_is_told_when_to_come_back(gateway: Opens) -> None:
+    async with StandIn() as standin:
+        config = config_for(standin).replace("  priority: 1", "  priority: 1\n    limits: {requests_per_minute: 1}")
+        async with gateway(config=config) as served:
+            first, second = await served.chat(model="chat"), await served.chat(model="chat")
+
+    assert first.status_code == 200
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "limits_reached")
+    assert 1 <= int(second.headers["retry-after"]) <= 61
+    assert second.headers["x-should-retry"] == "true"
