@@ -245,7 +245,7 @@ async def test_it_is_ready_for_as_long_as_requests_are_answered_without_the_ledg
                 await wait_until(lambda: ledger.is_too_far_behind)
                 too_long = await statuses()
                 blocking.execute("rollback")
-            await wait_until(lambda: not ledger.is_too_far_behind)
+            await wait_until(lambda: ledger.away is None)
             now += 10
             again = (await http.get("/health/ready")).status_code
         await serving.aclose()
