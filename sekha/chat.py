@@ -22,6 +22,7 @@ from sekha.values import value
 from sekha.vision import Pictures, pictures_in
 
 __all__ = [
+    "MOST_TOKENS",
     "REPLY_LIMITS",
     "ChatRequest",
     "ChatSteps",
@@ -37,6 +38,8 @@ __all__ = [
 
 REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
 """OpenAI's two names for the longest reply, the old and the new."""
+MOST_TOKENS = 10**9
+"""That a reply may be limited to, or replies asked for: more than any model says, and few enough to be multiplied."""
 ORDINARY_TIERS = (None, "auto", "default", "flex", "standard_only")
 """Service tiers that cost no more than the price map says."""
 ORDINARY_TTLS = (None, "5m")
@@ -256,8 +259,8 @@ def _is_heard(file: object) -> bool:
 
 
 def _check_count(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 or more.", field=name)
+    if type(value) is not int or not 1 <= value <= MOST_TOKENS:
+        raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 to {MOST_TOKENS:,}.", field=name)
 
 
 def with_reply_limit(given: Mapping[str, Any], limit: int | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeGuard
 import orjson
 
 from sekha.asks import Ask
-from sekha.chat import REPLY_LIMITS
+from sekha.chat import MOST_TOKENS, REPLY_LIMITS
 from sekha.errors import SekhaError
 from sekha.gateway.begun import BegunAnswer, BegunStream
 from sekha.gateway.begun_embeddings import BegunEmbedding
@@ -95,7 +95,7 @@ class Shortcut:
         requested: int | None = None
         for name in REPLY_LIMITS:
             if (limit := given.get(name)) is not None:
-                if type(limit) is not int or limit < 1:
+                if type(limit) is not int or not 1 <= limit <= MOST_TOKENS:
                     return False
                 requested = limit if requested is None else min(limit, requested)
         size = 0

@@ -115,7 +115,7 @@ async def test_a_reply_costs_what_was_used_though_it_was_estimated_higher(pipeli
         # A budget watches, so the model's own limit is said aloud.
         (ChatRequest(messages=HELLO.messages), {"max_tokens": 100}),
         (ChatRequest(messages=HELLO.messages, max_tokens=7), {"max_tokens": 7}),
-        (ChatRequest(messages=HELLO.messages, options={"max_completion_tokens": 7}), {"max_tokens": 7}),
+        (ChatRequest(messages=HELLO.messages, options={"max_completion_tokens": 7}), {"max_completion_tokens": 7}),
         (
             ChatRequest(messages=HELLO.messages, max_tokens=9, options={"max_tokens": 7, "seed": 1}),
             {"max_tokens": 7, "seed": 1},
