@@ -21,7 +21,7 @@ Json: TypeAlias = dict[str, Any]
 
 CODES: Mapping[int, tuple[str, ...]] = {
     400: (
-        *("invalid_request", "model_not_capable", "context_length_exceeded", "document_refused"),
+        *("field_unsupported", "invalid_request", "model_not_capable", "context_length_exceeded", "document_refused"),
         *("provider_rejected", "content_refused", "context_exceeded"),
     ),
     401: ("invalid_api_key",),
