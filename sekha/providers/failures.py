@@ -149,10 +149,15 @@ def failure_of(
     kind = _kind_unanswered(chain) if status is None else _kind_answered(error, status, body)
     if streaming and not issubclass(kind, ProviderTimeout):
         kind = StreamBroken
-    detail = "" if response is not None else _reason(chain, kind)
-    words = _said(body) if response is not None else "" if detail is not None else _own_sentence(error)
+    detail, words = "", ""
+    if response is not None:
+        words = _said(body)
+    elif (reason := _reason(chain, kind)) is not None:
+        detail = reason
+    else:
+        words = _said_within(chain[-1]) or _own_sentence(error)
     return kind(
-        detail or "",
+        detail,
         said=clean(words, secret, texts),
         provider_id=provider_id,
         model_id=model_id,
@@ -312,15 +317,14 @@ def _said(body: bytes) -> str:
 
 
 def _reason(chain: Sequence[BaseException], kind: type[ProviderError]) -> str | None:
-    """Why there was no answer, in our words; None where LiteLLM refused the request itself, and only its own tell."""
+    """Why there was no answer, in our words; None where only the provider's or LiteLLM's own tell."""
     if issubclass(kind, ProviderTimeout):
         return ""
     if issubclass(kind, BadReply):
         return "it is not the JSON of its API"
     if issubclass(kind, ProviderUnavailable):
-        if (said := _said_within(chain[-1])) is not None:
-            return said
-        return f"the connection failed ({type(chain[-1]).__name__})"
+        within = _said_within(chain[-1]) is not None
+        return None if within else f"the connection failed ({type(chain[-1]).__name__})"
     return None
 
 

@@ -242,7 +242,9 @@ async def test_until_the_first_token_another_provider_is_asked(
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-async def test_an_overloaded_anthropic_leaves_its_stream_to_another_provider(gateway: Opens, after: int) -> None:
+async def test_an_overloaded_anthropic_leaves_its_stream_to_another_provider(
+    gateway: Opens, after: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """It says so within a stream that began well: after its head, and after a block of text that is empty yet."""
     async with StandIn() as one, StandIn() as two:
         config = config_for(one, two).replace("provider_type: openai", "provider_type: anthropic", 1)
@@ -256,6 +258,7 @@ async def test_an_overloaded_anthropic_leaves_its_stream_to_another_provider(gat
     assert _text(list(payloads(text))) == SAID
     assert alone.status_code == 503
     assert "Overloaded" in orjson.loads(said)["error"]["message"]
+    assert "Overloaded" not in caplog.text, "a provider's words may quote the request"
 
 
 async def test_the_first_token_is_timed_and_not_the_name_of_who_speaks(gateway: Opens) -> None:

@@ -182,9 +182,10 @@ async def test_a_model_that_refuses_a_limit_by_either_name_is_asked_no_more(how:
     async with relay_to(with_length(NO_MAX_TOKENS, status="400 Bad Request")) as (provider, upstream):
         for _ in range(2):
             ask = provider.complete if how == "complete" else provider.open_stream
-            with pytest.raises(ProviderRejected, match="not supported"):
+            with pytest.raises(ProviderRejected) as caught:
                 await ask(chat(max_tokens=9))
-        with pytest.raises(ProviderRejected, match="not supported"):
+            assert "not supported" in caught.value.told
+        with pytest.raises(ProviderRejected):
             await provider.complete(chat())
 
         assert len(upstream.requests) == 2 * 2 + 1
