@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -32,6 +33,7 @@ from sekha.ledgers.leased import LeasedLedger
 from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.pricing import Usage
+from tests.fixtures.full import room_for
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -910,3 +912,284 @@ def tell(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("go\n")
     process.stdin.flush()
+
+
+# --- at once, or not at all ----------------------------------------------------------------
+
+
+PICOS = 10**12
+
+
+def hold_now(
+    ledger: LeasedLedger, *amounts: str, budgets: tuple[Budget, ...] = (TEAM,), at: datetime = NOW
+) -> str | None:
+    needs = [int(Decimal(amount) * PICOS) for amount in amounts]
+    return ledger.reserve_now(budgets, needs, at=at, ttl_seconds=60, scope=SCOPE)
+
+
+def settle_now(ledger: LeasedLedger, name: str, cost: str, *, at: datetime = NOW) -> bool:
+    spent = replace(spend(cost, at=at), id=name)
+    return ledger.settle_now(name, spent, cost=int(spent.cost * PICOS), estimated=int(spent.estimated * PICOS))
+
+
+async def met(ledger: LeasedLedger, *budgets: Budget, at: datetime = NOW) -> None:
+    """Lease a slice of each of these budgets, and spend nothing."""
+    amounts = {budget.name: Decimal("0.01") for budget in budgets or (TEAM,)}
+    await ledger.release(await ledger.reserve(budgets or (TEAM,), amounts, at=at, ttl_seconds=60, scope=SCOPE))
+
+
+async def test_nothing_is_held_at_once_of_what_was_not_leased_before(opened: Open) -> None:
+    ledger = opened()
+    before = hold_now(ledger, "0.01")
+    await met(ledger)
+
+    # A slice is a twentieth of the budget.
+    held = [hold_now(ledger, "0.03") for _ in range(5)]
+    nothing = hold_now(ledger, "1.50")
+
+    assert before is None
+    assert nothing is None
+    assert [name is not None for name in held] == [True] * 3 + [False] * 2
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0", "0.09")
+
+
+async def test_what_is_held_and_settled_at_once_is_on_record_as_if_it_had_been_awaited(
+    url: str, tmp_path: Path, clock: Clock
+) -> None:
+    wide, other = Budget(name="wide", limit=Decimal(10)), Budget(name="other", limit=Decimal(5), match={"key": "else"})
+    budgets = (TEAM, wide, other)
+    seen: list[object] = []
+
+    for at_once_too in (True, False):
+        place = f"{url}.{at_once_too}"
+        ledger = leased(place, tmp_path / f"{at_once_too}", clock=clock)
+        await met(ledger, *budgets)
+        for cost in ("0.02", "0.031", "0", "0.004"):
+            if at_once_too:
+                name = hold_now(ledger, "0.03", "0.03", "0.001", budgets=budgets)
+                assert name is not None
+                held = [await ledger.spent(budget, at=NOW) for budget in budgets]
+                assert settle_now(ledger, name, cost)
+                assert settle_now(ledger, name, "9")  # known by its id
+            else:
+                amounts = {"team": Decimal("0.03"), "wide": Decimal("0.03"), "other": Decimal("0.001")}
+                hold = at_once(ledger.reserve(budgets, amounts, at=NOW, ttl_seconds=60, scope=SCOPE))
+                held = [await ledger.spent(budget, at=NOW) for budget in budgets]
+                at_once(ledger.settle(hold, replace(spend(cost), id=hold.id)))
+                at_once(ledger.settle(hold, replace(spend("9"), id=hold.id)))
+            seen.append((held, [await ledger.spent(budget, at=NOW) for budget in budgets]))
+        seen.append([await ledger.report(by) for by in ("key", "tag", "model", "day")])
+        await ledger.aclose()
+        seen.append(rows(place, "SELECT calls, cost, estimated, provider, key FROM ledger_spends"))
+        assert rows(place, "SELECT * FROM ledger_holds") == []
+
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+async def test_the_hold_that_was_named_is_what_a_reserve_would_have_returned(opened: Open) -> None:
+    ledger = opened()
+    wide = Budget(name="wide", limit=Decimal(10))
+    await met(ledger, TEAM, wide)
+
+    name = hold_now(ledger, "0.03", "0", budgets=(TEAM, wide))
+    hold = at_once(ledger.reserve((TEAM, wide), {"team": Decimal("0.03")}, at=NOW, ttl_seconds=60, scope=SCOPE))
+
+    assert name is not None
+    assert ledger.held_now(name, at=NOW, ttl_seconds=60) == replace(hold, id=name)
+    at_once(ledger.charge(ledger.held_now(name, at=NOW, ttl_seconds=60), spend("0.01")))
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0.01", "0.05")
+    ledger.release_now(name)
+    ledger.release_now(name)
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0.01", "0.03")
+
+
+@pytest.mark.parametrize("amounts", [(), ("0",)])
+async def test_what_costs_nothing_is_named_held_and_settled_too(opened: Open, amounts: tuple[str, ...]) -> None:
+    ledger = opened()
+
+    name = hold_now(ledger, *amounts, budgets=(TEAM,) * len(amounts))
+    assert name is not None
+    hold = ledger.held_now(name, at=NOW, ttl_seconds=60)
+    at_once(ledger.charge(hold, spend("0.01")))
+    assert settle_now(ledger, name, "0.02")
+    ledger.release_now(name)
+
+    assert (hold.id, hold.amounts) == (name, {})
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0.03", "0")
+
+
+async def test_of_several_budgets_nothing_is_held_where_one_has_too_little(opened: Open) -> None:
+    ledger = opened()
+    small = Budget(name="small", limit=Decimal("0.02"), match={"key": "research"})
+    await met(ledger, TEAM, small)
+
+    assert hold_now(ledger, "0.03", "0.03", budgets=(TEAM, small)) is None
+    assert hold_now(ledger, "0.03", "0.03", budgets=(small, TEAM)) is None
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0", "0")
+    assert await ledger.spent(small, at=NOW) == decimals("0", "0")
+
+
+async def test_two_budgets_on_the_same_calls_are_for_the_shared_ledger_to_look_at(opened: Open) -> None:
+    ledger = opened()
+    same = Budget(name="same", limit=Decimal(1), period="day")
+    await met(ledger, TEAM, same)
+
+    assert hold_now(ledger, "0.01", "0.01", budgets=(TEAM, same)) is None
+    assert hold_now(ledger, "0.01", "0", budgets=(TEAM, same)) is not None
+
+
+async def test_a_lower_limit_on_what_was_leased_under_a_higher_one_is_for_the_shared_ledger_to_look_at(
+    opened: Open,
+) -> None:
+    ledger = opened()
+    lower = Budget(name="lower", limit=Decimal("0.05"), period="day")
+    await met(ledger)
+    await ledger.spent(lower, at=NOW)
+
+    assert hold_now(ledger, "0.01", budgets=(lower,)) is None
+    assert hold_now(ledger, "0.01") is not None
+
+
+async def test_nothing_is_held_at_once_in_a_period_that_nothing_was_leased_in(opened: Open, clock: Clock) -> None:
+    ledger = opened()
+    clock.now = NOW.replace(hour=23, minute=59, second=59)
+    await met(ledger, at=clock.now)
+    before = hold_now(ledger, "0.01", at=clock.now)
+    tomorrow = clock.now + timedelta(seconds=1)
+
+    await asyncio.sleep(0.3)  # what was looked at closely holds for a moment
+    after = hold_now(ledger, "0.01", at=tomorrow)
+
+    assert before is not None
+    assert after is None
+
+
+async def test_nothing_is_held_at_once_while_a_hold_has_expired_that_nobody_swept(opened: Open, clock: Clock) -> None:
+    ledger = opened()
+    await met(ledger)
+    assert hold_now(ledger, "0.01") is not None
+
+    late = NOW + timedelta(seconds=60)
+    await asyncio.sleep(0.3)  # what was looked at closely holds for a moment
+
+    assert hold_now(ledger, "0.01", at=late) is None
+    clock.now = late
+    await met(ledger, at=late)
+    assert hold_now(ledger, "0.01", at=late) is not None
+    assert (await ledger.spent(TEAM, at=late))[1] == Decimal("0.01")
+
+
+async def test_nothing_is_held_at_once_in_a_ledger_that_was_closed(opened: Open) -> None:
+    ledger = opened()
+    await met(ledger)
+    await ledger.aclose()
+
+    assert hold_now(ledger, "0.01") is None
+
+
+async def test_what_has_waited_too_long_to_be_recorded_lets_nothing_more_be_held_at_once(
+    url: str, journals: Path
+) -> None:
+    ledger = leased(url, journals, behind_seconds=0.2)
+    await met(ledger)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        name = hold_now(ledger, "0.01")
+        assert name is not None
+        assert settle_now(ledger, name, "0.01")
+        await asyncio.sleep(0.4)
+
+        late = hold_now(ledger, "0.01")
+
+        other.execute("ROLLBACK")
+    await ledger.recorded()
+    await met(ledger)
+    after = hold_now(ledger, "0.01")
+    await ledger.aclose()
+    assert late is None
+    assert after is not None
+
+
+async def test_without_room_in_the_journal_nothing_is_held_and_what_is_settled_is_to_be_recorded(
+    opened: Open, shared: Ledger, journals: Path
+) -> None:
+    ledger = opened()
+    await met(ledger)
+    name = hold_now(ledger, "0.03")
+    assert name is not None
+    room = sum(file.stat().st_size for file in await asyncio.to_thread(lambda: list(journals.glob("*.journal"))))
+    long, needs = Scope(model="x" * 10_000), [1]
+    # Fill what the journal has of the disk.
+    with room_for(room):
+        while (taken := ledger.reserve_now((TEAM,), needs, at=NOW, ttl_seconds=60, scope=long)) is not None:
+            ledger.release_now(taken)
+        while (taken := ledger.reserve_now((TEAM,), needs, at=NOW, ttl_seconds=60, scope=Scope())) is not None:
+            ledger.release_now(taken)
+
+        nothing = hold_now(ledger, "0.01")
+        written = settle_now(ledger, name, "0.02")
+        await ledger.recorded()
+
+        assert (nothing, written) == (None, False)
+        assert (await shared.spent(TEAM, at=NOW))[0] == Decimal("0.02")
+    assert await ledger.spent(TEAM, at=NOW) == decimals("0.02", "0")
+
+
+async def test_what_was_held_at_once_in_a_process_that_died_is_charged_at_its_worst_case(
+    url: str, journals: Path, tmp_path: Path
+) -> None:
+    ledger = leased(url, journals)
+    await met(ledger)
+    names = [hold_now(ledger, "0.02") for _ in range(4)]
+    assert None not in names
+    settle_now(ledger, str(names[0]), "0.005")
+    ledger.release_now(str(names[1]))
+    at_once(ledger.charge(ledger.held_now(str(names[2]), at=NOW, ttl_seconds=60), spend("0.015")))
+    # What is there now is what `kill -9` leaves: the journal, and what is on record.
+    left = tmp_path / "left"
+    shutil.copytree(journals, left / "journals")
+    with (
+        closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as source,
+        closing(sqlite3.connect(left / "ledger.db")) as copy,
+    ):
+        source.backup(copy)
+
+    spent, held = await recover(f"sqlite:///{left}/ledger.db", left / "journals")
+    await ledger.aclose()
+
+    # Settled, charged in part with the rest at its worst, and open.
+    assert spent == Decimal("0.005") + Decimal("0.02") + Decimal("0.02")
+    assert held == 0
+
+
+async def test_whatever_is_held_at_once_and_awaited_side_by_side_never_passes_a_limit(opened: Open) -> None:
+    some = random.Random(5)
+    ledgers = [opened() for _ in range(3)]
+    total = Decimal(0)
+
+    async def spend_some(ledger: LeasedLedger) -> None:
+        nonlocal total
+        for _ in range(60):
+            amount = f"0.0{some.randint(1, 9)}"
+            name = hold_now(ledger, amount) if some.random() < 0.7 else None
+            if name is None:
+                try:
+                    name = (await reserve(ledger, amount)).id
+                except BudgetExceeded:
+                    await asyncio.sleep(0.002)
+                    continue
+            held[id(ledger), name] = Decimal(amount)
+            assert total + sum(held.values()) <= TEAM.limit
+            await asyncio.sleep(some.random() / 500)
+            cost = Decimal(amount) * some.choice((0, 1, 1)) / some.choice((1, 2))
+            del held[id(ledger), name]
+            total += cost
+            assert settle_now(ledger, name, str(cost))
+
+    held: dict[tuple[int, str], Decimal] = {}
+    await asyncio.gather(*(spend_some(ledger) for ledger in ledgers for _ in range(5)))
+    for ledger in ledgers:
+        await ledger.recorded()
+
+    assert total > TEAM.limit * Decimal("0.9")
+    assert await ledgers[0].spent(TEAM, at=NOW) == (total, Decimal(0))

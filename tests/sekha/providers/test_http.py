@@ -5,7 +5,8 @@ import datetime
 import gzip
 import ipaddress
 import ssl
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Target
+from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Response, Target
 from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
 
 PATIENCE = 20.0
@@ -436,6 +437,305 @@ def test_a_header_that_would_end_early_is_refused_unquoted(value: str) -> None:
 def test_an_address_that_http_cannot_carry_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"address|Port"):
         Target.of(url, {})
+
+
+# --- at once, or not at all ----------------------------------------------------------------
+
+
+class Told:
+    """What a request that was sent at once is told of its answer."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.news = asyncio.Event()
+
+    def __call__(self) -> None:
+        self.times += 1
+        self.news.set()
+
+    async def again(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await self.news.wait()
+        self.news.clear()
+
+
+@asynccontextmanager
+async def idle(*answers: Answer | None) -> AsyncIterator[tuple[Upstream, HttpClient, Target]]:
+    """A client with a connection that lies idle, whose requests are answered so from now on."""
+    async with Upstream(with_length(b"first"), *answers) as upstream, aclosing(HttpClient()) as client:
+        where = target(upstream)
+        await client.post(where, b"{}", timeout_seconds=PATIENCE)
+        yield upstream, client, where
+
+
+async def test_nothing_is_sent_at_once_where_no_connection_lies_idle() -> None:
+    told = Told()
+    async with Upstream(with_length(b"ok")) as upstream, aclosing(HttpClient()) as client:
+        where, other = target(upstream), target(upstream, authorization="Bearer other")
+        before = client.is_idle(where)
+        nothing = client.send_now(where, b"", timeout_seconds=1, whole=True, told=told)
+        await client.post(where, b"", timeout_seconds=PATIENCE)
+        between = client.is_idle(where), client.is_idle(other)
+        first = client.send_now(other, b"", timeout_seconds=1, whole=True, told=told)
+        busy = client.is_idle(where)
+        second = client.send_now(where, b"", timeout_seconds=1, whole=True, told=told)
+        await told.again()
+
+    assert (before, nothing, between, busy, second) == (False, None, (True, True), False, None)
+    assert first is not None
+    assert first.content == b"ok"
+    assert (len(upstream.requests), upstream.connections, told.times) == (2, 1, 1)
+
+
+async def test_nothing_is_sent_at_once_by_a_connection_that_was_closed() -> None:
+    async with Upstream(then_hang_up(with_length(b"ok"))) as upstream, aclosing(HttpClient()) as client:
+        await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        await asyncio.sleep(0.05)
+
+        assert client.send_now(target(upstream), b"", timeout_seconds=1, whole=True, told=Told()) is None
+
+
+@pytest.mark.parametrize("answer", [with_length(b"hello world"), chunked(b"hello", b" world")])
+async def test_what_is_sent_at_once_is_what_a_post_sends_and_its_answer_is_told_of_once(answer: bytes) -> None:
+    told = Told()
+    async with idle(answer) as (upstream, client, where):
+        posted = await client.post(where, b'{"a":1}', timeout_seconds=PATIENCE)
+        response = client.send_now(where, b'{"a":1}', timeout_seconds=PATIENCE, whole=True, told=told)
+        assert response is not None
+        assert (told.times, response.complete) == (0, False)
+        await told.again()
+        again = client.is_idle(where)
+
+    assert (response.status, response.content, response.headers) == (200, posted.content, posted.headers)
+    assert (response.complete, response.error, told.times, again) == (True, None, 1, True)
+    assert upstream.requests[1] == upstream.requests[2]
+
+
+async def test_an_answer_that_comes_in_pieces_is_told_of_with_each() -> None:
+    may_go_on = asyncio.Event()
+
+    async def in_pieces(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for piece in (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"3\r\none\r\n",
+            b"3\r\ntwo\r\n",
+            b"0\r\n\r\n",
+        ):
+            writer.write(piece)
+            await may_go_on.wait()
+            may_go_on.clear()
+
+    told, seen = Told(), []
+    async with idle(in_pieces) as (_, client, where):
+        response = client.send_now(where, b"", timeout_seconds=PATIENCE, whole=False, told=told)
+        assert response is not None
+        for _ in range(4):
+            await told.again()
+            seen.append((response.headed, response.take(), response.complete))
+            may_go_on.set()
+
+    assert seen == [(True, None, False), (True, b"one", False), (True, b"two", False), (True, b"", True)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (None, ConnectionError),
+        (hang, TimeoutError),
+        (b"SSH-2.0-OpenSSH\r\n", BadResponse),
+        (then_hang_up(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"), AnswerCut),
+        (with_length(b"x", "Content-Encoding: br"), BadResponse),
+    ],
+)
+async def test_a_failure_is_told_of_too(answer: Answer | None, error: type[Exception], whole: bool) -> None:
+    told = Told()
+    async with idle(answer) as (_, client, where):
+        response = client.send_now(where, b"", timeout_seconds=IMPATIENCE, whole=whole, told=told)
+        assert response is not None
+        async with asyncio.timeout(PATIENCE):
+            while response.error is None:
+                await told.again()
+
+    assert isinstance(response.error, error)
+    assert told.times <= 2  # of its head, and of its end
+
+
+async def taken_over(
+    client: HttpClient, where: Target, *, whole: bool, late: float, timeout_seconds: float
+) -> Response:
+    """What comes of a request that is sent at once and waited for so many seconds later."""
+    told = Told()
+    response = client.send_now(where, b"{}", timeout_seconds=timeout_seconds, whole=whole, told=told)
+    assert response is not None
+    if late:
+        await asyncio.sleep(late)
+    answer = await client.take_over(response, where, b"{}")
+    times = told.times
+    if not whole:
+        await answer.body()
+    assert told.times == times  # whoever waits is not told
+    return answer
+
+
+@pytest.mark.parametrize("late", [0.0, 0.05])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        with_length(b"hello"),
+        chunked(b"hel", b"lo"),
+        with_length(b"no", status="500 No"),
+        None,
+        hang,
+        b"SSH-2.0-OpenSSH\r\n",
+        then_hang_up(with_length(b"hello")[:-1]),
+    ],
+)
+async def test_what_was_sent_at_once_can_be_waited_for_like_any_other(
+    answer: Answer | None, whole: bool, late: float
+) -> None:
+    async def outcome(*, at_once: bool) -> object:
+        async with idle(answer, with_length(b"again")) as (upstream, client, where):
+            try:
+                if at_once:
+                    response = await taken_over(client, where, whole=whole, late=late, timeout_seconds=IMPATIENCE)
+                else:
+                    asks = client.post if whole else client.open
+                    response = await asks(where, b"{}", timeout_seconds=IMPATIENCE)
+                    await response.body()
+            except (OSError, BadResponse) as error:
+                return type(error), str(error), len(upstream.requests)
+            return response.status, response.content, len(upstream.requests), client.is_idle(where)
+
+    assert await outcome(at_once=True) == await outcome(at_once=False)
+
+
+async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_once_for_what_was_sent_at_once() -> None:
+    async with idle(None, None, with_length(b"third")) as (upstream, client, where):
+        with pytest.raises(ConnectionError):
+            await taken_over(client, where, whole=True, late=0, timeout_seconds=PATIENCE)
+
+        assert (len(upstream.requests), upstream.connections) == (3, 2)
+
+
+async def test_who_is_cancelled_while_waiting_for_what_was_sent_at_once_closes_it() -> None:
+    left = asyncio.Event()
+
+    async def until_left(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        upstream.arrived.set()
+        await reader.read()
+        left.set()
+
+    async with idle(until_left) as (upstream, client, where):
+        waiting = asyncio.create_task(taken_over(client, where, whole=True, late=0, timeout_seconds=PATIENCE))
+        upstream.arrived.clear()
+        await upstream.arrived.wait()
+
+        waiting.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not client.is_idle(where)
+        async with asyncio.timeout(PATIENCE):
+            await left.wait()
+
+
+# --- heads of answers that a connection has seen -------------------------------------------
+
+
+PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %b\r\nx: y\r\n\r\n"
+
+
+async def second(answer: Answer, *, met: bool, limits: HttpLimits | None = None) -> tuple[object, ...]:
+    """What comes of an answer, on a connection on which one with the plain head came before; or on a new one."""
+    before = [PLAIN % b"5" + b"first"] if met else []
+    async with (
+        Upstream(*before, answer, with_length(b"next")) as upstream,
+        aclosing(HttpClient(limits=limits)) as client,
+    ):
+        for _ in before:
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        try:
+            response = await client.post(target(upstream), b"", timeout_seconds=IMPATIENCE)
+        except (OSError, BadResponse) as error:
+            return type(error), str(error)
+        after = await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        # Its length is that of the content.
+        headers = {name: value for name, value in response.headers.items() if name != "content-length"}
+        return response.status, response.content, headers, after.content, upstream.connections
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PLAIN % b"5" + b"hello",
+        PLAIN % b"0",
+        PLAIN % b"05" + b"hello",
+        PLAIN % b"11" + b"hello world",
+        PLAIN % b"300000" + b"x" * 300_000,
+        PLAIN % b"5" + b"hello and more",
+        PLAIN % b"5" + b"helloHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+        PLAIN % b"" + b"hello",
+        PLAIN % b"+5" + b"hello",
+        PLAIN % b"5 " + b"hello",
+        PLAIN % b"5,5" + b"hello",
+        PLAIN % b"0x5" + b"hello",
+        PLAIN % b"5\r\ncontent-length: 6" + b"hello",
+        PLAIN % b"5\r\ntransfer-encoding: chunked" + b"5\r\nhello\r\n0\r\n\r\n",
+        PLAIN % b"5\r\nconnection: close" + b"hello",
+        PLAIN % b"5\r\ncontent-encoding: br" + b"hello",
+        PLAIN % b"5\n" + b"hello",
+        (PLAIN % b"5").replace(b"200 OK", b"404 No") + b"hello",
+        (PLAIN % b"5").replace(b"HTTP/1.1", b"HTTP/1.0") + b"hello",
+        (PLAIN % b"5").replace(b"x: y", b"x: z") + b"hello",
+        (PLAIN % b"5").replace(b"text/plain", b"text/html") + b"hello",
+        b"HTTP/1.1 103 Early Hints\r\n\r\n" + PLAIN % b"5" + b"hello",
+        PLAIN % b"9999999999",
+        PLAIN % b"99999999999999999999",
+    ],
+)
+async def test_an_answer_like_the_one_before_means_what_it_would_mean_on_a_new_connection(answer: bytes) -> None:
+    known, new = await second(answer, met=True), await second(answer, met=False)
+
+    assert known == new
+
+
+@pytest.mark.parametrize("cut", [10, len(PLAIN % b"5"), len(PLAIN % b"5") + 2])
+async def test_an_answer_like_the_one_before_may_be_cut_or_late(cut: int) -> None:
+    whole = PLAIN % b"5" + b"hello"
+
+    async def stays(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(whole[:cut])
+        await reader.read()
+
+    for answer in (then_hang_up(whole[:cut]), stays):
+        assert await second(answer, met=True) == await second(answer, met=False)
+
+
+async def test_an_answer_like_the_one_before_is_no_longer_than_may_be() -> None:
+    limits = HttpLimits(body_bytes=10)
+
+    assert await second(PLAIN % b"11" + b"hello world", met=True, limits=limits) == (
+        BadResponse,
+        "it is longer than 10 bytes",
+    )
+
+
+@given(cuts=st.sets(st.integers(min_value=1, max_value=len(PLAIN % b"11") + 10)))
+def test_an_answer_like_the_one_before_is_the_same_whatever_pieces_it_comes_in(cuts: set[int]) -> None:
+    whole = PLAIN % b"11" + b"hello world"
+    edges = [0, *sorted(cuts), len(whole)]
+
+    async def in_pieces(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for start, end in pairwise(edges):
+            writer.write(whole[start:end])
+            await asyncio.sleep(0)
+
+    status, content, headers, after, connections = asyncio.run(second(in_pieces, met=True))
+
+    assert (status, content, after, connections) == (200, b"hello world", b"next", 1)
+    assert headers == {"content-type": "text/plain", "x": "y"}
 
 
 # --- TLS -----------------------------------------------------------------------------------
