@@ -981,108 +981,54 @@ async def test_who_leaves_before_all_is_asked_asks_for_nothing(tmp_path: Path) -
     assert "sekha_requests_under_way" not in side.seen.counts
 
 
-@pytest.mark.parametrize("stays", [True, False])
-async def test_a_reader_who_is_slow_loses_nothing_of_a_stream_and_holds_it_up(tmp_path: Path, stays: bool) -> None:
-    pieces = [event(f"{at:04}" + " word" * 4_000) for at in range(400)]
+async def slow_reader(side: Side) -> Caller:
+    """A connection whose other end takes in little before somebody reads there."""
+    receiving = socket.socket()
+    receiving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    receiving.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(receiving, ("127.0.0.1", side.port))
+    return Caller(*await asyncio.open_connection(sock=receiving, limit=2**16))
 
+
+LONG = [event(f"{at:04}" + " word" * 4_000) for at in range(400)]
+
+
+async def test_a_reader_who_is_slow_loses_nothing_of_a_stream_and_holds_it_up(tmp_path: Path) -> None:
     async def asks(side: Side) -> None:
         await side.meet()
-        receiving = socket.socket()
-        receiving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        receiving.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(receiving, ("127.0.0.1", side.port))
-        caller = Caller(*await asyncio.open_connection(sock=receiving, limit=2**16))
+        caller = await slow_reader(side)
         caller.send(body_of(stream=True), side.way)
-        # Nothing is read meanwhile but what the reader's own buffer takes.
         await asyncio.sleep(0.4)
         went = [*side.went]
-        if stays:
-            side.seen.replies.append(await caller.reply())
-        else:
-            caller.writer.transport.abort()
-        await side.settled()
-        assert went == (["line"] if side.way == "line" else ["handed over"])
+        side.seen.replies.append(await caller.reply())
         caller.leave()
+        assert went == (["line"] if side.way == "line" else ["handed over"])
 
-    side = await both(
-        tmp_path,
-        lambda: Upstream(GOOD, streamed(*pieces, STOP, COUNTED, DONE, seconds=0.0001)),
-        asks,
-        took=["handed over"],
-    )
+    def makes() -> Upstream:
+        return Upstream(GOOD, streamed(*LONG, STOP, COUNTED, DONE, seconds=0.0001))
 
-    if stays:
-        said = re.findall(rb'"content":"(\d+) ', side.seen.replies[0].body)
-        assert list(map(int, said)) == list(range(400))
-        assert side.seen.replies[0].body.endswith(b"data: [DONE]\n\n")
+    side = await both(tmp_path, makes, asks, took=["handed over"])
+
+    said = re.findall(rb'"content":"(\d+) ', side.seen.replies[0].body)
+    assert list(map(int, said)) == list(range(400))
+    assert side.seen.replies[0].body.endswith(b"data: [DONE]\n\n")
 
 
-# --- an embedding --------------------------------------------------------------------------
+async def test_a_reader_who_is_slow_and_leaves_pays_for_what_had_come(tmp_path: Path) -> None:
+    answer = streamed(*LONG, STOP, COUNTED, DONE, seconds=0.0001)
 
+    async with Upstream(GOOD, answer) as upstream, opened(tmp_path, upstream) as side:
+        await side.meet()
+        caller = await slow_reader(side)
+        caller.send(body_of(stream=True))
+        await asyncio.sleep(0.4)
+        caller.writer.transport.abort()
 
-def vectors(*rows: object, usage: object = None, **more: Any) -> bytes:
-    data = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)]
-    said = {
-        "object": "list",
-        "data": data,
-        "model": "vectors",
-        "usage": usage or {"prompt_tokens": 5, "total_tokens": 5},
-    }
-    return with_length(orjson.dumps(said | more), JSON)
-
-
-def texts(given: object = "Hello there.", **fields: Any) -> bytes:
-    return orjson.dumps({"model": "vectors", "input": given, **fields})
-
-
-ROW = [0.5, -1, 2e-3, 0, 1, 1, 1, 1]
-PACKED = base64.b64encode(struct.pack("<8f", *ROW)).decode()
-EMBEDDINGS: dict[str, tuple[bytes, int, list[Answer | None], Way]] = {
-    "one": (texts(), 200, [vectors(ROW)], "short"),
-    "one in a list": (texts(["Hi"]), 200, [vectors(ROW)], "short"),
-    "several": (texts(["a", "b", SPECIAL]), 200, [vectors(ROW, ROW, ROW)], "short"),
-    "packed": (texts(encoding_format="base64"), 200, [vectors(PACKED)], "short"),
-    "float": (texts(encoding_format="float", user="me"), 200, [vectors(ROW)], "short"),
-    "nulls": (texts(encoding_format=None, dimensions=None, user=None), 200, [vectors(ROW)], "short"),
-    "spelt": (texts(model="first/vectors"), 200, [vectors(ROW)], "line"),
-    "of another length": (texts(dimensions=4), 200, [vectors(ROW[:4])], "short"),
-    "in chunks": (texts(), 200, [chunked(vectors(ROW).partition(b"\r\n\r\n")[2])], "short"),
-    "no usage": (texts(), 200, [vectors(ROW, usage={"prompt_tokens": 0})], "handed over"),
-    "500 and then good": (texts(), 200, [refusal(500), vectors(ROW)], "handed over"),
-    "closed": (texts(), 200, [None, vectors(ROW)], "handed over"),
-    "cut": (texts(), 200, [then_hang_up(vectors(ROW)[:-9]), vectors(ROW)], "handed over"),
-    "tokens": (texts([1, 2, 3]), 200, [vectors(ROW)], "line"),
-    "tokens of several": (texts([[1], [2, 3]]), 200, [vectors(ROW, ROW)], "line"),
-    "too long to be counted at once": (texts("word " * 5_000), 200, [vectors(ROW)], "line"),
-    "what nobody knows": (texts(frobnicate=1), 200, [vectors(ROW)], "line"),
-    "tags": (texts(metadata={"a": "b"}), 200, [vectors(ROW)], "line"),
-    "nothing": (texts(""), 400, [], "line"),
-    "blank": (texts(" "), 400, [], "line"),
-    "no texts": (texts([]), 400, [], "line"),
-    "mixed": (texts(["a", 5]), 400, [], "line"),
-    "null": (texts(None), 400, [], "line"),
-    "another format": (texts(encoding_format="int8"), 400, [], "line"),
-    "no length": (texts(dimensions=0), 400, [], "line"),
-    "a length in words": (texts(dimensions="8"), 400, [], "line"),
-    "a model that chats": (texts(model="chat"), 400, [], "line"),
-    "who is not there": (texts(model="nobody"), 404, [], "line"),
-}
-
-
-async def test_an_embedding_is_asked_for_and_answered_as_in_the_line(tmp_path: Path) -> None:
-    async def asks(side: Side) -> None:
-        for name, (body, status, _, _) in EMBEDDINGS.items():
-            await side.meet(texts(), path=EMBED)
-            assert (await side.ask(body, path=EMBED)).status == status, name
-            await side.settled()
-            side.note(circuits=side.circuits)
-
-    answers = [answer for _, _, script, _ in EMBEDDINGS.values() for answer in (vectors(ROW), *script)]
-    took = [way for _, _, _, way in EMBEDDINGS.values()]
-
-    side = await both(tmp_path, lambda: Upstream(*answers), asks, took=took, extra=PATIENT)
-
-    assert len(side.seen.asked) == len(answers)
+    assert side.went == ["handed over"]
+    assert [run.outcome for run in side.seen.runs] == ["answered", "cancelled"]
+    assert side.seen.held == {"all": 0}
+    # Far more than the 100 tokens that were held for it.
+    assert side.seen.budgets["all"] > 1
 
 
 async def test_how_long_a_stream_took_to_begin_is_known_though_the_line_counts_its_end(tmp_path: Path) -> None:
@@ -1560,6 +1506,64 @@ async def test_another_provider_is_asked_where_there_is_one_and_that_is_no_short
     )
 
     assert [reply.status for reply in side.seen.replies] == [400, 200, 200, 502]
+
+
+# --- by which name a limit goes ------------------------------------------------------------
+
+NEWER = ("o3-mini", "gpt-5-mini", "ft:gpt-5-mini:us::x", "openai/o1", "gpt-4o-mini", "mine")
+
+
+@pytest.mark.parametrize("kind", ["openai", "openrouter"])
+@pytest.mark.parametrize("budgets", ["", "budgets: [{name: all, limit: 1000}]"])
+async def test_the_longest_reply_is_asked_for_by_the_name_that_the_line_would_use(
+    tmp_path: Path, kind: str, budgets: str
+) -> None:
+    models = "\n".join(
+        f"      - {{model_id: '{name}', task: chat_small, price: {{input_per_million: 1, output_per_million: 2}}}}"
+        for name in NEWER
+    )
+    config = (
+        f"providers:\n  - id: first\n    provider_type: {kind}\n    base_url: URL\n    models:\n{models}\n{budgets}"
+    )
+    bodies = [
+        body_of(model=name, stream=stream, **limits)
+        for name in NEWER
+        for stream in (None, False)
+        for limits in (
+            {},
+            {"max_tokens": 5},
+            {"max_completion_tokens": 6},
+            {"max_tokens": 7, "max_completion_tokens": 8},
+            {"max_completion_tokens": 9, "max_tokens": 9},
+        )
+    ]
+
+    side = await both(
+        tmp_path,
+        lambda: Upstream(GOOD),
+        asking(*bodies, meets=[body_of(model=name) for name in NEWER]),
+        took=["short"] * len(bodies),
+        config=config,
+    )
+
+    assert any(b'"max_completion_tokens":5' in asked for asked in side.seen.asked) == (kind == "openai")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_model_that_turns_out_to_take_the_limit_by_another_name_is_asked_again_and_then_at_once(
+    tmp_path: Path, stream: bool
+) -> None:
+    said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    unsupported = refusal(400, message=said, param="max_tokens", code="unsupported_parameter")
+    body = body_of(stream=stream, max_tokens=5)
+
+    def makes() -> Upstream:
+        return Upstream(GOOD, unsupported, streamed(*HELLO_EVENTS) if stream else GOOD)
+
+    side = await both(tmp_path, makes, asking(body, body), took=["handed over", "short"])
+
+    assert [reply.status for reply in side.seen.replies] == [200, 200]
+    assert [b'"max_tokens":5' in asked for asked in side.seen.asked] == [False, True, False, False]
 
 
 # --- whatever is asked, and whatever comes of it -------------------------------------------
