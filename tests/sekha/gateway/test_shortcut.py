@@ -1090,6 +1090,74 @@ async def test_whoever_leaves_at_whatever_moment_leaves_nothing_behind(tmp_path:
     assert len(side.seen.runs) == len(statuses)
 
 
+# --- an embedding --------------------------------------------------------------------------
+
+
+def vectors(*rows: object, usage: object = None, **more: Any) -> bytes:
+    data = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)]
+    said = {
+        "object": "list",
+        "data": data,
+        "model": "vectors",
+        "usage": usage or {"prompt_tokens": 5, "total_tokens": 5},
+    }
+    return with_length(orjson.dumps(said | more), JSON)
+
+
+def texts(given: object = "Hello there.", **fields: Any) -> bytes:
+    return orjson.dumps({"model": "vectors", "input": given, **fields})
+
+
+ROW = [0.5, -1, 2e-3, 0, 1, 1, 1, 1]
+PACKED = base64.b64encode(struct.pack("<8f", *ROW)).decode()
+EMBEDDINGS: dict[str, tuple[bytes, int, list[Answer | None], Way]] = {
+    "one": (texts(), 200, [vectors(ROW)], "short"),
+    "one in a list": (texts(["Hi"]), 200, [vectors(ROW)], "short"),
+    "several": (texts(["a", "b", SPECIAL]), 200, [vectors(ROW, ROW, ROW)], "short"),
+    "packed": (texts(encoding_format="base64"), 200, [vectors(PACKED)], "short"),
+    "float": (texts(encoding_format="float", user="me"), 200, [vectors(ROW)], "short"),
+    "nulls": (texts(encoding_format=None, dimensions=None, user=None), 200, [vectors(ROW)], "short"),
+    "spelt": (texts(model="first/vectors"), 200, [vectors(ROW)], "line"),
+    "of another length": (texts(dimensions=4), 200, [vectors(ROW[:4])], "short"),
+    "in chunks": (texts(), 200, [chunked(vectors(ROW).partition(b"\r\n\r\n")[2])], "short"),
+    "no usage": (texts(), 200, [vectors(ROW, usage={"prompt_tokens": 0})], "handed over"),
+    "500 and then good": (texts(), 200, [refusal(500), vectors(ROW)], "handed over"),
+    "closed": (texts(), 200, [None, vectors(ROW)], "handed over"),
+    "cut": (texts(), 200, [then_hang_up(vectors(ROW)[:-9]), vectors(ROW)], "handed over"),
+    "tokens": (texts([1, 2, 3]), 200, [vectors(ROW)], "line"),
+    "tokens of several": (texts([[1], [2, 3]]), 200, [vectors(ROW, ROW)], "line"),
+    "too long to be counted at once": (texts("word " * 5_000), 200, [vectors(ROW)], "line"),
+    "what nobody knows": (texts(frobnicate=1), 200, [vectors(ROW)], "line"),
+    "tags": (texts(metadata={"a": "b"}), 200, [vectors(ROW)], "line"),
+    "nothing": (texts(""), 400, [], "line"),
+    "blank": (texts(" "), 400, [], "line"),
+    "no texts": (texts([]), 400, [], "line"),
+    "mixed": (texts(["a", 5]), 400, [], "line"),
+    "null": (texts(None), 400, [], "line"),
+    "another format": (texts(encoding_format="int8"), 400, [], "line"),
+    "no length": (texts(dimensions=0), 400, [], "line"),
+    "a length in words": (texts(dimensions="8"), 400, [], "line"),
+    "a model that chats": (texts(model="chat"), 400, [], "line"),
+    "who is not there": (texts(model="nobody"), 404, [], "line"),
+}
+
+
+async def test_an_embedding_is_asked_for_and_answered_as_in_the_line(tmp_path: Path) -> None:
+    async def asks(side: Side) -> None:
+        for name, (body, status, _, _) in EMBEDDINGS.items():
+            await side.meet(texts(), path=EMBED)
+            assert (await side.ask(body, path=EMBED)).status == status, name
+            await side.settled()
+            side.note(circuits=side.circuits)
+
+    answers = [answer for _, _, script, _ in EMBEDDINGS.values() for answer in (vectors(ROW), *script)]
+    took = [way for _, _, _, way in EMBEDDINGS.values()]
+
+    side = await both(tmp_path, lambda: Upstream(*answers), asks, took=took, extra=PATIENT)
+
+    assert len(side.seen.asked) == len(answers)
+
+
 # --- another configuration, and the end ----------------------------------------------------
 
 
