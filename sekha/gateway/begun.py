@@ -212,12 +212,15 @@ class Shortened(ABC):
     def _ended(self) -> None:
         """Count it behind the answer: what is written in a turn of the event loop goes out at the turn's end."""
         self._x.begun = None
+        self.stop()
         self._ended_at = perf_counter()
         asyncio.get_running_loop().call_soon(self._over)
 
     def _over(self) -> None:
         self._count()
         self._gateway.over(self.serving, self._x, self.page, self._ended_at - self.began)
+        # Or the two would keep each other from being freed.
+        self._x.under_way = None
 
     def _count(self) -> None:
         """Count what was answered, and record it."""
@@ -310,7 +313,9 @@ class Shortened(ABC):
                 note_asked(self._lane.model)
                 note_charged(self._spend())
                 under_way.failed(error)
-                raise
+                if not await self._broken_in_line(under_way, error):
+                    raise
+                return
             self._ended_at = perf_counter()
             self._count()
             return
@@ -332,7 +337,7 @@ class Shortened(ABC):
             reply = await self._call_in_line(under_way, plan, hold, sent)
         except BaseException as error:
             under_way.failed(error)
-            if not await self._broken_in_line(error):
+            if not await self._broken_in_line(under_way, error):
                 raise
         else:
             under_way.answered(reply)
@@ -350,7 +355,7 @@ class Shortened(ABC):
     async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply | RawEmbedded:
         """Wait for the call, and answer."""
 
-    async def _broken_in_line(self, _: BaseException) -> bool:
+    async def _broken_in_line(self, _: UnderWay, __: BaseException) -> bool:
         """Whether the caller was told of an error within what he got."""
         return False
 
@@ -414,12 +419,13 @@ class BegunAnswer(Shortened):
 class BegunStream(Shortened):
     """A chat whose answer is handed on as it comes."""
 
-    __slots__ = ("_opened_at", "_pipe", "_stream")
+    __slots__ = ("_opened_at", "_piped", "_stream")
 
     streams = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._piped: Pipe | None = None
         self._stream: RelayStream | None = None
         self._opened_at = 0.0
         """Once something was said."""
@@ -454,7 +460,6 @@ class BegunStream(Shortened):
         self._called_at = perf_counter()
         if stream.usage is not None and self._settle(stream.usage):
             self._x.end_now(self._last())
-            self.stop()
             stream.let_go()
             self._ended()
         else:
@@ -489,8 +494,7 @@ class BegunStream(Shortened):
 
     async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:
         serving, request = self.serving, cast("ChatRequest", under_way.request)
-        pipe = Pipe(self._x, serving, ChatAsked(request, stream=True, keep=False), under_way)
-        self._pipe = pipe
+        pipe = self._pipe(under_way)
 
         async def call(plan: Plan, hold: Hold) -> Reply:
             opened = self._opened(plan)
@@ -511,11 +515,17 @@ class BegunStream(Shortened):
         await pipe.end(reply)
         return reply
 
-    async def _broken_in_line(self, error: BaseException) -> bool:
+    async def _broken_in_line(self, under_way: UnderWay, error: BaseException) -> bool:
         if not self._x.status or not isinstance(error, SekhaError):
             return False
-        await self._pipe.broken(error)
+        await self._pipe(under_way).broken(error)
         return True
+
+    def _pipe(self, under_way: UnderWay) -> Pipe:
+        if self._piped is None:
+            request = cast("ChatRequest", under_way.request)
+            self._piped = Pipe(self._x, self.serving, ChatAsked(request, stream=True, keep=False), under_way)
+        return self._piped
 
     def _opened(self, plan: Plan) -> Opened | None:
         if self._stream is None or not self._opened_at:

@@ -79,12 +79,13 @@ class BegunEmbedding(Shortened):
     async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> RawEmbedded:
         serving = self.serving
         try:
-            embedded = await serving.sent.embed(cast("EmbedRequest", under_way.request), plan, hold, sent)
+            try:
+                embedded = await serving.sent.embed(cast("EmbedRequest", under_way.request), plan, hold, sent)
+            finally:
+                under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
         except BaseException:
             await let_go(serving.embed.settle, hold)
             raise
-        finally:
-            under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
         await settled(serving.embed, hold, embedded)
         said, headers = embed_reply(embedded, self.run_id)
         await self._x.answer(200, said, headers)
