@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import gzip
 import json
 import logging
@@ -25,6 +26,7 @@ import orjson
 import pytest
 
 from sekha.calling import Retries
+from sekha.gateway.begun import Shortened
 from sekha.gateway.server import Server, bind
 from sekha.keys import hash_of, new_key
 from sekha.ledger import Budget
@@ -1120,6 +1122,13 @@ EMBEDDINGS: dict[str, tuple[bytes, int, list[Answer | None], Way]] = {
     "spelt": (texts(model="first/vectors"), 200, [vectors(ROW)], "line"),
     "of another length": (texts(dimensions=4), 200, [vectors(ROW[:4])], "short"),
     "in chunks": (texts(), 200, [chunked(vectors(ROW).partition(b"\r\n\r\n")[2])], "short"),
+    "another length than was asked for": (texts(dimensions=4), 502, [vectors(ROW)], "handed over"),
+    "too few": (texts(["a", "b"]), 502, [vectors(ROW)] * 3, "handed over"),
+    "a page": (texts(), 502, [with_length(b"<html>", "Content-Type: text/html")] * 3, "handed over"),
+    "an error inside": (texts(), 502, [vectors(ROW, error={"message": "no"})] * 3, "handed over"),
+    "500": (texts(), 503, [refusal(500)] * 3, "handed over"),
+    "429": (texts(), 429, [refusal(429)] * 3, "handed over"),
+    "400": (texts(), 400, [refusal(400)], "handed over"),
     "no usage": (texts(), 200, [vectors(ROW, usage={"prompt_tokens": 0})], "handed over"),
     "500 and then good": (texts(), 200, [refusal(500), vectors(ROW)], "handed over"),
     "closed": (texts(), 200, [None, vectors(ROW)], "handed over"),
@@ -1331,6 +1340,45 @@ async def test_an_answer_waits_until_it_is_on_record(tmp_path: Path, stream: boo
     side = await both(tmp_path, makes, asks, took=None)
 
     assert dict(side.notes)["answered"] is False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_can_neither_be_written_nor_recorded_is_told_as_in_the_line(tmp_path: Path, stream: bool) -> None:
+    async def asks(side: Side) -> None:
+        await side.meet()
+        await side.ask(body_of())
+        await asyncio.sleep(0.1)  # both are in the spool
+        fill_journal(side, left="a hold")
+        with room_for(0):
+            await side.ask(body_of(stream=stream))
+            await asyncio.sleep(0.1)
+
+    def makes() -> Upstream:
+        return Upstream(GOOD, GOOD, streamed(*HELLO_EVENTS) if stream else GOOD)
+
+    await both(tmp_path, makes, asks, took=["short", "handed over"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_chat_made_is_freed_with_its_last_reference(tmp_path: Path, stream: bool) -> None:
+    async with (
+        Upstream(GOOD, streamed(*HELLO_EVENTS) if stream else GOOD) as upstream,
+        opened(tmp_path, upstream) as side,
+    ):
+        await side.meet()
+        caller = await side.connect()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                await side.ask(body_of(stream=stream), caller=caller)
+            await asyncio.sleep(0.05)
+            left = sum(isinstance(each, Shortened) for each in gc.get_objects())
+        finally:
+            gc.enable()
+
+    assert side.went == ["short"] * 10
+    assert left <= 1  # the last
 
 
 # --- on one connection ---------------------------------------------------------------------
