@@ -234,6 +234,22 @@ async def test_an_image_goes_the_long_way(tmp_path: Path) -> None:
     assert [reply.status for reply in side.seen.replies] == [200, 200]
 
 
+REMEMBERED = """
+collections: {said: {model: vectors}}
+memory: {collection: said}
+"""
+
+
+@pytest.mark.parametrize("kept", ["recording: {content: true}", REMEMBERED])
+async def test_where_a_chats_words_are_kept_all_of_them_go_the_long_way(tmp_path: Path, kept: str) -> None:
+    async with Upstream(GOOD) as upstream, opened(tmp_path, upstream, extra=kept) as side:
+        await side.meet()
+        for _ in range(3):
+            assert (await side.ask(body_of())).status == 200
+
+    assert side.went == ["line"] * 3
+
+
 WRONG: dict[str, bytes] = {
     "nothing": b"",
     "no JSON": b"model=chat",
