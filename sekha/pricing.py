@@ -14,6 +14,7 @@ __all__ = [
     "FREE",
     "INEXACT",
     "LONGEST_REPLY",
+    "MOST_TOKENS",
     "ChatUnits",
     "Estimate",
     "Price",
@@ -133,6 +134,8 @@ class Estimate(NamedTuple):
     """Where `output_tokens` comes from: the request, this model's usual replies, `ASSUMED_REPLY`, or none."""
 
 
+MOST_TOKENS = 100_000_000
+"""That one call can have: ten times the widest context window. Whoever reports more reports nonsense."""
 ASSUMED_REPLY = 512
 """Tokens of a reply from a model of which no reply has been seen yet."""
 INEXACT = Decimal("1.25")

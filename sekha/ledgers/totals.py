@@ -96,8 +96,16 @@ def add_to_totals(transaction: Transaction, spent: Iterable[tuple[int, Scope, in
             "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
         )
     for (match, span), cost in sorted(added.items()):
+        # Nine million dollars are the most that a total can say; it stays there, and its budget is spent.
+        more = min(cost, MOST)
         transaction.changed(
-            "UPDATE ledger_totals SET spent = spent + ? WHERE match = ? AND span = ?", cost, match, span
+            "UPDATE ledger_totals SET spent = CASE WHEN spent > ? THEN ? ELSE spent + ? END "
+            "WHERE match = ? AND span = ?",
+            MOST - more,
+            MOST,
+            more,
+            match,
+            span,
         )
 
 

@@ -252,7 +252,10 @@ class Response:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """By lower-case name; of one that came several times, the last."""
+        """By lower-case name; of one that came several times, the last.
+
+        Of an answer whose head was known, `content-length` is the first one's, which was read for good.
+        """
         return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.raw_headers}
 
     @property

@@ -26,7 +26,7 @@ import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
 from sekha.images import format_of
-from sekha.pricing import Usage
+from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
 from sekha.providers.events import says_something
@@ -539,8 +539,8 @@ def _finishes(chunk: Chunk) -> bool:
 
 
 def _usage(reported: Any) -> Usage | None:
-    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens."""
-    if reported is None or not (reported.prompt_tokens or reported.completion_tokens):
+    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens, or more than any model could."""
+    if reported is None or not 0 < (reported.prompt_tokens or 0) + (reported.completion_tokens or 0) <= MOST_TOKENS:
         return None
     details = getattr(reported, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None) or getattr(reported, "cache_read_input_tokens", None)

@@ -28,7 +28,7 @@ from sekha.errors import (
     ProviderUnavailable,
     StreamBroken,
 )
-from sekha.pricing import Usage
+from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, RawEmbeddings
 from sekha.providers.events import (
@@ -707,11 +707,11 @@ def _items(body: Mapping[str, Any], count: int, failed: _Failing) -> list[Any]:
 
 
 def _usage(reported: object) -> Usage | None:
-    """No real call takes no tokens, so zeros are no report."""
+    """No real call takes no tokens, so zeros are no report; and none takes more than any model could."""
     if not isinstance(reported, dict):
         return None
     went_in, came_out = _count(reported.get("prompt_tokens")), _count(reported.get("completion_tokens"))
-    if not went_in and not came_out:
+    if not 0 < went_in + came_out <= MOST_TOKENS:
         return None
     details = reported.get("prompt_tokens_details")
     if not isinstance(details, dict):

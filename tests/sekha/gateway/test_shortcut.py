@@ -1802,3 +1802,18 @@ async def test_whatever_is_asked_and_whatever_comes_of_it_is_the_same(tmp_path: 
 
     assert side.went.count("short") >= 10
     assert side.went.count("handed over") >= 5
+
+
+@pytest.mark.parametrize("way", ["short", "line"])
+async def test_usage_beyond_all_measure_is_no_report(tmp_path: Path, way: Way) -> None:
+    """Nine million dollars are more picos than a ledger's integers take."""
+    absurd = whole(usage={"prompt_tokens": 2**53, "completion_tokens": 1})
+
+    async with Upstream(GOOD, absurd, GOOD) as upstream, opened(tmp_path, upstream, way) as side:
+        await side.meet()
+        counted = await side.ask(body_of())
+        calls = [line.calls for line in await (await side.serving.resources.ledger()).report("model")]
+
+    assert counted.json()["sekha"]["usage"] == "counted"
+    assert counted.json()["sekha"]["cost"] < 1
+    assert calls == [2]
