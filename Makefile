@@ -22,7 +22,7 @@ run: $(VENV)/ready ## Answer, embed, keep and search, each as a Prefect flow run
 up: $(VENV)/ready ## Start the Prefect server, a worker and the deployments; Ctrl-C ends them all
 	@$(BIN)/sekha $(if $(CONFIG),--config $(CONFIG)) up
 
-test: $(VENV)/ready-dev ## Run the tests, in less than ten minutes
+test: $(VENV)/ready-dev ## Run the tests: ten to twenty minutes on two cores
 	@$(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadgroup $(PYTEST)
 
 soak: $(VENV)/ready-dev ## Run the long soaks and kill storms
