@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from sekha.ingest import IngestReport
 
 __all__ = [
+    "MOST_REASONS",
     "AliasMoved",
     "BackupBroken",
     "BackupMissing",

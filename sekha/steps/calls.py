@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sekha.ingest import Batch, BatchEmbedded
     from sekha.providers.relay import Begun, RelayProvider
 
-__all__ = ["Calls", "Sent", "SentSteps"]
+__all__ = ["TEXTS_PER_CALL", "Calls", "Sent", "SentSteps"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
