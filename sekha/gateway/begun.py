@@ -343,9 +343,9 @@ class Shortened(ABC):
             under_way.answered(reply)
 
     @property
-    @abstractmethod
     def _waited(self) -> float:
         """Seconds from the call until a whole answer, or the first of a stream."""
+        return self._called_at - self._reserved_at
 
     @abstractmethod
     async def _tell(self) -> None:
@@ -378,10 +378,6 @@ class BegunAnswer(Shortened):
 
     __slots__ = ()
 
-    @property
-    def _waited(self) -> float:
-        return self._called_at - self._reserved_at
-
     def _go_on(self) -> None:
         lane, x = self._lane, self._x
         self._called_at = perf_counter()
@@ -406,7 +402,7 @@ class BegunAnswer(Shortened):
             try:
                 return await serving.sent.call(request, plan, hold, sent)
             finally:
-                under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
+                under_way.last_began(self._reserved_at)
 
         reply = await carried_out(serving.chat, plan, hold, call)
         await self._x.answer(200, chat_reply(reply, self.run_id), headers_of(reply))
@@ -502,14 +498,14 @@ class BegunStream(Shortened):
                 try:
                     opened = await serving.sent.open(request, plan, hold, sent)
                 finally:
-                    under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
+                    under_way.last_began(self._reserved_at)
                 return await serving.stream.relay(request, plan, hold, opened, pipe)
             serving.resources.latencies.observe(self._lane.name, self._waited)
             under_way.notes.append(("open_stream", (plan, hold), self._reserved_at, self._opened_at, opened, None))
             try:
                 return await serving.stream.relay(request, plan, hold, opened, pipe)
             finally:
-                under_way.notes[-1] = (*under_way.notes[-1][:2], self._opened_at, *under_way.notes[-1][3:])
+                under_way.last_began(self._opened_at)
 
         reply = await carried_out(serving.stream, plan, hold, call)
         await pipe.end(reply)

@@ -43,10 +43,6 @@ class BegunEmbedding(Shortened):
         sent = lane.provider.begin_embedding(lane.model, body, timeout_seconds=lane.timeout_seconds, told=self._told)
         return self._call(sent, size)
 
-    @property
-    def _waited(self) -> float:
-        return self._called_at - self._reserved_at
-
     def _go_on(self) -> None:
         lane, x = self._lane, self._x
         self._called_at = perf_counter()
@@ -82,7 +78,7 @@ class BegunEmbedding(Shortened):
             try:
                 embedded = await serving.sent.embed(cast("EmbedRequest", under_way.request), plan, hold, sent)
             finally:
-                under_way.notes[-1] = (*under_way.notes[-1][:2], self._reserved_at, *under_way.notes[-1][3:])
+                under_way.last_began(self._reserved_at)
         except BaseException:
             await let_go(serving.embed.settle, hold)
             raise

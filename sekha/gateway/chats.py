@@ -14,7 +14,8 @@ from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
 from sekha.gateway.weighing import weighed_chat
-from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note, usage_of
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note
+from sekha.providers.base import openai_usage
 from sekha.registry import Model
 
 __all__ = ["Pipe", "complete", "headers_of", "stream_headers"]
@@ -104,7 +105,7 @@ class Pipe:
             # Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
             last = orjson.loads(self._last[5:]) if self._last else _usage_chunk(reply, self._under_way.run_id)
             if reply.usage.counted:
-                last["usage"] = usage_of(reply.usage)
+                last["usage"] = openai_usage(reply.usage)
             said = b"data: " + orjson.dumps(last | {"sekha": note})
         else:
             said = b": sekha " + orjson.dumps(note)
@@ -145,5 +146,5 @@ def _usage_chunk(reply: Reply, run_id: str) -> dict[str, object]:
         "created": int(time.time()),
         "model": reply.model_id,
         "choices": [],
-        "usage": usage_of(reply.usage),
+        "usage": openai_usage(reply.usage),
     }

@@ -130,6 +130,11 @@ class UnderWay:
             ("reserve_budget", (plan,), selected_at, reserved_at, hold, None),
         ]
 
+    def last_began(self, at: float) -> None:
+        """Correct when the step that ended last began: what it waited for had been begun before it."""
+        name, given, _, ended, result, error = self.notes[-1]
+        self.notes[-1] = (name, given, at, ended, result, error)
+
     def answered(self, by: Answered) -> None:
         """Note an answer. Behind it: what is written in a turn of the event loop goes out at the turn's end."""
         self.answer = by

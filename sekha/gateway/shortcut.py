@@ -14,7 +14,7 @@ is retried, refused, charged and told when something goes wrong is written there
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import orjson
 
@@ -80,11 +80,8 @@ class Shortcut:
         if not self._open:
             return False
         began = perf_counter()
-        try:
-            given = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            return False
-        if type(given) is not dict or not _ORDINARY.issuperset(given):
+        given = _object_of(body, _ORDINARY)
+        if given is None:
             return False
         asked, stream = given.get("model"), given.get("stream")
         if type(asked) is not str or not (stream is None or type(stream) is bool):
@@ -110,11 +107,8 @@ class Shortcut:
         if not self._open:
             return False
         began = perf_counter()
-        try:
-            given = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            return False
-        if type(given) is not dict or not _ORDINARY_EMBEDDING.issuperset(given):
+        given = _object_of(body, _ORDINARY_EMBEDDING)
+        if given is None:
             return False
         asked, texts, dimensions = given.get("model"), given.get("input"), given.get("dimensions")
         texts = [texts] if type(texts) is str else texts
@@ -149,6 +143,15 @@ class Shortcut:
             self._lanes.clear()
         lane = self._lanes[authorization, asked, kind] = lane_of(serving, ask, by, known)
         return lane
+
+
+def _object_of(body: bytes, fields: frozenset[str]) -> dict[str, Any] | None:
+    """The JSON object of a body that has no other fields than these."""
+    try:
+        given = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return given if type(given) is dict and fields.issuperset(given) else None
 
 
 def _are_plain(texts: object) -> TypeGuard[list[str]]:

@@ -17,7 +17,7 @@ from sekha.gateway.fields import dollars, flag, name_in, object_in, whole
 from sekha.gateway.problems import Headers
 from sekha.keys import EVERYBODY, Pass
 from sekha.messages import kind_of
-from sekha.pricing import Usage
+from sekha.providers.base import openai_usage
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
 
@@ -35,7 +35,6 @@ __all__ = [
     "money",
     "sekha_note",
     "tags_of",
-    "usage_of",
     "with_note",
 ]
 
@@ -149,23 +148,13 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
     """The provider's own answer, with ours beside it under `sekha`."""
     note = sekha_note(reply, run_id)
     if reply.raw is not None and not (reply.usage.counted and "usage" in reply.body):
-        more = b',"usage":' + orjson.dumps(usage_of(reply.usage)) if reply.usage.counted else b""
+        more = b',"usage":' + orjson.dumps(openai_usage(reply.usage)) if reply.usage.counted else b""
         return with_note(reply.raw, note, more)
     body = dict(reply.body)
     if reply.usage.counted:
         # In place of what was no usage: `null`, or of another shape.
-        body["usage"] = usage_of(reply.usage)
+        body["usage"] = openai_usage(reply.usage)
     return orjson.dumps(body | {"sekha": note})
-
-
-def usage_of(usage: Usage) -> dict[str, object]:
-    """Usage as OpenAI writes it."""
-    return {
-        "prompt_tokens": usage.input_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.input_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
 
 
 def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:

@@ -25,6 +25,7 @@ __all__ = [
     "Provider",
     "RawEmbeddings",
     "RawStream",
+    "openai_usage",
 ]
 
 
@@ -58,6 +59,16 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return str(self.body["choices"][0].get("finish_reason") or "stop")
+
+
+def openai_usage(usage: Usage) -> dict[str, Any]:
+    """Usage as OpenAI writes it."""
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
 
 
 @value

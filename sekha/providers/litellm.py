@@ -28,7 +28,7 @@ from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, Provider
 from sekha.images import format_of
 from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.addresses import base_url_of
-from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings
+from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, openai_usage
 from sekha.providers.events import says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
@@ -155,7 +155,7 @@ class LiteLLMProvider:
         if raw is not None and '"eval_count"' not in raw:
             usage = None
         body = _envelope(reply, call.model, "chat.completion") | {"choices": [_choice(c) for c in reply.choices]}
-        return Completion(body=body | ({"usage": _openai_usage(usage)} if usage else {}), usage=usage)
+        return Completion(body=body | ({"usage": openai_usage(usage)} if usage else {}), usage=usage)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         texts = texts_of(call.messages)
@@ -510,7 +510,7 @@ def _chunk(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
     if getattr(piece, "usage", None) is not None:
         # LiteLLM closes with a sum that is its own count where no piece of the provider's carried one.
         usage = _usage(piece.usage) if _reported(pieces) else None
-        return Chunk(body=envelope | {"choices": [], "usage": _openai_usage(usage)}, usage=usage) if usage else None
+        return Chunk(body=envelope | {"choices": [], "usage": openai_usage(usage)}, usage=usage) if usage else None
     choices = []
     for choice in piece.choices:
         delta = choice.delta.model_dump(exclude_none=True)
@@ -551,12 +551,3 @@ def _usage(reported: Any) -> Usage | None:
         cached_tokens=cached or 0,
         cache_write_tokens=written or 0,
     )
-
-
-def _openai_usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.input_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.input_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
