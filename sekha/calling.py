@@ -136,43 +136,49 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     now = clock.now
     ends_at = (now() if began_at is None else began_at) + deadline_seconds
     failed: _Failed | None = None
-    for turn in count():
-        for candidate in candidates:
-            name = candidate.model.name
-            if failed is not None and not failed.lets_ask(name):
-                continue
-            if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
-                failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
-                failed.pause(candidate.model, seconds)
-                continue
-            probe: str | None = None
-            if began_at is None and circuits is not None:
-                probe = None if circuits.admit(name) else await circuits.claim(name)
-                # Asked once more, since somebody else's probe may have closed it while we waited for ours.
-                if probe is None and not circuits.admit(name):
-                    if failed is not None:
-                        failed.give_up(name)
+    try:
+        for turn in count():
+            for candidate in candidates:
+                name = candidate.model.name
+                if failed is not None and not failed.lets_ask(name):
                     continue
-            began, began_at = now() if began_at is None else began_at, None
-            try:
-                answer = await call(candidate, ends_at - began)
-            except ProviderError as error:
-                failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
-                failed.note(candidate.model, error, now() - began, probe)
-                if not error.falls_back:
+                if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
+                    failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
+                    failed.pause(candidate.model, seconds)
+                    continue
+                probe: str | None = None
+                if began_at is None and circuits is not None:
+                    probe = None if circuits.admit(name) else await circuits.claim(name)
+                    # Asked once more, since somebody else's probe may have closed it while we waited for ours.
+                    if probe is None and not circuits.admit(name):
+                        if failed is not None:
+                            failed.give_up(name)
+                        continue
+                began, began_at = now() if began_at is None else began_at, None
+                try:
+                    answer = await call(candidate, ends_at - began)
+                except ProviderError as error:
+                    failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
+                    failed.note(candidate.model, error, now() - began, probe)
+                    if not error.falls_back:
+                        raise
+                except BaseException:
+                    if circuits is not None and probe is not None:
+                        circuits.give_back(name, probe)
                     raise
-            except BaseException:
-                if circuits is not None and probe is not None:
-                    circuits.give_back(name, probe)
-                raise
-            else:
-                if circuits is not None and (whole or probe is not None):
-                    circuits.note(name, None, probe=probe)
-                attempt = _attempt(candidate.model, now() - began)
-                return Answered(answer, candidate, (attempt,) if failed is None else (*failed.attempts, attempt), probe)
-        if failed is None:
-            break
-        await failed.wait(turn)
+                else:
+                    if circuits is not None and (whole or probe is not None):
+                        circuits.note(name, None, probe=probe)
+                    attempt = _attempt(candidate.model, now() - began)
+                    return Answered(
+                        answer, candidate, (attempt,) if failed is None else (*failed.attempts, attempt), probe
+                    )
+            if failed is None:
+                break
+            await failed.wait(turn)
+    finally:
+        # It keeps an error, whose traceback keeps this frame, which keeps the request.
+        failed = None
     raise _nobody(candidates, circuits)
 
 
@@ -247,7 +253,11 @@ class _Failed:
 
     def _unless_over(self, at: float) -> None:
         if self._error is not None and at >= self._ends_at:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                # Its traceback keeps this frame now.
+                self._error = None
 
     def _cut_short(self, error: ProviderError) -> bool:
         """Whether it ran out of the little time that those before it had left, which says nothing about it."""

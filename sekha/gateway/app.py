@@ -142,6 +142,7 @@ class Gateway:
                 )
         finally:
             self.over(serving, x, page, perf_counter() - started, refused)
+            x.begun = None  # each would keep the other
 
     def over(self, serving: Serving, x: Exchange, page: str, seconds: float, refused: str | None = None) -> None:
         """Count and log a request that has ended."""

@@ -172,6 +172,7 @@ class UnderWay:
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""
             serving.recorder.record(self._run(outcome, seconds, time.time(), None, code, said, attempts))
+        self._let_go()
 
     def _note_charges(self) -> None:
         """Count what a request cost that has no answer, or none that arrived, and note who was asked last."""
@@ -202,6 +203,12 @@ class UnderWay:
         self._count_spent(self._bill.lost)
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             serving.recorder.record(self._run(outcome, seconds, ended_at, by, None, "", by.attempts))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget what the steps were given and gave: some of it knows of this, and each would keep the other."""
+        self.notes.clear()
+        self.said = None
 
     def _task(self) -> Sequence[str]:
         """The tag of what the model was asked to do: what the caller said, else what it is listed for."""

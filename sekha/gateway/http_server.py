@@ -433,6 +433,7 @@ class HttpConnection(asyncio.Protocol):
             self._leave(x)
         self.resume_writing()
         self.all.lost(self)
+        del self._parser  # each keeps the other
 
     def pause_writing(self) -> None:
         self.writing_paused = True

@@ -220,6 +220,8 @@ def wordless(error: Exception) -> Wordless:
         named = Wordless(f"{type(link).__module__}.{type(link).__qualname__}").with_traceback(link.__traceback__)
         named.__cause__ = cause
         cause = named
+        # An answer keeps the error that ended it, and the frames of its traceback keep the answer.
+        link.__traceback__ = None
     return cause or Wordless()
 
 

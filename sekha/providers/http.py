@@ -523,6 +523,7 @@ class _Connection(asyncio.Protocol):
                 lost.__cause__ = error
                 response.fail(lost)
         self._pool.closed(self)
+        del self._parser  # each keeps the other
 
     def _finish(self, response: Response) -> None:
         self._response = None
