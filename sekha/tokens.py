@@ -6,13 +6,15 @@ thousand tokens, and the first count of a tokenizer reads its file: call it from
 
 from __future__ import annotations
 
-import os
+import hashlib
+from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
+from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
 import orjson
@@ -421,20 +423,26 @@ def _encoding(name: TokenizerName) -> Any:
     from tiktoken import Encoding
     from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS  # type: ignore[import-untyped]
 
-    # tiktoken takes its files from this folder and asks the network only for one that is not there.
-    previous = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(_file(name).parent)
-    try:
-        made_of = ENCODING_CONSTRUCTORS[name]()
-    finally:
-        if previous is None:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-        else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = previous
+    # What tiktoken says of it, but for its table: reading that its way takes three times as long, and asks the
+    # network for a file that is not in a folder which the environment names.
+    says = ENCODING_CONSTRUCTORS[name]
+    read = {"load_tiktoken_bpe": lambda _, expected_hash: _ranks(_file(name), expected_hash)}
+    made_of = FunctionType(says.__code__, {**says.__globals__, **read})()
     encoding = Encoding(**made_of)
     # tiktoken has made its own tables of them, and keeps these, thirty megabytes, only to be pickled.
     made_of["mergeable_ranks"].clear()
     return encoding
+
+
+def _ranks(file: Path, sha256: str) -> dict[bytes, int]:
+    """The tokens of a file of lines, each with its rank behind it."""
+    written = file.read_bytes()
+    if hashlib.sha256(written).hexdigest() != sha256:
+        raise RuntimeError(
+            f"The installed LiteLLM's tokenizer file {file.name!r} is not what it was made as; reinstall it."
+        )
+    words = written.split()
+    return dict(zip(map(a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
 
 
 def _file(name: TokenizerName) -> Path:

@@ -139,6 +139,10 @@ def _silent(_: str) -> None:
 
 
 def _print(file: TextIO, text: str, style: str) -> None:
+    if not file.isatty():
+        # Rich would say the same, and takes longer to import than what there is to say.
+        file.write(text + "\n")
+        return
     from rich.text import Text
 
     console(file).print(Text(text, style=style), soft_wrap=True)

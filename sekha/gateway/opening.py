@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["open_serving", "state_folder"]
 
+PUBLISH_AFTER_SECONDS = 1.0
+"""The first callers need the core more: until then what is recorded waits in the spool."""
+
 
 def state_folder(loaded: Loaded) -> Path:
     """Where a gateway keeps what it must not forget: journals, the spool, the outbox."""
@@ -40,7 +43,12 @@ async def open_serving(
     from sekha.recording.recorder import Recorder
 
     state = state_folder(loaded)
-    recorder = Recorder(loaded.config.recording, state / "recording", processes=workers)
+    recorder = Recorder(
+        loaded.config.recording,
+        state / "recording",
+        processes=workers,
+        publish_after_seconds=PUBLISH_AFTER_SECONDS,
+    )
     url = ledger_url(loaded)
     database = open_database(url)
     circuits = Circuits(breaker_rules(loaded.config), shared=SharedCircuits(database))

@@ -92,9 +92,13 @@ class Recorder:
         *,
         processes: int = 1,
         max_bytes: int = SPOOL_BYTES,
+        publish_after_seconds: float = 0.0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`processes` share `max_per_second`. `environment` is added to this process's own, to name another server."""
+        """`processes` share `max_per_second`. `environment` is added to this process's own, to name another server.
+
+        A publisher takes a second of a core to start, and does so once `publish_after_seconds` have passed.
+        """
         self._policy = Policy(
             sample=section.sample,
             max_per_second=section.max_per_second / processes,
@@ -116,7 +120,7 @@ class Recorder:
         self._ending = asyncio.Event()
         self._publisher: subprocess.Popen[bytes] | None = None
         self._starts = 0
-        self._start_at = 0.0
+        self._start_at = time.monotonic() + publish_after_seconds
         self._report = Report()
         self._used = 0
         self._failing = False
