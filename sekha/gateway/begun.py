@@ -17,7 +17,7 @@ from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.errors import ProviderError, SekhaError
 from sekha.gateway.chats import Pipe, headers_of, stream_headers
 from sekha.gateway.finished import UnderWay
-from sekha.gateway.lanes import Lane
+from sekha.gateway.lanes import Fork, Lane
 from sekha.gateway.serving import Serving
 from sekha.gateway.wire import ChatAsked, answer_headers, chat_reply, chat_request, money, with_note
 from sekha.ledger import Hold, Spend
@@ -48,6 +48,7 @@ class Shortened(ABC):
         "_called_at",
         "_ended_at",
         "_estimated_at",
+        "_fork",
         "_gateway",
         "_given",
         "_hold",
@@ -75,7 +76,14 @@ class Shortened(ABC):
     error: None = None
 
     def __init__(  # noqa: PLR0917 - for each request, and names take half as long again
-        self, gateway: Gateway, serving: Serving, x: HttpExchange, lane: Lane, given: dict[str, Any], began: float
+        self,
+        gateway: Gateway,
+        serving: Serving,
+        x: HttpExchange,
+        lane: Lane,
+        given: dict[str, Any],
+        began: float,
+        fork: Fork | None,
     ) -> None:
         self.serving = serving
         self.began = began
@@ -83,6 +91,7 @@ class Shortened(ABC):
         self._gateway = gateway
         self._x = x
         self._lane = lane
+        self._fork = fork
         self._given = given
         self._settled_at = 0.0
 
@@ -120,8 +129,8 @@ class Shortened(ABC):
         )
 
     def _reserve(self, worst: int, size: int) -> bool:
-        """Select the one candidate there is, unless something speaks against it now, and hold its worst case."""
-        lane, serving, tokens = self._lane, self.serving, self._tokens
+        """Select the candidate, unless something speaks against it now, and hold the worst case of all there are."""
+        lane, serving, tokens, fork = self._lane, self.serving, self._tokens, self._fork
         resources, ledger = serving.resources, serving.leased
         circuits, rates, limit = resources.circuits, resources.rates, lane.by.limit
         if (
@@ -135,18 +144,22 @@ class Shortened(ABC):
         ):
             return False
         self._selected_at = perf_counter()
+        if fork is None:
+            budgets, amounts = lane.budgets, (worst * lane.picos,) * len(lane.budgets)
+        else:
+            budgets, amounts = fork.amounts
         hold = ledger.reserve_now(
-            lane.budgets,
-            (worst * lane.picos,) * len(lane.budgets),
-            at=resources.now(),
-            ttl_seconds=lane.hold_seconds,
-            scope=lane.scope,
+            budgets, amounts, at=resources.now(), ttl_seconds=self._hold_seconds, scope=lane.scope
         )
         if hold is None:
             return False
         self._hold = hold
         self._reserved_at = perf_counter()
         return True
+
+    @property
+    def _hold_seconds(self) -> float:
+        return self._lane.hold_seconds if self._fork is None else self._fork.hold_seconds
 
     def _call(self, sent: Begun | None, size: int) -> bool:
         """Take what was sent for this chat's call; with nothing sent, nothing has happened."""
@@ -322,7 +335,7 @@ class Shortened(ABC):
         under_way = self._x.under_way = self._under_way()
         plan = self._plan()
         ledger, resources = cast("LeasedLedger", self.serving.leased), self.serving.resources
-        hold = ledger.held_now(self._hold, at=resources.now(), ttl_seconds=self._lane.hold_seconds)
+        hold = ledger.held_now(self._hold, at=resources.now(), ttl_seconds=self._hold_seconds)
         under_way.noted_before(
             plan,
             hold,
@@ -366,6 +379,8 @@ class Shortened(ABC):
         return UnderWay(self.serving, self.flow, self._request(), self._by, run_id=self.run_id, began=self.began)
 
     def _plan(self) -> Plan:
+        if self._fork is not None:
+            return self._fork.plan
         lane, units, tokens, requested = self._lane, self._units, self._tokens, self._requested
         expected, worst, length, limit, basis = units
         unit, context = lane.tariff.unit, tokens + (requested or 0)

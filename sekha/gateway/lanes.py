@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
-from sekha.asks import Ask
+from sekha.asks import Ask, Count, Size
+from sekha.errors import RequestRefused
 from sekha.gateway.http_server import lines_of
 from sekha.gateway.serving import Serving
 from sekha.keys import Pass
+from sekha.ledger import Budget
+from sekha.ledgers.encoding import picos
+from sekha.lineup import Entrant
 from sekha.pricing import Price
+from sekha.providers.base import Provider
 from sekha.providers.relay import RelayProvider
 from sekha.registry import Model
+from sekha.routing import Plan, plan
 from sekha.steps.calls import TEXTS_PER_CALL
 from sekha.steps.money import HOLD_SECONDS, Known
+from sekha.tokens import TokenizerName, count_each
 
-__all__ = ["Lane", "lane_of"]
+__all__ = ["Fork", "Junction", "Lane", "lane_of"]
 
+_LOOKED_AT = 100
+"""Of a thousand that may serve, none of these over OpenAI's API is enough to know."""
 _PICO_PLACES = 12
 _PLENTY = 1 << 62
 
@@ -23,17 +33,16 @@ _PLENTY = 1 << 62
 class Lane:
     """What all ordinary chats of one caller with one model have in common."""
 
-    def __init__(self, serving: Serving, ask: Ask, by: Pass, known: Known, provider: RelayProvider) -> None:
+    def __init__(self, serving: Serving, ask: Ask, by: Pass, entrant: Entrant, budgets: Sequence[Budget]) -> None:
         resources = serving.resources
-        entrant = known.lined_up.entrants[0]
         self.ask = ask
         self.by = by
         self.model = model = entrant.model
         self.name = entrant.name
         self.reason = entrant.why_cheap if resources.rules.cost_aware else entrant.why
-        self.provider = provider
+        self.provider = cast("RelayProvider", resources.provider(model.provider_id))
         self.scope = ask.scope(model)
-        self.budgets = tuple(known.budgets)
+        self.budgets = tuple(budgets)
         self.tokenizer, exact = serving.runtime.money.tokenizer_of(model)
         price = cast("Price", model.price)
         self.exact = exact or price.is_free
@@ -65,13 +74,109 @@ def _models_of(serving: Serving, model: Model) -> list[Model]:
     return [each for each in serving.resources.registry.provider_of(model).models if each.id == model.id]
 
 
-def lane_of(serving: Serving, ask: Ask, by: Pass, known: Known) -> Lane | None:
-    """The short way of asks like this one; None where there is none: several may serve it, or not over OpenAI's API."""
+class Junction:
+    """Where requests that several models may serve take one lane or another: `plan` says which, of each."""
+
+    def __init__(self, serving: Serving, ask: Ask, by: Pass, known: Known) -> None:
+        self.ask = ask
+        self.by = by
+        self._serving = serving
+        self._known = known
+        self._tokenizers = serving.runtime.money.tokenizers_of(known.counters)
+        self._entrants = {entrant.name: entrant for entrant in known.lined_up.entrants}
+        self._lanes: dict[str, Lane | None] = {}
+        self._budgets: dict[str, tuple[Budget, ...]] = {}
+
+    def count(self, count: Callable[[TokenizerName], int | None]) -> dict[str, Count] | None:
+        """What each counter of these models makes of a chat; None where one cannot."""
+        counts: dict[str, Count] = {}
+        for name, tokenizer in self._tokenizers.items():
+            if (tokens := count(tokenizer)) is None:
+                return None
+            counts[name] = Count(tokens)
+        return counts
+
+    def count_texts(self, texts: Sequence[str]) -> dict[str, Count]:
+        """The same of texts to embed."""
+        each = {name: count_each(texts, tokenizer) for name, tokenizer in self._tokenizers.items()}
+        return {name: Count(sum(counts), max(counts)) for name, counts in each.items()}
+
+    def fork(self, size: Size, counts: Mapping[str, Count]) -> Fork | None:
+        """Choose as the line would; None for what it has to refuse or to wait for, or whose first model has no lane."""
+        resources = self._serving.resources
+        estimates = self._serving.runtime.money.estimates(size, counts)
+        try:
+            chosen = plan(estimates, resources.registry, resources.conditions(estimates))
+        except RequestRefused:
+            return None
+        lane = self.lane(chosen.first.model)
+        return None if lane is None else Fork(self, lane, chosen)
+
+    def lane(self, model: Model) -> Lane | None:
+        """The lane to a model; None where there is none."""
+        name = model.name
+        if name not in self._lanes:
+            entrant = self._entrants.get(name)
+            found = entrant is not None and _lane(self._serving, self.ask, self.by, entrant, self.covering(model))
+            self._lanes[name] = found or None
+        return self._lanes[name]
+
+    def patience_seconds(self, chosen: Plan) -> float:
+        return self._serving.resources.patience_seconds(chosen)
+
+    def covering(self, model: Model) -> tuple[Budget, ...]:
+        """The budgets that a call to the model counts against."""
+        found = self._budgets.get(model.name)
+        if found is None:
+            scope = self.ask.scope(model)
+            found = tuple(budget for budget in self._known.budgets if budget.covers(scope))
+            self._budgets[model.name] = found
+        return found
+
+
+class Fork(NamedTuple):
+    """The lane that one request takes at a junction, and who stands behind."""
+
+    junction: Junction
+    lane: Lane
+    plan: Plan
+
+    @property
+    def amounts(self) -> tuple[tuple[Budget, ...], tuple[int, ...]]:
+        """The budgets that the calls may count against, with the dearest of those that count against each."""
+        lane, (first, *others) = self.lane, self.plan.candidates
+        worst = picos(first.estimate.worst_case)
+        if not lane.budgets and not others:
+            return (), ()
+        most = {budget.name: (budget, worst) for budget in lane.budgets}
+        for model, estimate, _ in others:
+            worst = picos(estimate.worst_case)
+            for budget in self.junction.covering(model):
+                known = most.get(budget.name)
+                if known is None or worst > known[1]:
+                    most[budget.name] = budget, worst
+        return tuple([budget for budget, _ in most.values()]), tuple([worst for _, worst in most.values()])
+
+    @property
+    def hold_seconds(self) -> float:
+        return max(HOLD_SECONDS, 2 * self.junction.patience_seconds(self.plan))
+
+
+def lane_of(serving: Serving, ask: Ask, by: Pass, known: Known) -> Lane | Junction | None:
+    """The short way of asks like this one; None where there is none: nobody may serve it, or not over OpenAI's API."""
     entrants = known.lined_up.entrants
-    if len(entrants) != 1:
+    if len(entrants) == 1:
+        return _lane(serving, ask, by, entrants[0], known.budgets)
+    able = any(isinstance(_provider(serving, each.model), RelayProvider) for each in entrants[:_LOOKED_AT])
+    return Junction(serving, ask, by, known) if able else None
+
+
+def _lane(serving: Serving, ask: Ask, by: Pass, entrant: Entrant, budgets: Sequence[Budget]) -> Lane | None:
+    price = entrant.model.price
+    if not isinstance(_provider(serving, entrant.model), RelayProvider) or price is None or price.long_input:
         return None
-    model = entrants[0].model
-    provider, price = serving.resources.provider(model.provider_id), model.price
-    if not isinstance(provider, RelayProvider) or price is None or price.long_input:
-        return None
-    return Lane(serving, ask, by, known, provider) if price.tariff.places <= _PICO_PLACES else None
+    return Lane(serving, ask, by, entrant, budgets) if price.tariff.places <= _PICO_PLACES else None
+
+
+def _provider(serving: Serving, model: Model) -> Provider:
+    return serving.resources.provider(model.provider_id)

@@ -1,7 +1,7 @@
 """The short way of an ordinary chat, from a caller's bytes to a provider's and back, without a task of its own.
 
 The line of steps in `sekha/chat.py` is what a request goes through. Of a hundred requests ninety-nine need the same
-of it: one model, a closed circuit, money in this process's slice, a connection that lies idle, and a whole answer.
+of it: a model, a closed circuit, money in this process's slice, a connection that lies idle, and a whole answer.
 For these every step's decision is a comparison, and nearly all of their time went into getting from step to step. So
 they are done here in two moments, when the request is here and when the answer is, by the same sums, the same ledger
 and the same counts.
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import orjson
 
-from sekha.asks import Ask
+from sekha.asks import Ask, Size
 from sekha.chat import MOST_TOKENS, REPLY_LIMITS
 from sekha.errors import SekhaError
 from sekha.gateway.begun import BegunAnswer, BegunStream
 from sekha.gateway.begun_embeddings import BegunEmbedding
-from sekha.gateway.lanes import Lane, lane_of
+from sekha.gateway.lanes import Junction, Lane, lane_of
 from sekha.gateway.serving import Serving
 from sekha.gateway.weighing import BYTES_PER_TOKEN, reply_weight
 from sekha.gateway.wire import MOST_DIMENSIONS
@@ -70,7 +70,7 @@ class Shortcut:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._lanes: dict[tuple[bytes | None, str, str], Lane | None] = {}
+        self._lanes: dict[tuple[bytes | None, str, str], Lane | Junction | None] = {}
         """By the caller's header, the model that is asked for, and for what; None where there is no short way."""
         # What is remembered is written down before an answer goes out, and content is read from the request.
         self._open = serving.leased is not None and serving.memory is None and not serving.records_content
@@ -86,8 +86,8 @@ class Shortcut:
         asked, stream = given.get("model"), given.get("stream")
         if type(asked) is not str or not (stream is None or type(stream) is bool):
             return False
-        lane = self._lanes.get((x.authorization, asked, "chat")) or self._lane(x.authorization, asked, "chat")
-        if lane is None or (tokens := count_plain(given.get("messages"), lane.tokenizer, most=INLINE)) is None:
+        found = self._lanes.get((x.authorization, asked, "chat")) or self._lane(x.authorization, asked, "chat")
+        if found is None:
             return False
         requested: int | None = None
         for name in REPLY_LIMITS:
@@ -95,12 +95,24 @@ class Shortcut:
                 if type(limit) is not int or not 1 <= limit <= MOST_TOKENS:
                     return False
                 requested = limit if requested is None else min(limit, requested)
+        messages = given.get("messages")
+        if isinstance(found, Lane):
+            lane, fork, counted = found, None, count_plain(messages, found.tokenizer, most=INLINE)
+            if counted is None:
+                return False
+            tokens = counted
+        else:
+            counts = found.count(lambda tokenizer: count_plain(messages, tokenizer, most=INLINE))
+            fork = None if counts is None else found.fork(Size(found.ask, reply_limit=requested), counts)
+            if fork is None:
+                return False
+            lane, tokens = fork.lane, fork.plan.first.estimate.input_tokens
         size = 0
         if lane.by.limit is not None:
             replies, guess = reply_weight(requested)
             size = lane.by.room(len(body) // BYTES_PER_TOKEN + replies, guess)
         kind = BegunStream if stream else BegunAnswer
-        return kind(gateway, self._serving, x, lane, given, began).send(requested, tokens, size)
+        return kind(gateway, self._serving, x, lane, given, began, fork).send(requested, tokens, size)
 
     def begin_embedding(self, gateway: Gateway, x: HttpExchange, body: bytes) -> bool:
         """The same for an ordinary embedding."""
@@ -116,15 +128,27 @@ class Shortcut:
             return False
         if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= MOST_DIMENSIONS):
             return False
-        lane = self._lanes.get((x.authorization, asked, "embedding")) or self._lane(x.authorization, asked, "embedding")
-        if lane is None or len(texts) > lane.texts:
+        found = self._lanes.get((x.authorization, asked, "embedding"))
+        found = found or self._lane(x.authorization, asked, "embedding")
+        if found is None:
+            return False
+        if isinstance(found, Lane):
+            lane, fork = found, None
+        else:
+            fork = found.fork(Size(found.ask), found.count_texts(texts))
+            if fork is None:
+                return False
+            lane = fork.lane
+        if len(texts) > lane.texts:
             return False
         counts = count_each(texts, lane.tokenizer)
-        return BegunEmbedding(gateway, self._serving, x, lane, given, began).embed(
+        return BegunEmbedding(gateway, self._serving, x, lane, given, began, fork).embed(
             texts, counts, len(body) // BYTES_PER_TOKEN
         )
 
-    def _lane(self, authorization: bytes | None, asked: str, kind: Literal["chat", "embedding"]) -> Lane | None:
+    def _lane(
+        self, authorization: bytes | None, asked: str, kind: Literal["chat", "embedding"]
+    ) -> Lane | Junction | None:
         if (authorization, asked, kind) in self._lanes:
             return None
         serving = self._serving

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
 from weakref import WeakSet
 
-from sekha.asks import Ask, Estimates, Size
+from sekha.asks import Ask, Count, Estimates, Size
 from sekha.bill import note_charged
 from sekha.chat import ChatRequest, Reply
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
@@ -104,6 +104,21 @@ class Money:
             at=at,
         )
 
+    def estimates(self, size: Size, counts: Mapping[str, Count]) -> Estimates:
+        """What `estimate_cost` makes of a request without images that is counted, but for what is left in budgets.
+
+        Whoever goes by it holds what it may cost all the same, and so finds out whether there is as much.
+        """
+        resources = self._open
+        return Estimates(
+            size=size,
+            counters=self._counters.of_words,
+            counts=counts,
+            usual=self._usual.known() if size.ask.kind == "chat" else {},
+            rules=resources.rules,
+            budgets=resources.budgets,
+        )
+
     async def select_provider(
         self,
         request: ChatRequest | EmbedRequest,
@@ -132,6 +147,10 @@ class Money:
         """What counts words for a model, and whether its provider counts just so."""
         counter = self._counters.of_words[model.id]
         return self._counters.tokenizer(counter.name), counter.exact
+
+    def tokenizers_of(self, counters: Iterable[str]) -> dict[str, TokenizerName]:
+        """Counter → what it counts words with."""
+        return {name: self._counters.tokenizer(name) for name in counters}
 
     async def explain_choice(
         self,

@@ -706,7 +706,8 @@ async def test_what_is_spent_and_held_is_so_in_every_budget_that_covers_it(tmp_p
     assert {name for name, amount in side.seen.budgets.items() if amount} == covering
 
 
-async def test_a_nearly_spent_budget_is_never_passed_however_many_ask_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [0, 1])
+async def test_a_nearly_spent_budget_is_never_passed_however_many_ask_at_once(tmp_path: Path, behind: int) -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 45}  # half of what there may be
     limit, most = Decimal("0.1") * 200, Decimal(0)
 
@@ -732,7 +733,10 @@ async def test_a_nearly_spent_budget_is_never_passed_however_many_ask_at_once(tm
             await asyncio.sleep(0.01)
 
     budgets = [f"{{name: small, limit: {limit}, period: total}}"]
-    async with Upstream(GOOD, answered) as upstream, opened(tmp_path, upstream, budgets=budgets) as side:
+    async with (
+        Upstream(GOOD, answered) as upstream,
+        opened(tmp_path, upstream, config=config_for(upstream, *[upstream] * behind, budgets=budgets)) as side,
+    ):
         await side.meet()
         watching = asyncio.create_task(watch(side))
         asked = await asyncio.gather(*(ask(side, stream=at % 2 > 0) for at in range(200)))
@@ -740,7 +744,8 @@ async def test_a_nearly_spent_budget_is_never_passed_however_many_ask_at_once(tm
     statuses = [status for each in asked for status in each]
 
     assert set(statuses) == {200, 402}
-    assert statuses.count(200) == len(upstream.requests) - 1 > 150
+    # Of two the dearer is held.
+    assert statuses.count(200) == len(upstream.requests) - 1 > (100 if behind else 150)
     assert side.went.count("line") <= len(statuses) - 20  # the others went the short way
     assert limit * Decimal("0.9") < most <= limit
     assert side.seen.budgets["small"] <= limit
@@ -1613,31 +1618,202 @@ async def test_a_provider_is_left_alone_for_as_long_as_it_says_whichever_way_it_
     assert len(side.seen.asked) == 4
 
 
-async def test_another_provider_is_asked_where_there_is_one_and_that_is_no_short_way(tmp_path: Path) -> None:
-    config = """
-    providers:
-      - id: first
-        provider_type: openai
-        base_url: URL
-        models: [{model_id: chat, task: chat_small, price: free}]
-      - id: second
-        provider_type: openai
-        base_url: URL
-        priority: 2
-        models: [{model_id: chat, task: chat_small, price: free}]
-    """
-    bodies = [body_of(), body_of(model="first/chat"), body_of(), body_of(model="first/chat")]
-    answers = [GOOD, GOOD, refusal(400, code="content_policy_violation"), GOOD, refusal(500), GOOD, refusal(401)]
+# --- where others stand behind -------------------------------------------------------------
+
+SIBLINGS = """
+providers:
+  - id: first
+    provider_type: openai
+    base_url: URL
+    priority: 1
+    models:
+      - {model_id: chat, task: chat_small, max_output_tokens: 9, price: {input_per_million: 10, output_per_million: 20}}
+      - {model_id: vectors, task: embedding, dimension: 8, price: {input_per_million: 1}}
+  - id: second
+    provider_type: openai
+    base_url: URL
+    priority: 2
+    models:
+      - {model_id: chat, task: chat_small, max_output_tokens: 50, price: {input_per_million: 30, output_per_million: 7}}
+      - {model_id: vectors, task: embedding, dimension: 8, price: {input_per_million: 3}}
+  - id: third
+    provider_type: openrouter
+    base_url: URL
+    priority: 3
+    models:
+      - {model_id: chat, task: chat_small, context_window: 90, price: {input_per_million: 1, output_per_million: 1}}
+budgets: [{name: all, limit: 1000}, {name: theirs, limit: 900, match: {provider: second}}]
+routing: {circuit_breaker: {failure_threshold: 1000}}
+"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_ordinary_goes_the_short_way_though_others_stand_behind(tmp_path: Path, stream: bool) -> None:
+    bodies = [body[:1] + b'"stream":true,' + body[1:] for body in map(bytes.strip, ORDINARY.values())]
+    bodies = [body for body in bodies if body.count(b'"stream"') == 1] if stream else list(ORDINARY.values())
+
+    def makes() -> Upstream:
+        return Upstream(*[GOOD] * len(MET), streamed(*HELLO_EVENTS) if stream else GOOD)
+
+    side = await both(
+        tmp_path, makes, asking(*bodies, meets=MET), took=["short"] * len(bodies), config=SIBLINGS, waits=True
+    )
+
+    assert {reply.named["x-sekha-provider"] for reply in side.seen.replies} == {"first"}
+
+
+TAKEN_OVER: dict[str, tuple[int, list[Answer | None], str]] = {
+    "500": (200, [refusal(500), GOOD], "second"),
+    "429": (200, [refusal(429, "Retry-After: 0.05"), GOOD], "second"),
+    "401": (200, [refusal(401), GOOD], "second"),
+    "no usage": (200, [whole(usage=None)], "first"),
+    "closed": (200, [None, None, GOOD], "second"),
+    "cut": (200, [then_hang_up(GOOD[:-20]), GOOD], "second"),
+    "a page": (200, [with_length(b"<html>", "Content-Type: text/html"), GOOD], "second"),
+    "two of them": (200, [refusal(500), refusal(503), GOOD], "third"),
+    "all of them, and then good": (200, [refusal(500)] * 3 + [GOOD], "first"),
+    "400": (400, [refusal(400)], ""),
+    "content": (400, [refusal(400, code="content_policy_violation")], ""),
+    "nobody": (502, [refusal(401)] * 3, ""),
+}
+STREAMS_TAKEN_OVER: dict[str, tuple[int, list[Answer | None], str]] = {
+    "500": (200, [refusal(500), streamed(*HELLO_EVENTS)], "second"),
+    "wrong at once": (200, [streamed(WRONG_EVENT), streamed(*HELLO_EVENTS)], "second"),
+    "cut before its first": (200, [streamed(ends="never"), streamed(*HELLO_EVENTS)], "second"),
+    "cut after its first": (200, [streamed(SAY, ends="never")], "first"),
+    "wrong within": (200, [streamed(SAY, WRONG_EVENT)], "first"),
+    "no usage": (200, [streamed(SAY, MORE, STOP, DONE)], "first"),
+    "nobody": (502, [refusal(401)] * 3, ""),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_another_takes_over_what_began_the_short_way(tmp_path: Path, stream: bool) -> None:
+    scripts = STREAMS_TAKEN_OVER if stream else TAKEN_OVER
+
+    async def asks(side: Side) -> None:
+        for name, (status, _, by) in scripts.items():
+            await side.meet()
+            reply = await side.ask(body_of(stream=stream))
+            assert (reply.status, reply.named.get("x-sekha-provider", "")) == (status, by), name
+            await side.settled()
+            await asyncio.sleep(0.06)  # nobody is left alone any more
+            side.note(circuits=side.circuits)
+
+    answers = [answer for _, script, _ in scripts.values() for answer in (GOOD, *script)]
+
+    side = await both(
+        tmp_path, lambda: Upstream(*answers), asks, took=["handed over"] * len(scripts), config=SIBLINGS, waits=True
+    )
+
+    assert len(side.seen.asked) == len(answers)
+
+
+async def test_the_dearest_of_those_who_may_be_asked_is_held_in_every_budget(tmp_path: Path) -> None:
+    async def asks(side: Side) -> None:
+        await side.meet()
+        asking_it = asyncio.create_task(side.ask(body_of()))
+        await asyncio.sleep(0.05)
+        side.note(held=await side.held())
+        await asking_it
+
+    side = await both(tmp_path, lambda: Upstream(GOOD, slowly(GOOD)), asks, config=SIBLINGS)
+
+    held = dict(side.notes)["held"]
+    assert held["all"] == held["theirs"] > 0
+    assert side.seen.budgets["all"] > side.seen.budgets["theirs"] == 0
+
+
+@pytest.mark.parametrize("limits", ["", "routing: {auto_fallback: false}"])
+async def test_the_same_one_is_chosen_and_the_same_is_held_as_in_the_line(tmp_path: Path, limits: str) -> None:
+    """Which is cheapest depends on how each counts, and on what comes out."""
+    bodies = [
+        body_of("word " * words + "é" * more, model="chat_smart", **fields)
+        for words in (1, 30, 300)
+        for more in (0, 50)
+        for fields in ({}, {"max_tokens": 5}, {"max_completion_tokens": 900})
+    ]
+    config = (
+        PRICED
+        + limits
+        + "\nbudgets: [{name: all, limit: 1000}, {name: one, limit: 9, match: {model: open}}"
+        + ", {name: other, limit: 0.0001, match: {model: free}}]"
+    )
+
+    async def asks(side: Side) -> None:
+        await side.meet(body_of(model="chat_smart"), body_of(model="open"))
+        caller = await side.connect()
+        for body in bodies:
+            await side.ask(body, caller=caller)
+
+    side = await both(tmp_path, lambda: Upstream(GOOD), asks, took=["short"] * len(bodies), config=config)
+
+    assert {reply.status for reply in side.seen.replies} == {200}
+
+
+async def test_a_circuit_that_opens_has_another_go_first_on_the_short_way(tmp_path: Path) -> None:
+    async def asks(side: Side) -> None:
+        await side.meet()
+        for _ in range(3):
+            await side.ask(body_of())
+            await side.settled()
+        side.note(circuits=side.circuits)
+        for _ in range(2):
+            await side.ask(body_of())
+
+    answers = [GOOD, *[refusal(500), GOOD] * 3, GOOD]
 
     side = await both(
         tmp_path,
         lambda: Upstream(*answers),
-        asking(*bodies, meets=[body_of(), body_of(model="first/chat")]),
-        took=["line", "short", "line", "handed over"],
-        config=config,
+        asks,
+        took=["handed over"] * 3 + ["short"] * 2,
+        config=SIBLINGS.replace("1000}}", "3, timeout_secs: 60}}"),
+        retries=Retries(rounds=1),
+        waits=True,
     )
 
-    assert [reply.status for reply in side.seen.replies] == [400, 200, 200, 502]
+    assert dict(side.notes)["circuits"]["first/chat"] == ("open", 3)
+    assert [reply.named["x-sekha-provider"] for reply in side.seen.replies] == ["second"] * 5
+
+
+async def test_a_key_is_served_by_those_it_may_use(tmp_path: Path) -> None:
+    key = new_key()
+    keys = f'keys: [{{name: some, hash: "{hash_of(key)}", models: [second/chat, third/chat]}}]\n'
+    authorized = [f"authorization: Bearer {key}"]
+
+    side = await both(
+        tmp_path,
+        lambda: Upstream(GOOD),
+        asking(body_of(), body_of(stream=True), meets=[body_of()], headers=authorized),
+        took=["short", "handed over"],
+        config=SIBLINGS + keys,
+    )
+
+    assert side.seen.replies[0].named["x-sekha-provider"] == "second"
+
+
+async def test_an_embedding_goes_the_short_way_though_another_has_its_model(tmp_path: Path) -> None:
+    async def asks(side: Side) -> None:
+        for body in (texts(), texts(["a", "b"]), texts(), texts()):
+            await side.meet(texts(), path=EMBED)
+            await side.ask(body, path=EMBED)
+            await side.settled()
+
+    answers = [vectors(ROW), vectors(ROW)] * 2
+    answers[3:] = [vectors(ROW, ROW), vectors(ROW), refusal(500), vectors(ROW), vectors(ROW), refusal(400)]
+
+    side = await both(
+        tmp_path,
+        lambda: Upstream(*answers),
+        asks,
+        took=["short", "short", "handed over", "handed over"],
+        config=SIBLINGS,
+        waits=True,
+    )
+
+    assert [reply.status for reply in side.seen.replies] == [200, 200, 200, 400]
+    assert [reply.named.get("x-sekha-provider") for reply in side.seen.replies] == ["first", "first", "second", None]
 
 
 # --- by which name a limit goes ------------------------------------------------------------
@@ -1768,8 +1944,8 @@ def comes(kind: str, *, stream: bool) -> Answer | None:
     return whole(usage=usage, **({"error": {"message": "no"}} if kind == "error" else {}))
 
 
-@pytest.mark.parametrize("seed", range(4))
-async def test_whatever_is_asked_and_whatever_comes_of_it_is_the_same(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "config"), [*((seed, ONE) for seed in range(4)), (4, SIBLINGS), (5, SIBLINGS)])
+async def test_whatever_is_asked_and_whatever_comes_of_it_is_the_same(tmp_path: Path, seed: int, config: str) -> None:
     some = random.Random(seed)
     asked = [(any_body(some), some.choice(COMES)) for _ in range(60)]
     now = "good"
@@ -1798,7 +1974,7 @@ async def test_whatever_is_asked_and_whatever_comes_of_it_is_the_same(tmp_path: 
             await side.settled()
 
     upstream: Upstream
-    side = await both(tmp_path, makes, asks, took=None, config=ONE, waits=True)
+    side = await both(tmp_path, makes, asks, took=None, config=config, waits=True)
 
     assert side.went.count("short") >= 10
     assert side.went.count("handed over") >= 5
