@@ -8,14 +8,19 @@ from abc import ABC, abstractmethod
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import orjson
-
 from sekha.bill import note_asked, note_charged
 from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Opened, Reply, carried_out, with_reply_limit
 from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.errors import ProviderError, SekhaError
-from sekha.gateway.chats import Pipe, headers_of, stream_headers
+from sekha.gateway.chats import (
+    Pipe,
+    end_of,
+    end_with_usage,
+    headers_of,
+    stream_headers,
+    without_usage_at_its_end,
+)
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.lanes import Fork, Lane
 from sekha.gateway.serving import Serving
@@ -430,7 +435,7 @@ class BegunAnswer(Shortened):
 class BegunStream(Shortened):
     """A chat whose answer is handed on as it comes."""
 
-    __slots__ = ("_opened_at", "_piped", "_stream")
+    __slots__ = ("_held", "_opened_at", "_piped", "_stream", "_wants_usage")
 
     streams = True
 
@@ -440,6 +445,10 @@ class BegunStream(Shortened):
         self._stream: RelayStream | None = None
         self._opened_at = 0.0
         """Once something was said."""
+        options = self._given.get("stream_options")
+        self._wants_usage = options is not None and options["include_usage"]
+        self._held = b""
+        """What came last, if that has the usage."""
 
     @property
     def _waited(self) -> float:
@@ -453,7 +462,10 @@ class BegunStream(Shortened):
             while not x.is_held_up:
                 block = stream.take()
                 if block is not None:
-                    x.go_on_now(block)
+                    if self._wants_usage:
+                        block, self._held = without_usage_at_its_end(self._held + block)
+                    if block:
+                        x.go_on_now(block)
                 # Whatever has come is one block. Nobody calls again behind the last.
                 if not response.complete or stream.has_ended:
                     break
@@ -483,7 +495,9 @@ class BegunStream(Shortened):
             response = self._sent.response
             if not (response.parts or response.complete or response.error):
                 return False  # its head alone
-            stream = lane.provider.stream_of(self._sent, lane.model, timeout_seconds=lane.timeout_seconds)
+            stream = lane.provider.stream_of(
+                self._sent, lane.model, timeout_seconds=lane.timeout_seconds, hands_on_usage=self._wants_usage
+            )
             self._stream = stream
         begun = stream.begin_now()
         if begun is None:
@@ -497,7 +511,10 @@ class BegunStream(Shortened):
         return True
 
     def _last(self) -> bytes:
-        return b": sekha " + orjson.dumps(self._note()) + b"\n\ndata: [DONE]\n\n"
+        if not self._wants_usage:
+            return end_of(self._note())
+        usage = None if self._held else self.usage
+        return end_with_usage(self._held, self._note(), self.model_id, self.run_id, usage=usage)
 
     async def _tell(self) -> None:
         cast("RelayStream", self._stream).let_go()
@@ -535,7 +552,8 @@ class BegunStream(Shortened):
     def _pipe(self, under_way: UnderWay) -> Pipe:
         if self._piped is None:
             request = cast("ChatRequest", under_way.request)
-            self._piped = Pipe(self._x, self.serving, ChatAsked(request, stream=True, keep=False), under_way)
+            asked = ChatAsked(request, stream=True, keep=False)
+            self._piped = Pipe(self._x, self.serving, asked, under_way, held=self._held)
         return self._piped
 
     def _opened(self, plan: Plan) -> Opened | None:

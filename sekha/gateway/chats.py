@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from decimal import Decimal
 
 import orjson
@@ -15,10 +16,19 @@ from sekha.gateway.problems import Headers, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
 from sekha.gateway.weighing import weighed_chat
 from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note
+from sekha.pricing import Usage
 from sekha.providers.base import openai_usage
 from sekha.registry import Model
 
-__all__ = ["Pipe", "complete", "headers_of", "stream_headers"]
+__all__ = [
+    "Pipe",
+    "complete",
+    "end_of",
+    "end_with_usage",
+    "headers_of",
+    "stream_headers",
+    "without_usage_at_its_end",
+]
 
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 
@@ -74,14 +84,17 @@ def stream_headers(model: Model, expected: Decimal) -> Headers:
 class Pipe:
     """Hands a streamed answer on, as it was written, and ends it truthfully."""
 
-    def __init__(self, x: Exchange, serving: Serving, asked: ChatAsked, under_way: UnderWay) -> None:
+    def __init__(
+        self, x: Exchange, serving: Serving, asked: ChatAsked, under_way: UnderWay, *, held: bytes = b""
+    ) -> None:
+        """`held` is what came last and was held back, of a stream that others began to hand on."""
         self._x = x
         self._serving = serving
         self._asked = asked
         self._under_way = under_way
         self._memory = serving.memory if asked.keep else None
         self._pieces: list[bytes] = []
-        self._last = b""
+        self._held = held
 
     async def begin(self, opened: Opened) -> None:
         self._under_way.said = opened.events.said
@@ -93,25 +106,22 @@ class Pipe:
 
     async def write(self, piece: bytes) -> None:
         if self._asked.wants_usage:
-            piece, self._last = _without_usage_at_its_end(self._last + piece)
+            piece, self._held = without_usage_at_its_end(self._held + piece)
         if piece:
             if self._memory is not None:
                 self._pieces.append(piece)
             await self._x.go_on(piece)
 
     async def end(self, reply: Reply) -> None:
-        note = sekha_note(reply, self._under_way.run_id)
+        run_id = self._under_way.run_id
+        note = sekha_note(reply, run_id)
+        said = end_of(note)
         if self._asked.wants_usage:
-            # Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
-            last = orjson.loads(self._last[5:]) if self._last else _usage_chunk(reply, self._under_way.run_id)
-            if reply.usage.counted:
-                last["usage"] = openai_usage(reply.usage)
-            said = b"data: " + orjson.dumps(last | {"sekha": note})
-        else:
-            said = b": sekha " + orjson.dumps(note)
+            counted = reply.usage if reply.usage.counted or not self._held else None
+            said = end_with_usage(self._held, note, reply.model_id, run_id, usage=counted)
         if self._memory is not None:
             await self._memory.chat(self._under_way.run_id, self._asked.request, reply, b"".join(self._pieces))
-        await self._x.end(said + b"\n\ndata: [DONE]\n\n")
+        await self._x.end(said)
 
     async def broken(self, error: SekhaError) -> None:
         """Say what happened as an event, and end without `[DONE]`: what had arrived is not the whole."""
@@ -122,10 +132,10 @@ class Pipe:
                 "model_id": error.model_id,
                 "run_id": self._under_way.run_id,
             }
-        await self._x.end(self._last + b"data: " + orjson.dumps(said) + b"\n\n")
+        await self._x.end(self._held + b"data: " + orjson.dumps(said) + b"\n\n")
 
 
-def _without_usage_at_its_end(block: bytes) -> tuple[bytes, bytes]:
+def without_usage_at_its_end(block: bytes) -> tuple[bytes, bytes]:
     """The events of a block, and the last of them apart if it carries usage: ours goes into the same chunk.
 
     OpenAI's own clients take the usage of whichever chunk comes last, also when it has none.
@@ -138,13 +148,30 @@ def _without_usage_at_its_end(block: bytes) -> tuple[bytes, bytes]:
     return block, b""
 
 
-def _usage_chunk(reply: Reply, run_id: str) -> dict[str, object]:
+def end_of(note: Mapping[str, object]) -> bytes:
+    """A stream's last events, with what it cost beside them."""
+    return b": sekha " + orjson.dumps(note) + b"\n\ndata: [DONE]\n\n"
+
+
+def end_with_usage(
+    held: bytes, note: Mapping[str, object], model_id: str, run_id: str, *, usage: Usage | None
+) -> bytes:
+    """The same with the usage, in the event that was `held` back for it; `usage` stands in place of what that says.
+
+    Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
+    """
+    last = orjson.loads(held[5:]) if held else _usage_chunk(model_id, run_id)
+    if usage is not None:
+        last["usage"] = openai_usage(usage)
+    return b"data: " + orjson.dumps(last | {"sekha": note}) + b"\n\ndata: [DONE]\n\n"
+
+
+def _usage_chunk(model_id: str, run_id: str) -> dict[str, object]:
     """A stream's last chunk, where the provider sent none."""
     return {
         "id": f"chatcmpl-{run_id}",
         "object": "chat.completion.chunk",
         "created": int(time.time()),
-        "model": reply.model_id,
+        "model": model_id,
         "choices": [],
-        "usage": openai_usage(reply.usage),
     }

@@ -13,6 +13,7 @@ is retried, refused, charged and told when something goes wrong is written there
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -54,6 +55,7 @@ _ORDINARY = frozenset(
         "reasoning_effort",
         "seed",
         "stop",
+        "stream_options",
         "user",
         "verbosity",
     }
@@ -86,15 +88,15 @@ class Shortcut:
         asked, stream = given.get("model"), given.get("stream")
         if type(asked) is not str or not (stream is None or type(stream) is bool):
             return False
+        options = given.get("stream_options")
+        if options is not None and (not stream or not _is_plain(options)):
+            return False
         found = self._lanes.get((x.authorization, asked, "chat")) or self._lane(x.authorization, asked, "chat")
         if found is None:
             return False
-        requested: int | None = None
-        for name in REPLY_LIMITS:
-            if (limit := given.get(name)) is not None:
-                if type(limit) is not int or not 1 <= limit <= MOST_TOKENS:
-                    return False
-                requested = limit if requested is None else min(limit, requested)
+        requested, bounded = _limit_in(given)
+        if not bounded:
+            return False
         messages = given.get("messages")
         if isinstance(found, Lane):
             lane, fork, counted = found, None, count_plain(messages, found.tokenizer, most=INLINE)
@@ -176,6 +178,22 @@ def _object_of(body: bytes, fields: frozenset[str]) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return given if type(given) is dict and fields.issuperset(given) else None
+
+
+def _limit_in(given: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """The tokens that a reply may have, None for as many as there are; and whether they are said as they have to be."""
+    requested: int | None = None
+    for name in REPLY_LIMITS:
+        if (limit := given.get(name)) is not None:
+            if type(limit) is not int or not 1 <= limit <= MOST_TOKENS:
+                return None, False
+            requested = limit if requested is None else min(limit, requested)
+    return requested, True
+
+
+def _is_plain(options: object) -> bool:
+    """Whether these options of a stream say nothing but whether it is to end with its usage."""
+    return type(options) is dict and [*options] == ["include_usage"] and type(options["include_usage"]) is bool
 
 
 def _are_plain(texts: object) -> TypeGuard[list[str]]:

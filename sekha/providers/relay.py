@@ -161,10 +161,10 @@ class RelayProvider:
         response = self._http.send_now(target, body, timeout_seconds=timeout_seconds, whole=not stream, told=told)
         return None if response is None else Begun(response, target, body)
 
-    def stream_of(self, begun: Begun, model: Model, *, timeout_seconds: float) -> RelayStream:
-        """The answer of a call that `begin` sent, before it has begun. It gets no usage to hand on."""
+    def stream_of(self, begun: Begun, model: Model, *, timeout_seconds: float, hands_on_usage: bool) -> RelayStream:
+        """The answer of a call that `begin` sent, before it has begun."""
         failed = self._failing(model, _no_texts)
-        return RelayStream(begun.response, failed, timeout_seconds=timeout_seconds, hands_on_usage=False)
+        return RelayStream(begun.response, failed, timeout_seconds=timeout_seconds, hands_on_usage=hands_on_usage)
 
     def usage_of(self, begun: Begun) -> Usage | None:
         """What a call used that has ended; None for all that is not a whole answer with its usage."""

@@ -209,6 +209,7 @@ OTHERWISE: dict[str, bytes] = {
     "empty": body_of(model=""),
     "not met yet": body_of(model="first/eyes"),
     "what nobody knows": body_of(frobnicate=[1, "é"]),
+    "options of no stream": body_of(stream_options={"include_usage": True}),
 }
 
 
@@ -218,6 +219,15 @@ async def test_what_is_not_ordinary_goes_the_long_way(tmp_path: Path) -> None:
     side = await both(tmp_path, lambda: Upstream(GOOD), asking(*bodies), took=["line"] * len(bodies), config=CHEAPER)
 
     assert {reply.status for reply in side.seen.replies} == {200}
+
+
+async def test_options_of_a_stream_that_say_more_go_the_long_way(tmp_path: Path) -> None:
+    options = [{}, {"include_usage": True, "include_obfuscation": False}, {"include_usage": 1}]
+    bodies = [body_of(stream=True, stream_options=each) for each in options]
+
+    await both(
+        tmp_path, lambda: Upstream(GOOD, streamed(*HELLO_EVENTS)), asking(*bodies, meets=[body_of()]), took=["line"] * 3
+    )
 
 
 async def test_an_image_goes_the_long_way(tmp_path: Path) -> None:
@@ -460,6 +470,14 @@ def crlf(piece: bytes) -> bytes:
 
 
 STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
+    "usage with the last choice": (200, [streamed(SAY, event(finish="stop", usage=USAGE), DONE)], "short"),
+    "usage before the last choice": (200, [streamed(SAY, event(usage=USAGE), STOP, DONE)], "short"),
+    "usage all the time": (
+        200,
+        [streamed(event("Hel", usage=USAGE), event("lo.", usage=USAGE), event(usage=USAGE), DONE)],
+        "short",
+    ),
+    "usage, and then wrong": (200, [streamed(SAY, COUNTED, WRONG_EVENT)], "handed over"),
     "good": (200, [streamed(*HELLO_EVENTS)], "short"),
     "its end later": (200, [streamed(*HELLO_EVENTS, ends="later")], "short"),
     "its end never": (200, [streamed(*HELLO_EVENTS, ends="never")], "short"),
@@ -574,12 +592,16 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
 }
 
 
-async def test_a_stream_or_what_comes_in_its_place_is_handled_as_in_the_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [None, {"include_usage": True}, {"include_usage": False}])
+async def test_a_stream_or_what_comes_in_its_place_is_handled_as_in_the_line(
+    tmp_path: Path, options: dict[str, bool] | None
+) -> None:
     async def asks(side: Side) -> None:
         caller = await side.connect()
         for name, (status, _, _) in STREAMS.items():
             await side.meet()
-            assert (await side.ask(body_of(stream=True), caller=caller)).status == status, name
+            body = body_of(stream=True, stream_options=options)
+            assert (await side.ask(body, caller=caller)).status == status, name
             await side.settled()
             side.note(circuits=side.circuits)
 
