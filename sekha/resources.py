@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ __all__ = ["WALL", "Resources", "breaker_rules", "ledger_url", "utc_now"]
 
 WALL = Clock(now=time.monotonic, sleep=asyncio.sleep, random=random.random)
 PATIENT = Retries()
+WARN_SECONDS = 60.0
+"""Between two warnings of the same about one model."""
 _NONE_OPEN: frozenset[str] = frozenset()
 _NONE_THROTTLED: Mapping[str, float] = {}
 log = logging.getLogger("sekha.money")
@@ -80,6 +83,7 @@ class Resources:
         self.latencies = Latencies(clock=clock.now)
         self.when_passed: Callable[[str, str], None] | None = None
         """Told the provider and the model whenever a call cost more than its worst case."""
+        self._warned_at: dict[str, float] = {}
         self._opening = asyncio.Lock()
         self.indexes = Indexes(self.store, now=clock.now)
 
@@ -118,7 +122,16 @@ class Resources:
         )
 
     def worst_case_passed(self, provider_id: str, model_id: str, cost: Decimal, worst_case: Decimal) -> None:
-        """Tell that a call cost more than was held for it, so that no cap or budget is passed unseen."""
+        """Tell that a call cost more than was held for it, so that no cap or budget is passed unseen.
+
+        Each is counted, and each model's first in a minute is logged: as a rule, all of its calls are alike.
+        """
+        now, name = self.clock.now(), f"{provider_id}/{model_id}"
+        if self.when_passed is not None:
+            self.when_passed(provider_id, model_id)
+        if now - self._warned_at.get(name, -math.inf) < WARN_SECONDS:
+            return
+        self._warned_at[name] = now
         log.warning(
             "%s/%s billed %s, and %s was its worst case. It counts or prices otherwise than is known here: "
             "compare its bill with `price:`, `context_window:` and `max_output_tokens:` in sekha.yaml.",
@@ -127,8 +140,6 @@ class Resources:
             dollars(cost),
             dollars(worst_case),
         )
-        if self.when_passed is not None:
-            self.when_passed(provider_id, model_id)
 
     def patience_seconds(self, chosen: Plan) -> float:
         """How long one request may take, all attempts together."""

@@ -133,6 +133,7 @@ def decode(line: bytes) -> Run | Event:
                 for name, after, started, ended, error in _columns(said["steps"])
             ]
         )
+        _check_order(said["steps"])
         said["attempts"] = tuple(
             [
                 Attempt(provider_id=provider_id, model_id=model_id, seconds=seconds, error=error, detail=detail)
@@ -146,6 +147,11 @@ def decode(line: bytes) -> Run | Event:
         return Run(**said)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise ValueError(f"this line is no run: {type(error).__name__}") from error
+
+
+def _check_order(steps: tuple[Step, ...]) -> None:
+    if any(not 0 <= before < at for at, step in enumerate(steps) for before in step.after):
+        raise ValueError("a step comes after one that is not before it")
 
 
 def _plain(value: object) -> object:

@@ -212,6 +212,14 @@ def test_a_line_that_is_no_run_is_refused() -> None:
         decode(b"R\n")
 
 
+@pytest.mark.parametrize("after", [(0,), (1,), (-1,), (7,)])
+def test_a_step_that_comes_after_none_before_it_makes_no_run(make_run: Makes, after: tuple[int, ...]) -> None:
+    line = encode(make_run(steps=(Step("a", after, 1.0, 2.0),)))
+
+    with pytest.raises(ValueError, match="no run"):
+        decode(line)
+
+
 def test_steps_come_back_as_steps(make_run: Makes) -> None:
     found = decode(encode(make_run(steps=(Step("a", (), 1.0, 2.0, error="rate_limited"),))))
 
