@@ -189,6 +189,10 @@ class Publisher:
 
 def main(folder: Path, *, joins: bool) -> None:
     os.nice(10)
+    if hasattr(os, "SCHED_BATCH"):
+        # Where the gateway has but one core, waking up here does not interrupt it.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for chatty in ("httpx", "prefect"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
