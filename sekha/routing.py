@@ -168,13 +168,19 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
     """
     ask, rules = estimates.ask, estimates.rules
     models = considered(ask, registry)
-    objections = {model.name: next(_objections(model, estimates, conditions), None) for model in models}
+    priced = {model.name: estimates.of(model) for model in models}
+
+    def objected(conditions: Conditions) -> dict[str, tuple[Rule, str] | None]:
+        return {
+            model.name: next(_objections(model, priced[model.name], estimates, conditions), None) for model in models
+        }
+
+    objections = objected(conditions)
     able = [model for model in models if objections[model.name] is None]
     if not able and conditions.paused:
-        awake = conditions._replace(paused={})
-        objections = {model.name: next(_objections(model, estimates, awake), None) for model in models}
+        objections = objected(conditions._replace(paused={}))
         able = [model for model in models if objections[model.name] is None]
-    ranked = list(_ranked(able, registry, estimates, conditions))
+    ranked = list(_ranked(able, priced, registry, estimates, conditions))
     count = SHORTLIST if rules.auto_fallback else 1
     for model, _ in ranked[count:]:
         why = f"{count} others stand before it" if rules.auto_fallback else "`auto_fallback` is off"
@@ -188,7 +194,7 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             place=place,
             rule=None if objection is None else objection[0],
             why=_reason(estimates, registry, model, place or 1) if objection is None else objection[1],
-            estimate=None if incapable(ask, model) else estimates.of(model),
+            estimate=None if incapable(ask, model) else priced[model.name],
             priority=registry.provider_of(model).priority,
             circuit="open" if model.name in conditions.open_circuits else "closed",
             throttled_seconds=max(
@@ -289,12 +295,13 @@ def _candidates(entrants: Sequence[Entrant], kept: Sequence[_Kept], cost_aware: 
 # --- in full -------------------------------------------------------------------------------
 
 
-def _objections(model: Model, estimates: Estimates, conditions: Conditions) -> Iterator[tuple[Rule, str]]:
+def _objections(
+    model: Model, estimate: Estimate | None, estimates: Estimates, conditions: Conditions
+) -> Iterator[tuple[Rule, str]]:
     """What speaks against a model. What passes by itself comes last, so that it is named only where nothing else is."""
     ask = estimates.ask
     if (lack := incapable(ask, model)) is not None:
         yield "capability", lack.why
-    estimate = estimates.of(model)
     if estimate is None:
         yield "price", _unpriced(estimates, model)
         return
@@ -333,14 +340,18 @@ def _throttled(seconds: float) -> str:
 
 
 def _ranked(
-    able: Sequence[Model], registry: Registry, estimates: Estimates, conditions: Conditions
+    able: Sequence[Model],
+    priced: Mapping[str, Estimate | None],
+    registry: Registry,
+    estimates: Estimates,
+    conditions: Conditions,
 ) -> Iterator[tuple[Model, int]]:
     """Models in the order in which they are asked, each with the number of its equals."""
     ask = estimates.ask
     first = preferred(ask, registry)
 
     def rank(model: Model) -> tuple[bool, int, str, Decimal]:
-        estimate = estimates.of(model)
+        estimate = priced[model.name]
         price = estimate.expected if estimate is not None and estimates.rules.cost_aware else _ANY
         return (model not in first, registry.provider_of(model).priority, unsure(ask, model), price)
 
@@ -387,7 +398,7 @@ def _dropped(lined_up: LineUp, estimates: Estimates, conditions: Conditions) -> 
 
 
 def _first_rule(model: Model, estimates: Estimates, conditions: Conditions) -> Rule | None:
-    return next((rule for rule, _ in _objections(model, estimates, conditions)), None)
+    return next((rule for rule, _ in _objections(model, estimates.of(model), estimates, conditions)), None)
 
 
 def _least(estimates: Estimates, model: Model) -> Decimal:
@@ -445,7 +456,8 @@ def _costs(dropped: _Dropped) -> Any:
 
 
 def _why(model: Model, rule: Rule, estimates: Estimates, conditions: Conditions) -> str:
-    return next((why for found, why in _objections(model, estimates, conditions) if found == rule), "")
+    objections = _objections(model, estimates.of(model), estimates, conditions)
+    return next((why for found, why in objections if found == rule), "")
 
 
 def _wait(model: Model, conditions: Conditions) -> float:
