@@ -168,7 +168,7 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
     """
     ask, rules = estimates.ask, estimates.rules
     models = considered(ask, registry)
-    priced = {model.name: estimates.of(model) for model in models}
+    priced = {model.name: _priced(model, estimates) for model in models}
 
     def objected(conditions: Conditions) -> dict[str, tuple[Rule, str] | None]:
         return {
@@ -194,7 +194,7 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             place=place,
             rule=None if objection is None else objection[0],
             why=_reason(estimates, registry, model, place or 1) if objection is None else objection[1],
-            estimate=None if incapable(ask, model) else priced[model.name],
+            estimate=priced[model.name],
             priority=registry.provider_of(model).priority,
             circuit="open" if model.name in conditions.open_circuits else "closed",
             throttled_seconds=max(
@@ -324,6 +324,11 @@ def _objections(
         yield "rate", f"its provider limits us (429), and asked to be left alone for {math.ceil(seconds)} s more"
 
 
+def _priced(model: Model, estimates: Estimates) -> Estimate | None:
+    """What a call would cost; None for a model that could not serve at any price, for which nothing was counted."""
+    return None if incapable(estimates.ask, model) else estimates.of(model)
+
+
 def _unpriced(estimates: Estimates, model: Model) -> str:
     if estimates.knows_price(model):
         what = estimates.size.unbounded
@@ -398,7 +403,7 @@ def _dropped(lined_up: LineUp, estimates: Estimates, conditions: Conditions) -> 
 
 
 def _first_rule(model: Model, estimates: Estimates, conditions: Conditions) -> Rule | None:
-    return next((rule for rule, _ in _objections(model, estimates.of(model), estimates, conditions)), None)
+    return next((rule for rule, _ in _objections(model, _priced(model, estimates), estimates, conditions)), None)
 
 
 def _least(estimates: Estimates, model: Model) -> Decimal:
@@ -456,7 +461,7 @@ def _costs(dropped: _Dropped) -> Any:
 
 
 def _why(model: Model, rule: Rule, estimates: Estimates, conditions: Conditions) -> str:
-    objections = _objections(model, estimates.of(model), estimates, conditions)
+    objections = _objections(model, _priced(model, estimates), estimates, conditions)
     return next((why for found, why in objections if found == rule), "")
 
 
