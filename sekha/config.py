@@ -184,7 +184,8 @@ class BudgetSection(Section):
         "month", description="UTC periods after which it starts anew."
     )
     match: dict[Literal["key", "provider", "model", "task", "tag"], str] = Field(
-        default_factory=dict, description="Which calls count: by key, provider, model, task, tag. Empty: all."
+        default_factory=dict,
+        description="Which calls count: by key, provider, model (or `provider/model`), task, tag. Empty: all.",
     )
 
 

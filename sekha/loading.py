@@ -453,12 +453,27 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
         "key": [str(key.get("name")) for key in keys],
     }
     for at, budget in enumerate(budgets):
-        for what, wanted in _dict(budget.get("match")).items():
+        match = _dict(budget.get("match"))
+        for what, wanted in match.items():
             if what in known and wanted not in known[what]:
                 yield ("budgets", at, "match", what), f"no {what} {wanted!r}.{did_you_mean(wanted, known[what])}"
+        asked, named = match.get("provider"), match.get("model")
+        if asked in known["provider"] and named in models and named not in _names_at(providers, str(asked)):
+            yield ("budgets", at, "match"), f"{asked!r} has no model {named!r}, so no call would ever match."
     store = _dict(data.get("store"))
     if store.get("kind") == "weaviate" and not store.get("url"):
         yield ("store",), "a Weaviate store needs `url:`, such as http://localhost:8080."
+
+
+def _names_at(providers: list[dict[str, Any]], provider_id: str) -> set[str]:
+    """What a provider's own models may be called: by their ids, and with the provider's before them."""
+    ids = [
+        str(_dict(model).get("model_id"))
+        for provider in providers
+        if provider.get("id") == provider_id
+        for model in _list(provider.get("models"))
+    ]
+    return {*ids, *(f"{provider_id}/{each}" for each in ids)}
 
 
 def _in_models(at: int, provider: Mapping[str, Any], models: dict[str, set[str]]) -> Found:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 
 from sekha.breaker import BreakerRules
 from sekha.calling import Clock, Retries
@@ -67,7 +68,7 @@ class Resources:
         """
         self.loaded = loaded
         self.registry = Registry.from_config(loaded.config, PriceMap.bundled())
-        self.budgets = _budgets(loaded.config)
+        self.budgets = _budgets(loaded.config, self.registry)
         self.rules = _rules(loaded.config)
         self.clock = clock
         self.retries = retries
@@ -161,16 +162,24 @@ class Resources:
                     closing.push_async_callback(each.aclose)
 
 
-def _budgets(config: Config) -> tuple[Budget, ...]:
+def _budgets(config: Config, registry: Registry) -> tuple[Budget, ...]:
     return tuple(
         Budget(
-            name=section.name,
-            limit=section.limit,
-            period=section.period,
-            match={str(what): wanted for what, wanted in section.match.items()},
+            name=section.name, limit=section.limit, period=section.period, match=_charged_to(section.match, registry)
         )
         for section in config.budgets
     )
+
+
+def _charged_to(match: Mapping[Any, str], registry: Registry) -> dict[str, str]:
+    """The match in the ledger's words, which has a provider and its model apart."""
+    found = {str(what): wanted for what, wanted in match.items()}
+    named = found.get("model")
+    if named is not None and all(model.id != named for model in registry.models):
+        for model in registry.models:
+            if model.name == named:
+                return {**found, "provider": model.provider_id, "model": model.id}
+    return found
 
 
 def _rules(config: Config) -> Rules:

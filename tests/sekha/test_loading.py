@@ -412,6 +412,13 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
             "line 2: budgets[0].match.task: no task 'chat_smal'. Did you mean 'chat_small'?",
         ),
         (
+            "providers:\n"
+            "- {id: a, provider_type: ollama, models: [{model_id: m, task: vision}]}\n"
+            "- {id: b, provider_type: ollama, models: [{model_id: n, task: vision}]}\n"
+            "budgets:\n- {name: x, limit: 1, match: {provider: a, model: b/n}}\n",
+            "line 5: budgets[0].match: 'a' has no model 'b/n', so no call would ever match.",
+        ),
+        (
             "collections: {docs: {model: nomic}}\n",
             "collections.docs.model: no model 'nomic'. Models are listed under `providers:`.",
         ),
