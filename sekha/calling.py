@@ -113,6 +113,7 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     deadline_seconds: float,
     circuits: Gate | None = None,
     pauses: Waits | None = None,
+    affords: Callable[[Candidate], bool] | None = None,
     whole: bool = True,
     began_at: float | None = None,
 ) -> Answered[T]:
@@ -131,6 +132,8 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     nobody. Every call that ends is noted, once. When `call` returns not the `whole` answer but a stream
     that has begun, its reader notes the end; a probe has done its part by beginning.
 
+    After a failure whoever the request no longer `affords` is asked no more.
+
     With `began_at`, the first candidate was let through and asked then, and its first `call` but waits for it.
     """
     now = clock.now
@@ -141,6 +144,9 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
             for candidate in candidates:
                 name = candidate.model.name
                 if failed is not None and not failed.lets_ask(name):
+                    continue
+                if failed is not None and affords is not None and not affords(candidate):
+                    failed.give_up(name)
                     continue
                 if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
                     failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
@@ -162,6 +168,8 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
                     failed.note(candidate.model, error, now() - began, probe)
                     if not error.falls_back:
                         raise
+                    if affords is not None and not affords(candidate):
+                        failed.give_up(name)
                 except BaseException:
                     if circuits is not None and probe is not None:
                         circuits.give_back(name, probe)

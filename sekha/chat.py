@@ -227,6 +227,13 @@ class Reply:
     charged_to: Scope
     raw: bytes | None = field(default=None, repr=False)
     """`body` as the provider wrote it, where it came in OpenAI's shape."""
+    lost_cost: Decimal = Decimal(0)
+    """Dollars for attempts before it that failed and may be billed all the same; no part of `cost`."""
+
+    @property
+    def total_cost(self) -> Decimal:
+        """Dollars that the request was charged."""
+        return self.cost + self.lost_cost
 
 
 def _tools_in(options: object) -> Sequence[Mapping[str, Any]]:
@@ -297,6 +304,8 @@ class Opened:
     """When it was asked for, by the clock of `Resources`."""
     charge: Callable[[Reply], Awaitable[None]] = field(repr=False)
     """Records the reply where an attempt before it failed and may be billed."""
+    lost_cost: Decimal = Decimal(0)
+    """Dollars for those attempts."""
 
 
 @dataclass(frozen=True, slots=True)

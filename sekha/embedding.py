@@ -68,6 +68,8 @@ class Embedded:
     cost: Decimal
     attempts: tuple[Attempt, ...]
     charged_to: Scope
+    lost_cost: Decimal = Decimal(0)
+    """Dollars for attempts that failed and may be billed all the same; no part of `cost`."""
 
     @property
     def dimension(self) -> int:
@@ -88,6 +90,13 @@ class RawEmbedded:
     attempts: tuple[Attempt, ...]
     reason: str
     charged_to: Scope
+    lost_cost: Decimal = Decimal(0)
+    """Dollars for attempts that failed and may be billed all the same; no part of `cost`."""
+
+    @property
+    def total_cost(self) -> Decimal:
+        """Dollars that the request was charged."""
+        return self.cost + self.lost_cost
 
 
 class Charged(Protocol):

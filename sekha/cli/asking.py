@@ -252,4 +252,4 @@ def _show_cost(reply: Reply) -> None:
     tokens = f"{usage.input_tokens:,} tokens in{cached}, {usage.output_tokens:,} out{counted}"
     seconds = f"{sum(attempt.seconds for attempt in reply.attempts):.1f} s"
     who = f"{reply.provider_id}/{reply.model_id}"
-    note(f"{who} · {tokens} · {dollars(reply.cost)} (estimated {dollars(reply.estimated_cost)}) · {seconds}")
+    note(f"{who} · {tokens} · {dollars(reply.total_cost)} (estimated {dollars(reply.estimated_cost)}) · {seconds}")

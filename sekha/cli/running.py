@@ -131,10 +131,10 @@ class _Job:
                 tell("waiting until Prefect has recorded it all")
                 await _all_recorded([reply.id, report.id, *(found.id for found in searches)])
                 tell("stopping Prefect")
-        total = reply.value.cost + report.value.cost + sum((found.value.cost for found in searches), Decimal(0))
+        total = reply.value.total_cost + report.value.cost + sum((found.value.cost for found in searches), Decimal(0))
         self._say_where(total, reply, report, searches)
         return {
-            "chat": _values(reply, cost=reply.value.cost, text=reply.value.text),
+            "chat": _values(reply, cost=reply.value.total_cost, text=reply.value.text),
             "ingest": _values(report, cost=report.value.cost, space=report.value.space, chunks=report.value.chunks),
             "searches": [
                 _values(found, cost=found.value.cost, question=question, hits=len(found.value.hits))
@@ -158,7 +158,7 @@ class _Job:
         self._line("Chat", PROMPT)
         self._more(f"“{snippet(value.text, 240)}”")
         tokens = f"{value.usage.input_tokens:,} tokens in, {value.usage.output_tokens:,} out"
-        self._cost(f"{value.provider_id}/{value.model_id} · {tokens}", value.cost, "chat", reply)
+        self._cost(f"{value.provider_id}/{value.model_id} · {tokens}", value.total_cost, "chat", reply)
 
     def _say_report(self, report: Recorded[IngestReport]) -> None:
         value = report.value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sekha.errors import NoSuchPage, SekhaError
 from sekha.gateway import chats, embeddings, explaining, pages, searches, shortcut
 from sekha.gateway.exchange import AsgiExchange, Exchange, Message, Receive, Send
-from sekha.gateway.finished import CLIENT_LEFT
+from sekha.gateway.finished import CLIENT_LEFT, UnderWay
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.problems import answer_to
 from sekha.gateway.serving import Serving
@@ -125,7 +125,8 @@ class Gateway:
                 await handler(serving, x)
             except SekhaError as error:
                 refused = error.code
-                await x.answer(*answer_to(error))
+                under_way = x.under_way
+                await x.answer(*answer_to(error, under_way if isinstance(under_way, UnderWay) else None))
         except asyncio.CancelledError:
             if not x.left:
                 raise

@@ -23,8 +23,9 @@ from sekha.gateway.chats import (
 )
 from sekha.gateway.finished import UnderWay
 from sekha.gateway.lanes import Fork, Lane
+from sekha.gateway.problems import money
 from sekha.gateway.serving import Serving
-from sekha.gateway.wire import ChatAsked, answer_headers, chat_reply, chat_request, money, with_note
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_reply, chat_request, with_note
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Estimate, Usage, chat_units, cost_units, most_of
 from sekha.providers.relay import Begun, RelayStream

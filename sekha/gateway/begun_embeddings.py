@@ -8,7 +8,8 @@ from typing import cast
 from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.gateway.begun import Shortened
 from sekha.gateway.finished import UnderWay
-from sekha.gateway.wire import answer_headers, embed_reply, embed_request, money, with_note
+from sekha.gateway.problems import money
+from sekha.gateway.wire import answer_headers, embed_reply, embed_request, with_note
 from sekha.ledger import Hold
 from sekha.pricing import ChatUnits, most_of
 from sekha.routing import Plan

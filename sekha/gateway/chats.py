@@ -9,13 +9,13 @@ from decimal import Decimal
 import orjson
 
 from sekha.chat import Opened, Reply, answer, stream
-from sekha.errors import ProviderError, SekhaError
+from sekha.errors import SekhaError
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.finished import UnderWay
-from sekha.gateway.problems import Headers, problem
+from sekha.gateway.problems import Headers, money, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
 from sekha.gateway.weighing import weighed_chat
-from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, money, sekha_note
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, sekha_note
 from sekha.pricing import Usage
 from sekha.providers.base import openai_usage
 from sekha.registry import Model
@@ -65,7 +65,7 @@ async def complete(serving: Serving, x: Exchange) -> None:
 
 
 def headers_of(reply: Reply) -> Headers:
-    return answer_headers(reply.provider_id, reply.model_id, reply.cost)
+    return answer_headers(reply.provider_id, reply.model_id, reply.total_cost)
 
 
 def stream_headers(model: Model, expected: Decimal) -> Headers:
@@ -114,7 +114,7 @@ class Pipe:
 
     async def end(self, reply: Reply) -> None:
         run_id = self._under_way.run_id
-        note = sekha_note(reply, run_id)
+        note = sekha_note(reply, run_id, reply.total_cost)
         said = end_of(note)
         if self._asked.wants_usage:
             counted = reply.usage if reply.usage.counted or not self._held else None
@@ -125,13 +125,7 @@ class Pipe:
 
     async def broken(self, error: SekhaError) -> None:
         """Say what happened as an event, and end without `[DONE]`: what had arrived is not the whole."""
-        said = problem(error)
-        if isinstance(error, ProviderError):
-            said["sekha"] = {
-                "provider_id": error.provider_id,
-                "model_id": error.model_id,
-                "run_id": self._under_way.run_id,
-            }
+        said = problem(error) | {"sekha": self._under_way.charged()}
         await self._x.end(self._held + b"data: " + orjson.dumps(said) + b"\n\n")
 
 

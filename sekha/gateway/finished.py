@@ -112,6 +112,11 @@ class UnderWay:
     def seconds(self) -> float:
         return time.perf_counter() - self._began
 
+    @property
+    def lost_cost(self) -> Decimal:
+        """Dollars for attempts so far that failed and may be billed all the same."""
+        return self._bill.lost_cost
+
     def noted_before(
         self,
         plan: object,
@@ -173,6 +178,11 @@ class UnderWay:
             said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""
             serving.recorder.record(self._run(outcome, seconds, time.time(), None, code, said, attempts))
         self._let_go()
+
+    def charged(self) -> dict[str, object]:
+        """What a caller who gets no answer is told under `sekha`: who was asked last, and what that cost."""
+        cost = None if self.cost is None else float(self.cost)
+        return {"provider_id": self.provider_id, "model_id": self.model_id, "cost": cost, "run_id": self.run_id}
 
     def _note_charges(self) -> None:
         """Count what a request cost that has no answer, or none that arrived, and note who was asked last."""

@@ -328,8 +328,21 @@ _SCHEMAS: dict[str, Json] = {
                         {"enum": sorted({code for codes in CODES.values() for code in codes})}, "Never changes."
                     ),
                 }
-            )
-        }
+            ),
+            "sekha": _ref("Charged"),
+        },
+        optional=("sekha",),
+    ),
+    "Charged": _says(
+        _object(
+            {
+                "provider_id": _says(_TEXT, "Of whom was asked last."),
+                "model_id": _TEXT,
+                "cost": _says(_DOLLARS, "What failed and may be billed all the same."),
+                "run_id": _says({"type": "string", "format": "uuid"}, "The flow run in Prefect, where it is recorded."),
+            }
+        ),
+        "Beside an error, once a provider was asked.",
     ),
     "Message": _MESSAGE,
     "ContentPart": _object(
@@ -398,7 +411,7 @@ _SCHEMAS: dict[str, Json] = {
                 "provider_id": _TEXT,
                 "model_id": _TEXT,
                 "estimated_cost": _DOLLARS,
-                "cost": _DOLLARS,
+                "cost": _says(_DOLLARS, "All that the request was charged, for attempts that failed too."),
                 "attempts": _says(_COUNT, "Calls to providers until it was answered."),
                 "run_id": _says({"type": "string", "format": "uuid"}, "The flow run in Prefect, where it is recorded."),
                 "usage": _says({"const": "counted"}, "When the provider reported none, and it was counted here."),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
+from typing import Protocol
 
 import orjson
 
@@ -33,9 +35,18 @@ from sekha.errors import (
     UnknownModel,
 )
 
-__all__ = ["Headers", "answer_to", "problem", "status_of"]
+__all__ = ["Headers", "answer_to", "money", "problem", "status_of"]
 
 Headers = list[tuple[bytes, bytes]]
+
+
+class Charged(Protocol):
+    """A request that got no answer, as far as its caller is told what it cost."""
+
+    @property
+    def cost(self) -> Decimal | None: ...
+    def charged(self) -> dict[str, object]: ...
+
 
 # The nearest class in an error's ancestry decides, so that the mapping is total over the tree.
 _STATUS: Mapping[type[SekhaError], int] = {
@@ -74,6 +85,11 @@ _KINDS: Mapping[int, str] = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+
+
+def money(amount: Decimal) -> bytes:
+    """Dollars for a header: plain digits, no exponent."""
+    return f"{amount.normalize():f}".encode()
 
 
 def status_of(error: SekhaError) -> int:
@@ -127,8 +143,8 @@ def problem(error: SekhaError) -> dict[str, object]:
     return {"error": said}
 
 
-def answer_to(error: SekhaError) -> tuple[int, bytes, Headers]:
-    """Status, body and headers of the reply that an error becomes."""
+def answer_to(error: SekhaError, charged: Charged | None = None) -> tuple[int, bytes, Headers]:
+    """Status, body and headers of the reply that an error becomes, and what was charged all the same."""
     headers: Headers = [
         (b"content-type", b"application/json"),
         # OpenAI's SDKs try again by themselves on many statuses; this tells them what is worth it.
@@ -142,4 +158,8 @@ def answer_to(error: SekhaError) -> tuple[int, bytes, Headers]:
         headers.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, NoSuchPage) and error.allowed:
         headers.append((b"allow", ", ".join(error.allowed).encode()))
-    return status_of(error), orjson.dumps(problem(error)), headers
+    said = problem(error)
+    if charged is not None and charged.cost is not None:
+        said["sekha"] = charged.charged()
+        headers.append((b"x-sekha-cost", money(charged.cost)))
+    return status_of(error), orjson.dumps(said), headers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from decimal import Decimal
 from typing import Any, Literal, TypeGuard, get_args
 
 from sekha.errors import InvalidRequest
@@ -58,14 +59,15 @@ async def search(serving: Serving, x: Exchange) -> None:
     under_way = x.under_way = UnderWay(serving, "search", request, by)
     try:
         found = await search_in_order(request, serving.search)
-        await say(x, _said(found, under_way.run_id, explain=explain))
+        cost = found.cost + under_way.lost_cost
+        await say(x, _said(found, under_way.run_id, cost, explain=explain))
     except BaseException as error:
         under_way.failed(error)
         raise
     under_way.answered(found)
 
 
-def _said(found: Found, run_id: str, *, explain: bool) -> dict[str, object]:
+def _said(found: Found, run_id: str, cost: Decimal, *, explain: bool) -> dict[str, object]:
     return {
         "collection": found.collection,
         "results": [
@@ -81,7 +83,7 @@ def _said(found: Found, run_id: str, *, explain: bool) -> dict[str, object]:
             }
             for hit in found.hits
         ],
-        "sekha": sekha_note(found, run_id)
+        "sekha": sekha_note(found, run_id, cost)
         | {
             "spaces": [
                 {

@@ -14,7 +14,7 @@ from sekha.chat import ChatRequest, Reply
 from sekha.embedding import EmbedRequest, RawEmbedded
 from sekha.errors import InvalidRequest, UnknownModel
 from sekha.gateway.fields import dollars, flag, name_in, object_in, whole
-from sekha.gateway.problems import Headers
+from sekha.gateway.problems import Headers, money
 from sekha.keys import EVERYBODY, Pass
 from sekha.messages import kind_of
 from sekha.providers.base import openai_usage
@@ -32,7 +32,6 @@ __all__ = [
     "embed_asked",
     "embed_reply",
     "embed_request",
-    "money",
     "sekha_note",
     "tags_of",
     "with_note",
@@ -146,7 +145,7 @@ def embed_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> EmbedReq
 
 def chat_reply(reply: Reply, run_id: str) -> bytes:
     """The provider's own answer, with ours beside it under `sekha`."""
-    note = sekha_note(reply, run_id)
+    note = sekha_note(reply, run_id, reply.total_cost)
     if reply.raw is not None and not (reply.usage.counted and "usage" in reply.body):
         more = b',"usage":' + orjson.dumps(openai_usage(reply.usage)) if reply.usage.counted else b""
         return with_note(reply.raw, note, more)
@@ -159,8 +158,10 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
 
 def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:
     """The provider's own vectors, with ours beside them, and the reply's headers."""
-    said = with_note(embedded.raw, sekha_note(embedded, run_id), b',"dimension":%d' % embedded.dimension)
-    return said, answer_headers(embedded.provider_id, embedded.model_id, embedded.cost)
+    said = with_note(
+        embedded.raw, sekha_note(embedded, run_id, embedded.total_cost), b',"dimension":%d' % embedded.dimension
+    )
+    return said, answer_headers(embedded.provider_id, embedded.model_id, embedded.total_cost)
 
 
 def answer_headers(provider_id: str, model_id: str, cost: Decimal) -> Headers:
@@ -172,14 +173,14 @@ def answer_headers(provider_id: str, model_id: str, cost: Decimal) -> Headers:
     ]
 
 
-def sekha_note(outcome: Any, run_id: str) -> dict[str, object]:
-    """What the reply carries under `sekha`: who answered, what it cost, who was asked, and its run in Prefect."""
+def sekha_note(outcome: Any, run_id: str, cost: Decimal) -> dict[str, object]:
+    """What the reply carries under `sekha`: who answered, what all of it cost, and its run in Prefect."""
     attempts: Sequence[Attempt] = outcome.attempts
     note: dict[str, object] = {
         "provider_id": outcome.provider_id,
         "model_id": outcome.model_id,
         "estimated_cost": float(outcome.estimated_cost),
-        "cost": float(outcome.cost),
+        "cost": float(cost),
         "attempts": len(attempts),
         "run_id": run_id,
     }
@@ -192,11 +193,6 @@ def with_note(raw: bytes, note: Mapping[str, object], more: bytes = b"") -> byte
     """Splice our part into the provider's object, which was parsed before and ends with its brace."""
     end = raw.rstrip()
     return b"".join((end[:-1], more, b',"sekha":', orjson.dumps(note), b"}"))
-
-
-def money(amount: Decimal) -> bytes:
-    """Dollars for a header: plain digits, no exponent."""
-    return f"{amount.normalize():f}".encode()
 
 
 def tags_of(metadata: object) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
 
 import orjson
 
+from sekha.asks import cap
 from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError
+from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError, dollars
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage, cost
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
@@ -37,6 +39,7 @@ __all__ = ["TEXTS_PER_CALL", "Calls", "Sent", "SentSteps"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+log = logging.getLogger("sekha.calls")
 
 TEXTS_PER_CALL: Mapping[ProviderKind, int] = {"builtin": 4096, "openai": 512, "ollama": 128, "openrouter": 96}
 """Texts sent to a provider at once. Others may reach any API through LiteLLM, so they get the least, 96."""
@@ -82,10 +85,11 @@ class Calls:
             return lost.attempt(candidate, _worst_of, provider.complete, call)
 
         try:
-            answered = await self._in_turn(chosen, once, sent=sent)
+            answered = await self._in_turn(chosen, once, lost.affords, sent=sent)
             completion, candidate, attempts, _ = answered
             model = candidate.model
             usage = completion.usage or await self._counted_usage(request, completion, model)
+            usage = _with_images(usage, request, model)
             reply = Reply(
                 text=completion.text,
                 body=completion.body,
@@ -99,6 +103,7 @@ class Calls:
                 attempts=attempts,
                 reason=candidate.reason,
                 charged_to=chosen.ask.scope(model),
+                lost_cost=lost.cost,
             )
             await lost.charge(reply)
         except BaseException:
@@ -122,7 +127,7 @@ class Calls:
             return lost.attempt(candidate, _worst_of, ChunkStream.open, provider, call)
 
         try:
-            answered = await self._in_turn(chosen, once, whole=False, sent=sent)
+            answered = await self._in_turn(chosen, once, lost.affords, whole=False, sent=sent)
         except BaseException:
             await lost.free()
             raise
@@ -133,6 +138,7 @@ class Calls:
             probe=answered.probe,
             began_at=self._open.clock.now() - answered.attempts[-1].seconds,
             charge=lost.charge,
+            lost_cost=lost.cost,
         )
 
     async def relay_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, pipe: Piped) -> Reply:
@@ -177,7 +183,8 @@ class Calls:
         if usage is None:
             went_in = await _went_in(request, model)
             came_out, _ = await count_embedding([opened.events.said()], model.id)
-            usage = Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
+            usage = Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
+        usage = _with_images(usage, request, model)
         return Reply(
             text="",
             body={},
@@ -190,6 +197,7 @@ class Calls:
             attempts=opened.attempts,
             reason=opened.candidate.reason,
             charged_to=chosen.ask.scope(model),
+            lost_cost=opened.lost_cost,
         )
 
     def _call(self, request: ChatRequest, candidate: Candidate, seconds: float) -> ChatCall:
@@ -227,7 +235,7 @@ class Calls:
             return lost.attempt(candidate, _worst_of, provider.embed_raw, model, body, timeout_seconds=timeout_seconds)
 
         try:
-            answered = await self._in_turn(chosen, once, sent=sent)
+            answered = await self._in_turn(chosen, once, lost.affords, sent=sent)
             model, raw = answered.candidate.model, answered.value
             usage = raw.usage
             if usage is None:
@@ -243,6 +251,7 @@ class Calls:
                 attempts=answered.attempts,
                 reason=answered.candidate.reason,
                 charged_to=chosen.ask.scope(model),
+                lost_cost=lost.cost,
             )
             if embedded.cost > (worst := answered.candidate.estimate.worst_case):
                 self._open.worst_case_passed(model.provider_id, model.id, embedded.cost, worst)
@@ -273,6 +282,7 @@ class Calls:
             attempts=embedded.attempts,
             reason="",
             charged_to=embedded.charged_to,
+            lost_cost=embedded.lost_cost,
         )
 
     async def embed_batch(self, batch: Batch, chosen: Plan, hold: Hold) -> BatchEmbedded:
@@ -296,13 +306,14 @@ class Calls:
         limit = asyncio.Semaphore(CALLS_AT_ONCE)
 
         failures: list[ProviderError] = []
+        losses: list[Decimal] = []
 
         async def call(number: int, some: Sequence[str]) -> Embedded | None:
             identity = f"{hold.id}:{part}{number}"
             async with limit:
                 if failures:
                     return None
-                lost = _Lost(self._open, chosen, hold, identity)
+                lost = _Lost(self._open, chosen, hold, identity, losses)
                 try:
                     embedded = await self._embed_once(some, chosen, lost)
                 except ProviderError as error:
@@ -333,6 +344,7 @@ class Calls:
             usage=sum((each.usage for each in done), Usage()),
             estimated_cost=sum((each.estimated_cost for each in done), Decimal(0)),
             cost=sum((each.cost for each in done), Decimal(0)),
+            lost_cost=sum((each.lost_cost for each in done), Decimal(0)),
             attempts=tuple(attempt for each in done for attempt in each.attempts),
         )
 
@@ -345,10 +357,12 @@ class Calls:
         self,
         chosen: Plan,
         once: Callable[[Candidate, float], Awaitable[T]],
+        affords: Callable[[Candidate], bool],
         *,
         whole: bool = True,
         sent: Sent | None = None,
     ) -> Answered[T]:
+        """Ask the candidates in turn, as long as the request `affords` another attempt."""
         rates = self._open.rates
         taken: dict[str, Taken] = {}
         counts = sent is None
@@ -372,6 +386,7 @@ class Calls:
             deadline_seconds=self._open.patience_seconds(chosen),
             circuits=self._open.circuits,
             pauses=self._open.pauses,
+            affords=affords,
             whole=whole,
             began_at=None if sent is None else sent.at,
         )
@@ -397,7 +412,7 @@ class Calls:
             timeout_seconds = min(self._open.registry.provider_of(model).timeout_seconds, seconds)
             return lost.attempt(candidate, at_worst, provider.embed, model, texts, timeout_seconds=timeout_seconds)
 
-        answered = await self._in_turn(chosen, once)
+        answered = await self._in_turn(chosen, once, lost.affords)
         model, embeddings = answered.candidate.model, answered.value
         usage, expected = embeddings.usage, Decimal(0)
         if usage is None or not (model.price and model.price.is_free):
@@ -413,13 +428,14 @@ class Calls:
             cost=_cost(usage, model),
             attempts=answered.attempts,
             charged_to=chosen.ask.scope(model),
+            lost_cost=lost.cost,
         )
 
     async def _counted_usage(self, request: ChatRequest, completion: Completion, model: Model) -> Usage:
         """What was used, counted by us because the provider did not say."""
         went_in = await _went_in(request, model)
         came_out = await count_reply(completion.body, model.id)
-        return Usage(input_tokens=went_in, output_tokens=came_out, images=request.image_count, counted=True)
+        return Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
 
 
 class _Lost:
@@ -428,15 +444,42 @@ class _Lost:
     Each uses up a part of the hold, so that as much is held again before the next attempt.
     """
 
-    __slots__ = ("_again", "_chosen", "_hold", "_identity", "_open", "_spends")
+    __slots__ = ("_again", "_chosen", "_hold", "_identity", "_of_all", "_open", "_spends")
 
-    def __init__(self, resources: Resources, chosen: Plan, hold: Hold, identity: str) -> None:
+    def __init__(
+        self, resources: Resources, chosen: Plan, hold: Hold, identity: str, of_all: list[Decimal] | None = None
+    ) -> None:
+        """`of_all` is shared by the parts of a request that is sent in several calls, which have one cap together."""
         self._open = resources
         self._chosen = chosen
         self._hold = hold
         self._identity = identity
         self._spends: list[Spend] = []
         self._again: list[Hold] = []
+        self._of_all: list[Decimal] = [] if of_all is None else of_all
+        """Dollars of each attempt."""
+
+    @property
+    def cost(self) -> Decimal:
+        return sum((spend.cost for spend in self._spends), Decimal(0))
+
+    def affords(self, candidate: Candidate) -> bool:
+        """Whether one more attempt keeps the request within its cap, whatever the provider makes of those before."""
+        if not self._of_all:
+            return True
+        most, name = cap(self._chosen.ask, self._open.rules)
+        lost, worst = sum(self._of_all, Decimal(0)), candidate.estimate.worst_case
+        if most is None or lost + worst <= most:
+            return True
+        log.info(
+            "%s is not asked again: attempts that failed may cost %s, and %s more would pass `%s` of %s",
+            candidate.model.name,
+            dollars(lost),
+            dollars(worst),
+            name,
+            dollars(most),
+        )
+        return False
 
     async def attempt(
         self,
@@ -505,6 +548,7 @@ class _Lost:
         await ledger.charge(self._again[-1] if self._again else self._hold, spend)
         note_charged(spend, lost=True)
         self._spends.append(spend)
+        self._of_all.append(spend.cost)
 
 
 async def _worst_of(candidate: Candidate) -> tuple[Usage, Decimal]:
@@ -539,6 +583,13 @@ async def _went_in(request: ChatRequest, model: Model) -> int:
     if request.unbounded is None or model.context_window is None or (model.price and model.price.is_free):
         return counted
     return max(counted, model.context_window)
+
+
+def _with_images(usage: Usage, request: ChatRequest, model: Model) -> Usage:
+    """Usage with the images that are priced apart: no provider says how many it was sent."""
+    if model.price is None or not model.price.per_image or not request.image_count:
+        return usage
+    return replace(usage, images=request.image_count)
 
 
 def _cost(usage: Usage, model: Model) -> Decimal:

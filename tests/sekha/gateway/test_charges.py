@@ -125,17 +125,96 @@ async def test_a_caller_who_left_is_logged_as_that_with_what_it_cost(
     assert metrics == {"first": pytest.approx(float(spent))}
 
 
-async def test_an_answer_after_a_time_out_costs_both(gateway: Opens) -> None:
-    async with StandIn() as one, StandIn() as two, gateway(one, two, timeout_secs=0.5) as served:
-        one.hang()
+@BOTH
+async def test_an_answer_after_a_time_out_costs_both_and_its_caller_is_told(gateway: Opens, as_served: bool) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, as_served=as_served, timeout_secs=0.5) as served:
+        one.hang(times=2)
         async with logged(served) as (http, lines):
-            line = await tell(http, lines)
-        spent, metrics = await served.spent(), await counted(served)
+            answer = await http.post("/v1/chat/completions", json=asked())
+            await wait_until(lambda: len(lines()) == 1)
+            line = lines()[-1]
+            spent, metrics = await served.spent(), await counted(served)
+            _, streamed = await served.stream(model="chat")
+        in_all = await served.spent()
 
     assert (line["provider"], line["outcome"]) == ("second", "fallback")
     assert line["cost"] == pytest.approx(float(spent))
     assert sum(metrics.values()) == pytest.approx(float(spent))
     assert set(metrics) == {"first", "second"}
+    assert float(answer.headers["x-sekha-cost"]) == pytest.approx(float(spent))
+    assert answer.json()["sekha"]["cost"] == pytest.approx(float(spent))
+    (told,) = re.findall(r'"cost":([\d.]+)', streamed)
+    assert float(told) == pytest.approx(float(in_all - spent))
+
+
+@BOTH
+async def test_a_caller_without_an_answer_is_told_what_that_cost(gateway: Opens, as_served: bool) -> None:
+    async with StandIn() as one, gateway(one, as_served=as_served, timeout_secs=0.5) as served:
+        one.cut(after=3)
+        _, broken = await served.stream(model="chat")
+        of_stream = await served.spent()
+        one.hang(times=None)
+        failed = await served.chat(model="chat")
+        spent = await served.spent() - of_stream
+        refused = await served.chat(model="chat", max_cost=0)
+
+    assert failed.status_code == 504
+    assert float(failed.headers["x-sekha-cost"]) == pytest.approx(float(spent)) != 0
+    note = failed.json()["sekha"]
+    assert (note["provider_id"], note["model_id"], note["cost"]) == ("first", "chat", pytest.approx(float(spent)))
+    assert "[DONE]" not in broken
+    (told,) = re.findall(r'"cost":([\d.]+)', broken)
+    assert float(told) == pytest.approx(float(of_stream)) != 0
+    assert "sekha" not in refused.json(), "nobody was asked"
+    assert "x-sekha-cost" not in refused.headers
+
+
+@BOTH
+@pytest.mark.parametrize("path", ["chat", "stream", "embeddings"])
+async def test_retries_that_may_be_billed_never_take_a_request_past_its_cap(
+    gateway: Opens, as_served: bool, path: str
+) -> None:
+    settings: dict[str, Any] = {"as_served": as_served, "rounds": 3, "timeout_secs": 0.3}
+    async with StandIn() as one, StandIn() as two, gateway(one, two, **settings) as served:
+        one.hang(times=None)
+        two.hang(times=None)
+        cap = 0.3 if path != "embeddings" else 0.005
+        if path == "embeddings":
+            body = {"input": "Hello there.", "model": "vectors", "max_cost": cap}
+            response = await served.http.post("/v1/embeddings", json=body)
+        else:
+            response = await served.chat(model="chat", max_cost=cap, stream=path == "stream")
+        spent = await served.spent()
+
+    assert response.status_code == 504
+    assert 0 < float(spent) <= cap
+    assert len(response.json()["error"]["attempts"]) == 1
+
+
+async def test_a_failure_that_is_not_billed_leaves_the_cap_to_the_next(gateway: Opens) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
+        one.fail(500)
+        response = await served.chat(model="chat", max_cost=0.5)
+
+    assert (response.status_code, response.json()["sekha"]["provider_id"]) == (200, "second")
+
+
+@BOTH
+async def test_a_budget_for_a_model_at_one_provider_holds_for_that_provider_alone(
+    gateway: Opens, as_served: bool
+) -> None:
+    settings: dict[str, Any] = {"budgets": ["{name: dear, limit: 0.5, match: {model: first/chat}}"]}
+    async with StandIn() as one, StandIn() as two, gateway(one, two, as_served=as_served, **settings) as served:
+        first = [await served.chat(model="first/chat", max_tokens=100) for _ in range(40)]
+        second = await served.chat(model="second/chat", max_tokens=100)
+        anywhere = await served.chat(model="chat", max_tokens=100)
+        spent = (await served.http.get("/api/v1/costs", params={"by": "provider"})).json()["costs"]
+
+    assert {each.status_code for each in first} == {200, 402}
+    assert first[-1].json()["error"]["budget"] == "dear"
+    assert second.status_code == 200
+    assert anywhere.json()["sekha"]["provider_id"] == "second"
+    assert next(line["cost"] for line in spent if line["group"] == "first") <= 0.5
 
 
 async def test_what_failed_and_is_not_billed_costs_nothing_and_names_who_was_asked_last(gateway: Opens) -> None:

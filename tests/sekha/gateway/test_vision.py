@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import struct
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -177,6 +179,20 @@ async def test_images_are_estimated_by_their_providers_formula(gateway: Opens) -
         "both": 850,
         "unknown": 1445,
     }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_images_that_are_priced_apart_are_billed_whatever_usage_says(gateway: Opens, stream: bool) -> None:
+    price = "{input_per_million: 0, output_per_million: 0, per_image: 0.25}"
+    async with StandIn() as standin:
+        config = "providers:" + provider("first", "openai", standin, "gpt-4o", price=price)
+        async with gateway(config=config) as served:
+            response = await look(served, *[part(png())] * 3, stream=stream)
+            spent = await served.spent()
+
+    assert spent == Decimal("0.75")
+    told = re.findall(r'"estimated_cost":([\d.]+),"cost":([\d.]+)', response.text)
+    assert told == [("0.75", "0.75")]
 
 
 @pytest.mark.parametrize(
