@@ -46,6 +46,8 @@ class Memo:
     """Seconds since the epoch."""
     provider_id: str
     model_id: str
+    collection: str | None = None
+    """Where it is to be kept; None in an outbox of before memos said so, for the one that remembers now."""
     key: str | None = None
     tags: tuple[str, ...] = ()
     texts: tuple[str, ...] = field(repr=False)

@@ -125,7 +125,7 @@ P = TypeVar("P", bound=_Part)
 
 
 class Memory:
-    """Keeps memos in a collection. Keeping one twice changes nothing, and pays for no vector twice."""
+    """Keeps memos where they are to be. Keeping one twice changes nothing, and pays for no vector twice."""
 
     def __init__(
         self,
@@ -136,9 +136,9 @@ class Memory:
         indexes: Indexes,
         embed: Embed,
     ) -> None:
-        """Raises `UnknownModel` when there is no model to embed under."""
+        """`collection` is for memos that name none. Raises `UnknownModel` when no model embeds for it."""
         self._registry = registry
-        self._space = registry.space(collection)
+        self._collection = registry.space(collection).collection
         self._store = store
         self._indexes = indexes
         self._embed = embed
@@ -150,20 +150,26 @@ class Memory:
         `one_by_one` finds out the exchange that its embedder fails at whenever it is asked.
         """
         result = Kept()
-        await self._keep_vectors([memo for memo in memos if memo.kind == "embedding"], result)
-        await self._keep_chats([memo for memo in memos if memo.kind == "chat"], result, one_by_one=one_by_one)
+        collections: dict[str, list[Memo]] = {}
+        for memo in memos:
+            collections.setdefault(memo.collection or self._collection, []).append(memo)
+        for collection, some in collections.items():
+            await self._keep_vectors(collection, [memo for memo in some if memo.kind == "embedding"], result)
+            chats = [memo for memo in some if memo.kind == "chat"]
+            # One that the file names no more is embedded for by default.
+            await self._keep_chats(self._registry.space(collection), chats, result, one_by_one=one_by_one)
         return result
 
     # --- exchanges, which are embedded here ---
 
-    async def _keep_chats(self, memos: Sequence[Memo], result: Kept, *, one_by_one: bool) -> None:
-        pages = [page for memo in memos if (page := await self._page(memo, result)) is not None]
+    async def _keep_chats(self, space: Space, memos: Sequence[Memo], result: Kept, *, one_by_one: bool) -> None:
+        pages = [page for memo in memos if (page := await self._page(space, memo, result)) is not None]
         if not pages:
             return
         try:
             # The store comes first: when it is down, nobody pays for vectors that it cannot take.
             store = await self._store()
-            index = await self._indexes.for_writing(self._space)
+            index = await self._indexes.for_writing(space)
             there = await store.get(index.name, [page.uuid for page in pages])
         except SekhaError as error:
             result.waiting += [page.memo for page in pages]
@@ -174,7 +180,7 @@ class Memory:
         failures, patience = 0, 3 if one_by_one else 1
 
         async def embed_and_store(some: Sequence[_Page], result: Kept) -> None:
-            await self._embed_and_store(index, some, result)
+            await self._embed_and_store(space, index, some, result)
 
         for batch in _by_payer(missing, 1 if one_by_one else TEXTS_AT_ONCE):
             waited = len(result.waiting)
@@ -184,12 +190,12 @@ class Memory:
             else:
                 result.waiting += [page.memo for page in batch]
 
-    async def _embed_and_store(self, index: Collection, pages: Sequence[_Page], result: Kept) -> None:
-        first, prefix = pages[0].memo, self._space.model.document_prefix
+    async def _embed_and_store(self, space: Space, index: Collection, pages: Sequence[_Page], result: Kept) -> None:
+        first, prefix = pages[0].memo, space.model.document_prefix
         embedded = await self._embed(
             EmbedRequest(
                 texts=tuple(prefix + page.text for page in pages),
-                model=self._space.asked_as,
+                model=space.asked_as,
                 bulk=True,
                 tags=frozenset(first.tags),
                 key=first.key,
@@ -199,7 +205,7 @@ class Memory:
         parts = [_Vectors(page.memo, (page.record(index, vector),)) for page, vector in found]
         await self._upsert(index, parts, result)
 
-    async def _page(self, memo: Memo, result: Kept) -> _Page | None:
+    async def _page(self, space: Space, memo: Memo, result: Kept) -> _Page | None:
         try:
             question = memo.texts[0]
             answer = await streamed_in(memo.said) if memo.said else memo.texts[1]
@@ -207,13 +213,13 @@ class Memory:
             result.failed.append(Failed(memo, BadReply.code))
             return None
         # A token is four bytes or so; a text that has more of them is cut once it is refused.
-        window = self._space.model.context_window
+        window = space.model.context_window
         text, was_cut = exchange(question, answer, TEXT_BYTES if window is None else min(TEXT_BYTES, 4 * window))
-        return _Page(memo, self._uuid(memo.id), text, was_cut)
+        return _Page(memo, _uuid(space, memo.id), text, was_cut)
 
     # --- vectors, which their caller has paid for ---
 
-    async def _keep_vectors(self, memos: Sequence[Memo], result: Kept) -> None:
+    async def _keep_vectors(self, collection: str, memos: Sequence[Memo], result: Kept) -> None:
         found: dict[str, tuple[Space, list[tuple[Memo, Vector]]]] = {}
         for memo in memos:
             try:
@@ -221,7 +227,7 @@ class Memory:
             except ValueError:
                 result.failed.append(Failed(memo, BadReply.code))
                 continue
-            space = self._space_of(memo, vectors.shape[1])
+            space = self._space_of(memo, collection, vectors.shape[1])
             if space is None:
                 result.left_out += 1
                 continue
@@ -240,11 +246,11 @@ class Memory:
         async def upsert(some: Sequence[_Vectors], result: Kept) -> None:
             await self._upsert(index, some, result)
 
-        for batch in _batches([self._records(memo, index, vectors) for memo, vectors in found]):
+        for batch in _batches([_records(memo, space, index, vectors) for memo, vectors in found]):
             await self._keep_batch(batch, upsert, result)
 
-    def _space_of(self, memo: Memo, dimension: int) -> Space | None:
-        """Where vectors of this model and length lie; None when that is nowhere."""
+    def _space_of(self, memo: Memo, collection: str, dimension: int) -> Space | None:
+        """Where in a collection vectors of this model and length lie; None when that is nowhere."""
         name = f"{memo.provider_id}/{memo.model_id}"
         model = next((model for model in self._registry if model.name == name), None)
         if model is None or model.dimension != dimension:
@@ -252,18 +258,13 @@ class Memory:
         elif model.document_prefix:
             self._leave_out(name, "the file wants a `document_prefix` before its texts, and callers embed without it.")
         else:
-            return Space(self._space.collection, model)
+            return Space(collection, model)
         return None
 
     def _leave_out(self, model: str, why: str) -> None:
         if model not in self._left_out:
             self._left_out.add(model)
             log.warning("Vectors of %s are not remembered: %s", model, why)
-
-    def _records(self, memo: Memo, index: Collection, vectors: Vector) -> _Vectors:
-        texts = [cut(text, TEXT_BYTES) for text in memo.texts]
-        pages = [_Page(memo, self._uuid(f"{memo.id}/{at}"), *each) for at, each in enumerate(texts)]
-        return _Vectors(memo, tuple(page.record(index, vector) for page, vector in zip(pages, vectors, strict=True)))
 
     # --- both ---
 
@@ -318,9 +319,16 @@ class Memory:
                 result.waiting.append(part.memo)
                 result.why = StoreError(f"Collection {index.name!r} does not take it: {why}")
 
-    def _uuid(self, name: str) -> str:
-        """The same for the same run, so that what is delivered again replaces."""
-        return str(uuid5(_NAMESPACE, "\0".join((self._space.collection, "memory", name))))
+
+def _records(memo: Memo, space: Space, index: Collection, vectors: Vector) -> _Vectors:
+    texts = [cut(text, TEXT_BYTES) for text in memo.texts]
+    pages = [_Page(memo, _uuid(space, f"{memo.id}/{at}"), *each) for at, each in enumerate(texts)]
+    return _Vectors(memo, tuple(page.record(index, vector) for page, vector in zip(pages, vectors, strict=True)))
+
+
+def _uuid(space: Space, name: str) -> str:
+    """The same for the same run, so that what is delivered again replaces."""
+    return str(uuid5(_NAMESPACE, "\0".join((space.collection, "memory", name))))
 
 
 def _by_payer(pages: Sequence[_Page], size: int) -> Iterator[list[_Page]]:

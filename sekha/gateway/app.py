@@ -84,6 +84,9 @@ class Gateway:
         """Serve with another configuration from now on; the one before ends with its last request."""
         before, self.serving = self.serving, serving
         self._shortcut = shortcut.Shortcut(serving)
+        if before.memory is not None:
+            # Else what the new one takes would wait, and the old one's embedder be asked, until its last stream ended.
+            await before.memory.stand_back()
         while before.under_way:
             self._idle.clear()
             await self._idle.wait()

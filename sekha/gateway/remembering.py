@@ -95,8 +95,9 @@ class Remembering:
     >>> await x.answer(200, ...)
 
     What it has taken survives `kill -9`: whoever has received a whole answer knows that it is written
-    down. Several processes may share a folder. One of them delivers, and another does when it dies;
-    something may then be delivered twice, which changes nothing.
+    down. Several may share a folder, in one process or in many. One of them delivers, and another does
+    when it stands back or its process dies; something may then be delivered twice, which changes nothing.
+    Each answer is kept in the collection that remembered when it was taken, whoever delivers it.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Remembering:
         self._lines = (self._vectors, self._chats, self._parked)
         self._given_up = Outbox(folder / "given-up", max_bytes=max_bytes)
         self._claim = Claim(folder)
-        self._closing = asyncio.Event()
+        self._ending = asyncio.Event()
         self._tending: list[asyncio.Task[None]] = []
         self._full = False
         self._counts = {"accepted": 0, "kept": 0, "left_out": 0, "parked": 0, "given_up": 0, "lost": 0}
@@ -151,6 +152,7 @@ class Remembering:
             at=self._wall(),
             provider_id=reply.provider_id,
             model_id=reply.model_id,
+            collection=self._collection,
             key=request.key,
             tags=tuple(sorted(request.tags)),
             texts=tuple(texts),
@@ -166,6 +168,7 @@ class Remembering:
             at=self._wall(),
             provider_id=embedded.provider_id,
             model_id=embedded.model_id,
+            collection=self._collection,
             key=request.key,
             tags=tuple(sorted(request.tags)),
             texts=request.texts,
@@ -204,35 +207,51 @@ class Remembering:
             indexes=resources.indexes,
             embed=_embedding(serving),
         )
-        self._tending = [asyncio.create_task(self._tend(line, memory)) for line in self._lines]
+        self._tend_lines(memory)
+
+    async def stand_back(self) -> None:
+        """End with what is being delivered, and leave the rest to another, with whatever is still taken."""
+        await self._end_tending()
+        self._claim.let_go()
+        self._tend_lines(None)
 
     async def aclose(self) -> None:
-        """End with what is being delivered; the rest waits for the next start."""
-        self._closing.set()
-        if self._tending:
-            _, late = await asyncio.wait(self._tending, timeout=LAST_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        """End with what is being delivered; the rest waits for another, or for the next start."""
+        await self._end_tending()
         for line in self._lines:
             line.outbox.hand_over()
         self._claim.let_go()
 
-    async def _tend(self, line: _Line, memory: Memory) -> None:
-        while not self._closing.is_set():
+    def _tend_lines(self, memory: Memory | None) -> None:
+        self._tending = [asyncio.create_task(self._tend(line, memory)) for line in self._lines]
+
+    async def _end_tending(self) -> None:
+        self._ending.set()
+        if self._tending:
+            # What is being delivered may be paid for already.
+            _, late = await asyncio.wait(self._tending, timeout=LAST_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        self._tending = []
+        self._ending.clear()
+
+    async def _tend(self, line: _Line, memory: Memory | None) -> None:
+        """Hand over what was put, and deliver it into the memory unless another does."""
+        while not self._ending.is_set():
             try:
                 segments = await asyncio.to_thread(line.outbox.look)
                 many = segments > MANY_SEGMENTS
                 line.outbox.hand_over(
                     older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else self._pace.look_seconds
                 )
-                if self._clock.now() >= line.due and self._claim.held():
+                if memory is not None and self._clock.now() >= line.due and self._claim.held():
                     await self._deliver(line, memory)
             except OSError as error:
                 self._tell(line, f"the outbox cannot be read or written ({error.strerror})")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pace.look_seconds):
-                    await self._closing.wait()
+                    await self._ending.wait()
 
     async def _deliver(self, line: _Line, memory: Memory) -> None:
         paths = await asyncio.to_thread(line.outbox.ready)
@@ -257,7 +276,7 @@ class Remembering:
                     line.blamed[path] = line.blamed.get(path, 0) + 1
                 self._tell(line, str(result.why))
                 return line.wait(self._clock)
-            if self._closing.is_set():
+            if self._ending.is_set():
                 return None
         if parked and line.parks:
             line.wait(self._clock)

@@ -92,20 +92,34 @@ def memory(tmp_path: Path, embedder: Embedder, store: EmbeddedStore) -> Memory:
     return Memory(registry, "conversations", store=opened, indexes=Indexes(opened, now=time.monotonic), embed=embedder)
 
 
-def chat(question: str, *, key: str | None = None, said: bytes = b"") -> Memo:
-    texts = (question,) if said else (question, "Yes.")
+def chat(question: str, *, key: str | None = None, collection: str | None = None, said: bytes = b"") -> Memo:
     return Memo(
-        id=f"run-{question!a}", kind="chat", at=1e9, provider_id="a", model_id="b", key=key, texts=texts, said=said
+        id=f"run-{question!a}",
+        kind="chat",
+        at=1e9,
+        provider_id="a",
+        model_id="b",
+        collection=collection,
+        key=key,
+        texts=(question,) if said else (question, "Yes."),
+        said=said,
     )
 
 
-def vectors(*texts: str, said: object, provider_id: str = "local", model_id: str = "hashed-16") -> Memo:
+def vectors(
+    *texts: str,
+    said: object,
+    provider_id: str = "local",
+    model_id: str = "hashed-16",
+    collection: str | None = None,
+) -> Memo:
     return Memo(
         id=f"run of {texts}",
         kind="embedding",
         at=1e9,
         provider_id=provider_id,
         model_id=model_id,
+        collection=collection,
         texts=texts,
         said=orjson.dumps(said),
     )
@@ -131,6 +145,24 @@ async def test_what_is_delivered_again_is_neither_doubled_nor_paid_for(
         ("User: One.\n\nAssistant: Yes.",),
         ("User: Two.\n\nAssistant: Yes.",),
     ]
+
+
+async def test_each_is_kept_in_the_collection_that_it_names(memory: Memory, store: EmbeddedStore) -> None:
+    said = {"data": [{"embedding": [0.5] * 16}]}
+    before_they_named_one = decode(Item(encode(chat("Old.")).head.replace(b'"collection":null,', b"")))
+
+    result = await memory.keep(
+        [
+            before_they_named_one,
+            chat("There.", collection="notes"),
+            chat("Here.", collection="conversations"),
+            vectors("A vector.", said=said, collection="notes"),
+        ]
+    )
+
+    assert result.kept == 4
+    assert await questions(store) == Counter(["User: Old.", "User: Here."])
+    assert await questions(store, "Notes_16") == Counter(["User: There.", "A vector."])
 
 
 async def test_each_payer_is_embedded_for_apart(memory: Memory, embedder: Embedder) -> None:

@@ -112,6 +112,7 @@ def gate(tmp_path: Path) -> Remembers:
     async def opened(
         text: str,
         *,
+        collection: str = "conversations",
         wall: Callable[[], float] = time.time,
         max_bytes: int = 1 << 20,
         open_provider: Callable[[ProviderSpec], Provider] | None = None,
@@ -126,7 +127,7 @@ def gate(tmp_path: Path) -> Remembers:
         )
         folder = tmp_path / "memory"
         pace = Pace(look_seconds=0.01)
-        memory = Remembering(folder, "conversations", pace=pace, clock=clock, wall=wall, max_bytes=max_bytes)
+        memory = Remembering(folder, collection, pace=pace, clock=clock, wall=wall, max_bytes=max_bytes)
         serving = Serving(resources, Metrics(), memory=memory)
         memory.start(serving)
         transport = httpx.ASGITransport(Gateway(serving))
@@ -477,6 +478,37 @@ async def test_what_waits_is_kept_by_the_next_process(gate: Remembers, chats: St
 
         assert before == Counter()
         assert await served.texts() == Counter([exchange("Later.")])
+
+
+async def test_who_stands_back_delivers_nothing_and_loses_nothing(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    async with gate(config(chats, embedder)) as before:
+        await before.memory.stand_back()
+        await before.chat("After it stood back.")
+        await before.embed("A vector.")
+        asked = len(embedder.requests)
+        async with gate(config(chats, embedder)) as now:
+            await now.kept(2)
+
+            assert before.memory.stats.kept == 0
+            assert asked == 1
+            assert await now.texts() == Counter([exchange("After it stood back."), "A vector."])
+
+
+async def test_what_waits_is_kept_where_it_was_to_be_though_another_collection_remembers_now(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    embedder.fail(503, times=None)
+    async with gate(config(chats, embedder)) as served:
+        await served.chat("Asked before.")
+    embedder.heal()
+    async with gate(config(chats, embedder), collection="notes") as served:
+        await served.chat("Asked since.")
+        await served.kept(2)
+
+        assert await served.texts() == Counter([exchange("Asked before.")])
+        assert await served.texts("Notes_16") == Counter([exchange("Asked since.")])
 
 
 async def test_a_spent_budget_parks_exchanges_until_it_is_given_up(

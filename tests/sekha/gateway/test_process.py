@@ -202,6 +202,85 @@ async def test_what_holds_from_the_next_start_on_is_said(serving: Serves) -> Non
         await wait_until(lambda: [event for event in gate.events if "server_port, log_level: changed" in event])
 
 
+REMEMBERS = """
+collections: {conversations: {model: vectors}, notes: {model: vectors}}
+memory: {collection: conversations}
+routing: {circuit_breaker: {failure_threshold: 2, timeout_secs: 1}}
+"""
+
+
+def _keys(*names: str) -> tuple[dict[str, dict[str, str]], str]:
+    """Headers of keys by their name, and the file's section."""
+    made = {name: new_key() for name in names}
+    lines = "".join(f"  - {{name: {name}, hash: '{hash_of(key)}'}}\n" for name, key in made.items())
+    return {name: {"Authorization": f"Bearer {key}"} for name, key in made.items()}, f"keys:\n{lines}"
+
+
+async def _found(gate: Gate, collection: str, headers: dict[str, str]) -> set[str]:
+    """What the last line of each question was that a key finds in a collection."""
+    asked = {"query": "whales", "limit": 100, "collection": collection}
+    said = (await gate.http.post("/api/v1/search", json=asked, headers=headers)).json()
+    return {hit["content"].splitlines()[0].removeprefix("User: ") for hit in said.get("results", ())}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_what_is_asked_after_a_reload_is_kept_where_the_new_file_says_though_a_stream_goes_on(
+    serving: Serves, workers: str
+) -> None:
+    who, section = _keys("alice", "bob")
+    async with (
+        StandIn(dimension=8) as standin,
+        serving(config_for(standin, extra=REMEMBERS + section), "--workers", workers) as gate,
+    ):
+        if workers != "1":
+            await wait_until(lambda: len(gate.workers) == int(workers), seconds=20)
+        gate.http.headers.update(who["bob"])
+        standin.trickle(0.6)
+
+        async with streaming(gate) as pieces:
+            gate.file.write_text(gate.file.read_text().replace("{collection: conversations}", "{collection: notes}"))
+            gate.tell(signal.SIGHUP)
+            await wait_until(lambda: sum("was read anew" in each for each in gate.events) == int(workers), seconds=20)
+            async with new_callers(gate):
+                gate.http.headers.update(who["alice"])
+                await gate.chat("Do whales sleep?")
+                await wait_until(lambda: _found(gate, "notes", who["alice"]), seconds=5)
+            while_it_goes_on = [await _found(gate, each, who["bob"]) for each in ("notes", "conversations")]
+            rest = "".join([piece async for piece in pieces])
+        await wait_until(lambda: _found(gate, "conversations", who["bob"]))
+
+        assert "data: [DONE]" in rest
+        assert while_it_goes_on == [set(), set()]
+        assert await _found(gate, "conversations", who["bob"]) == {"one two three four five six"}
+        assert await _found(gate, "notes", who["alice"]) == {"Do whales sleep?"}
+        assert await _found(gate, "notes", who["bob"]) == set()
+
+
+async def test_an_embedder_that_a_reload_mends_is_asked_though_a_stream_of_before_goes_on(serving: Serves) -> None:
+    async with StandIn(dimension=8) as away, StandIn(dimension=8) as standin:
+        away.fail(503, times=None)
+        config = config_for(standin, extra=REMEMBERS.replace("model: vectors", "model: far")).replace(
+            "providers:\n",
+            f"providers:\n  - {{id: embeds, provider_type: openai, base_url: '{away.openai_url}', "
+            "models: [{model_id: far, task: embedding, dimension: 8, price: free}]}\n",
+        )
+        async with serving(config) as gate:
+            await gate.chat("Do whales sleep?")
+            await wait_until(lambda: any("What is to be remembered waits" in each for each in gate.events))
+            standin.trickle(0.8)
+
+            async with streaming(gate) as pieces:
+                gate.file.write_text(config.replace(away.openai_url, standin.openai_url))
+                gate.tell(signal.SIGHUP)
+                await wait_until(lambda: any("was read anew" in each for each in gate.events), seconds=20)
+                asked_before = len(away.requests)
+                await wait_until(lambda: _found(gate, "conversations", {}), seconds=4)
+                rest = "".join([piece async for piece in pieces])
+
+            assert "data: [DONE]" in rest
+            assert len(away.requests) == asked_before
+
+
 # --- several processes ---------------------------------------------------------------------
 
 
