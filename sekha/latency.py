@@ -28,6 +28,11 @@ class Latencies:
         faded = math.exp((at - now) * self._decay)
         self._seen[model] = (total * faded + seconds, weight * faded + 1.0, now)
 
+    def answered_within(self, model: str, seconds: float) -> bool:
+        """Whether `provider/model` has answered at least once in the last so many seconds."""
+        seen = self._seen.get(model)
+        return seen is not None and self._clock() - seen[2] <= seconds
+
     def seconds(self) -> Mapping[str, float]:
         """`provider/model` → seconds, at most one second old and never changed afterwards.
 

@@ -54,7 +54,7 @@ async def open_serving(
     circuits = Circuits(breaker_rules(loaded.config), shared=SharedCircuits(database))
     ledger = lease_from(SqlLedger(database), url, state / "journal")
     resources = Resources(loaded, ledger=ledger, circuits=circuits, minutes=minutes)
-    circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits))
+    circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits, resources.latencies))
     memory = _memory(loaded, resources.registry, state / "memory")
     await circuits.start()
     await recorder.start()

@@ -13,6 +13,7 @@ from sekha.circuits import Circuits
 from sekha.config import RecordingSection
 from sekha.errors import BudgetExceeded, ProviderUnavailable
 from sekha.gateway.news import tell_of_budget, tell_of_circuit
+from sekha.latency import Latencies
 from sekha.loading import load
 from sekha.recording.recorder import Recorder
 from sekha.recording.run import Event
@@ -27,6 +28,9 @@ providers:
   - id: many
     provider_type: openai
     models: [{model_id: first, task: chat_small}, {model_id: second, task: chat_small}]
+  - id: more
+    provider_type: openai
+    models: [{model_id: a, task: chat_small}, {model_id: b, task: chat_small}, {model_id: c, task: chat_small}]
 """
 
 
@@ -40,11 +44,16 @@ class Gateway:
         self.recorder = Recorder(RecordingSection(), self.folder)
         rules = BreakerRules(failure_threshold=1, timeout_seconds=10, success_threshold=1)
         self.circuits = Circuits(rules, now=lambda: self.now)
+        self.latencies = Latencies(clock=lambda: self.now)
         registry = Resources(load(folder / "sekha.yaml", environ={})).registry
-        self.circuits.subscribe(partial(tell_of_circuit, self.recorder, registry, self.circuits))
+        self.circuits.subscribe(partial(tell_of_circuit, self.recorder, registry, self.circuits, self.latencies))
 
     def fail(self, name: str, *, probe: str | None = None) -> None:
         self.circuits.note(name, ProviderUnavailable(provider_id=name.partition("/")[0]), probe=probe)
+
+    def answer(self, name: str) -> None:
+        self.circuits.note(name, None)
+        self.latencies.observe(name, 0.1)
 
     async def told(self) -> list[Event]:
         await self.recorder.aclose()
@@ -89,6 +98,28 @@ async def test_a_provider_is_out_when_all_of_its_models_are(gateway: Gateway) ->
         ("provider.outage", "provider.many"),
     ]
     assert told[-1].payload == {"models": ["many/first", "many/second"], "reason": "provider_unavailable"}
+
+
+async def test_a_provider_of_which_a_model_answers_is_not_out(gateway: Gateway) -> None:
+    gateway.answer("more/a")
+    gateway.fail("more/b")
+    gateway.answer("more/a")
+    gateway.now += 50
+    gateway.fail("more/c")
+
+    assert named(await gateway.told()) == [("circuit.opened", "circuit.more/b"), ("circuit.opened", "circuit.more/c")]
+
+
+async def test_a_model_that_nobody_asked_lately_does_not_speak_for_its_provider(gateway: Gateway) -> None:
+    gateway.answer("more/a")
+    gateway.now += 61
+    gateway.fail("more/b")
+    gateway.fail("more/c")
+
+    told = await gateway.told()
+
+    assert named(told)[-1] == ("provider.outage", "provider.more")
+    assert told[-1].payload["models"] == ["more/b", "more/c"]
 
 
 async def test_a_budget_that_refuses_again_and_again_is_told_once_a_minute(gateway: Gateway) -> None:
