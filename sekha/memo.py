@@ -101,9 +101,18 @@ def answer_in(message: object) -> str:
         return ""
     text = _text_of(message.get("content")) or _text_of(message.get("refusal"))
     calls = message.get("tool_calls")
-    functions = [call.get("function") for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
-    called = [f"{each.get('name')}({each.get('arguments')})" for each in functions if isinstance(each, Mapping)]
+    tools = [_tool_of(call) for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+    called = [f"{each.get('name')}({_given_to(each)})" for each in tools if isinstance(each, Mapping)]
     return _with_calls(text, called)
+
+
+def _tool_of(call: Mapping[str, Any]) -> Any:
+    """The function of a call, or the tool of the caller's own making that takes a text."""
+    return call.get("function") or call.get("custom")
+
+
+def _given_to(tool: Mapping[str, Any]) -> Any:
+    return tool.get("input") if "input" in tool else tool.get("arguments")
 
 
 def _text_of(content: object) -> str:
@@ -132,8 +141,9 @@ async def streamed_in(events: bytes) -> str:
         for delta in _deltas(block):
             texts.append(_text_of(delta.get("content")) or _text_of(delta.get("refusal")))
             for call in delta.get("tool_calls") or ():
-                name, arguments = call["function"].get("name"), call["function"].get("arguments")
-                calls.setdefault(call.get("index"), []).append(f"{name}({arguments or ''}" if name else arguments or "")
+                tool = _tool_of(call)
+                name, given = tool.get("name"), _given_to(tool) or ""
+                calls.setdefault(call.get("index"), []).append(f"{name}({given}" if name else given)
         start += len(block)
         await asyncio.sleep(0)
     return _with_calls("".join(texts), ["".join(parts) + ")" for parts in calls.values()])

@@ -24,7 +24,7 @@ from sekha.errors import (
 from sekha.indexes import Indexes
 from sekha.ledger import Scope
 from sekha.loading import load
-from sekha.memo import Memo, decode, encode
+from sekha.memo import Memo, answer_in, decode, encode, streamed_in
 from sekha.memory import Memory
 from sekha.outbox import Item
 from sekha.price_map import PriceMap
@@ -288,6 +288,26 @@ async def test_vectors_are_told_apart_by_their_index(memory: Memory, store: Embe
     [first] = await store.search("Conversations_16", np.eye(16, dtype=np.float32)[0], 1)
 
     assert first.text == "One."
+
+
+CUSTOM = {"type": "custom", "custom": {"name": "run", "input": "print(1)"}}
+FUNCTION = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+async def test_calls_of_every_kind_of_tool_are_kept_alike_whole_and_streamed() -> None:
+    whole = {"content": None, "tool_calls": [CUSTOM, FUNCTION]}
+    streamed = [
+        {"index": 0, "id": "c", "type": "custom", "custom": {"name": "run", "input": ""}},
+        {"index": 0, "custom": {"input": "print"}},
+        {"index": 0, "custom": {"input": "(1)"}},
+        {"index": 1, "id": "f", "type": "function", "function": {"name": "weather", "arguments": "{"}},
+        {"index": 1, "function": {"arguments": "}"}},
+    ]
+    events = b"".join(
+        b"data: %b\n\n" % orjson.dumps({"choices": [{"delta": {"tool_calls": [call]}}]}) for call in streamed
+    )
+
+    assert answer_in(whole) == await streamed_in(events) == "run(print(1))\nweather({})"
 
 
 async def test_an_event_that_is_none_of_openais_gives_up_its_answer(memory: Memory) -> None:
