@@ -208,8 +208,8 @@ class Metrics:
         self._dollars = self._totals.counters[DOLLARS.name]
         self._lag = Histogram(_LAG_SECONDS)
         self.started_at = time.time()
-        self._recorder: Recording | None = None
-        self._recorder_said: dict[str, int] = {}
+        self._recorders: list[tuple[Recording, dict[str, int]]] = []
+        """Each with what was counted of it."""
         self._folder = folder
         self._file: Path | None = None
         self._failing = False
@@ -262,10 +262,14 @@ class Metrics:
         self._totals.counters[PASSED.name].setdefault((provider, model), Counter()).value += 1
 
     def follow(self, recorder: Recording) -> None:
-        """Count what this recorder counts, in place of the one before."""
-        if recorder is not self._recorder:
-            self._ask_recorder()
-            self._recorder, self._recorder_said = recorder, {}
+        """Count what this recorder counts, beside those before, which go on until their last request ends."""
+        if all(each is not recorder for each, _ in self._recorders):
+            self._recorders.append((recorder, {}))
+
+    def leave(self, recorder: Recording) -> None:
+        """Count what a recorder counted to its end, and ask it no more."""
+        self._ask_recorders()
+        self._recorders = [each for each in self._recorders if each[0] is not recorder]
 
     # --- what is told ---
 
@@ -307,7 +311,7 @@ class Metrics:
 
     def write(self, *, alive: bool = True) -> None:
         """Tell the other workers what was counted until now."""
-        self._ask_recorder()
+        self._ask_recorders()
         if self._file is None:
             return
         said = self._totals.written() | {
@@ -325,14 +329,14 @@ class Metrics:
                 log.warning("what this worker counts is hidden from the others: %s", error)
             self._failing = True
 
-    def _ask_recorder(self) -> None:
-        if self._recorder is None:
-            return
-        stats = self._recorder.stats
-        for family, value in ((RECORDED, stats.recorded), (SAMPLED_OUT, stats.sampled_out), (DROPPED, stats.dropped)):
-            counter = self._totals.counters[family.name].setdefault((), Counter())
-            counter.value += value - self._recorder_said.get(family.name, 0)
-            self._recorder_said[family.name] = value
+    def _ask_recorders(self) -> None:
+        for recorder, said in self._recorders:
+            stats = recorder.stats
+            counts = ((RECORDED, stats.recorded), (SAMPLED_OUT, stats.sampled_out), (DROPPED, stats.dropped))
+            for family, value in counts:
+                counter = self._totals.counters[family.name].setdefault((), Counter())
+                counter.value += value - said.get(family.name, 0)
+                said[family.name] = value
 
     def _others(self) -> Iterator[dict[str, Any]]:
         if self._folder is None:

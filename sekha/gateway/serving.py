@@ -118,3 +118,4 @@ class Serving:
         await self.runtime.aclose()
         if self.recorder is not None:
             await self.recorder.aclose()
+            self.metrics.leave(self.recorder)

@@ -156,10 +156,15 @@ def test_what_was_recorded_goes_on_with_another_recorder() -> None:
     metrics.follow(second)
     metrics.follow(second)
     second.stats = replace(second.stats, recorded=3, dropped=1)
+    before = scrape(metrics).value("sekha_recorder_recorded_total")
+    first.stats = replace(first.stats, recorded=6)
+    metrics.leave(first)
+    first.stats = replace(first.stats, recorded=100)
 
     said = scrape(metrics)
 
-    assert said.value("sekha_recorder_recorded_total") == 8
+    assert before == 8
+    assert said.value("sekha_recorder_recorded_total") == 9
     assert said.value("sekha_recorder_sampled_out_total") == 2
     assert said.value("sekha_recorder_dropped_total") == 1
     assert scrape(metrics).text == said.text

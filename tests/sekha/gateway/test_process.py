@@ -180,6 +180,15 @@ async def test_a_stream_that_began_before_a_reload_ends_after_it(serving: Serves
             rest = "".join([piece async for piece in pieces])
 
         assert rest.endswith("data: [DONE]\n\n")
+        await wait_until(lambda: _told_of(gate))
+
+
+async def _told_of(gate: Gate) -> float:
+    """How many requests were recorded, or needed not be."""
+    lines = (await gate.http.get("/metrics")).text.splitlines()
+    counted = [line.split() for line in lines if not line.startswith("#")]
+    names = ("sekha_recorder_recorded_total", "sekha_recorder_sampled_out_total")
+    return sum(float(value) for name, value in counted if name in names)
 
 
 async def test_a_broken_file_is_not_taken_over_and_everything_wrong_with_it_is_said(serving: Serves) -> None:
