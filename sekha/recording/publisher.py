@@ -66,6 +66,14 @@ def read_report(folder: Path) -> Report:
         return Report()
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What became of a segment. Counted once all of it is out, since all of it is published again until then."""
+
+    published: int = 0
+    refused: int = 0
+
+
 class Publisher:
     """Publishes segment after segment, and deletes what is published.
 
@@ -126,18 +134,21 @@ class Publisher:
             return
         for path in self._spool.ready():
             segment = self._spool.read(path)
-            if not self._publish(segment, sink, until):
+            tally = self._publish(segment, sink, until)
+            if tally is None:
                 return
+            self._tell(published=self._report.published + tally.published, refused=self._report.refused + tally.refused)
             self._spool.done(segment)
 
-    def _publish(self, segment: Segment, sink: Sink, until: float | None) -> bool:
-        """Whether all of it is published: False if the time is up."""
+    def _publish(self, segment: Segment, sink: Sink, until: float | None) -> _Tally | None:
+        """Publish all of it; None if the time is up."""
+        tally = _Tally(refused=segment.torn)
         size = 1 if sink.runs_per_second else BATCH
         for at in range(0, len(segment.runs), size):
             started = self._clock()
             if until is not None and started > until:
-                return False
-            self._publish_runs(segment.runs[at : at + size], sink)
+                return None
+            self._publish_runs(segment.runs[at : at + size], sink, tally)
             took = self._clock() - started
             rest = 1 / sink.runs_per_second - took if sink.runs_per_second else REST_SHARE * took
             if self._wait(max(rest, 0.0)) and until is None:
@@ -148,31 +159,23 @@ class Publisher:
             except PrefectUnavailable:
                 raise
             except _NOT_TAKEN as error:
-                self._refuse(len(segment.events), error)
-        if segment.torn:
-            self._tell(refused=self._report.refused + segment.torn)
-        return True
+                _refuse(len(segment.events), error, tally)
+        return tally
 
-    def _publish_runs(self, runs: Sequence[Run], sink: Sink) -> None:
+    def _publish_runs(self, runs: Sequence[Run], sink: Sink, tally: _Tally) -> None:
         try:
             sink.publish([replace(run, steps=joined(run.steps)) for run in runs] if self._joins else runs)
         except PrefectUnavailable:
             raise
         except _NOT_TAKEN as error:
             if len(runs) == 1:
-                self._refuse(1, error)
+                _refuse(1, error, tally)
                 return
             # One that is not taken must not keep the others out.
             for run in runs:
-                self._publish_runs([run], sink)
+                self._publish_runs([run], sink, tally)
             return
-        self._tell(published=self._report.published + len(runs))
-
-    def _refuse(self, count: int, error: Exception) -> None:
-        # What is no error of ours may quote what was asked.
-        said = error if isinstance(error, RecordError) else f"It cannot be written ({type(error).__name__})."
-        log.warning("%s %d left out.", said, count)
-        self._tell(refused=self._report.refused + count)
+        tally.published += len(runs)
 
     def _tell(self, **changes: Any) -> None:
         self._report = replace(self._report, **changes)
@@ -185,6 +188,13 @@ class Publisher:
         if self._sink is not None:
             self._sink.close()
             self._sink = None
+
+
+def _refuse(count: int, error: Exception, tally: _Tally) -> None:
+    # What is no error of ours may quote what was asked.
+    said = error if isinstance(error, RecordError) else f"It cannot be written ({type(error).__name__})."
+    log.warning("%s %d left out.", said, count)
+    tally.refused += count
 
 
 def main(folder: Path, *, joins: bool) -> None:

@@ -32,6 +32,7 @@ class ListSink:
     poison: str = ""
     runs: list[Run] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    emits_away: int = 0
     closed: int = 0
 
     def publish(self, runs: Sequence[Run]) -> None:
@@ -43,6 +44,9 @@ class ListSink:
         self.runs += runs
 
     def emit(self, events: Sequence[Event]) -> None:
+        if self.emits_away:
+            self.emits_away -= 1
+            raise PrefectUnavailable("The list takes no events.")
         self.events += events
 
     def close(self) -> None:
@@ -106,6 +110,17 @@ def test_nothing_is_lost_while_the_sink_is_away(tmp_path: Path, make_run: Makes)
     assert sink.runs == runs
     assert waits.seconds[:5] == [1.0, 2.0, 4.0, 8.0, 15.0]
     assert read_report(tmp_path).waits_for == ""
+
+
+def test_what_is_published_again_is_counted_once(tmp_path: Path, make_run: Makes) -> None:
+    runs, event = [make_run() for _ in range(7)], Event(id=new_run_id(), occurred_at=1.0, name="n", resource="r")
+    spooled(tmp_path, *runs, event)
+    sink = ListSink(emits_away=2, poison=runs[3].id)
+
+    Publisher(tmp_path, lambda: sink, wait=Waits(left=20)).run()
+
+    assert sink.events == [event]
+    assert (read_report(tmp_path).published, read_report(tmp_path).refused) == (6, 1)
 
 
 def test_one_run_that_is_never_taken_keeps_no_other_out(tmp_path: Path, make_run: Makes) -> None:
