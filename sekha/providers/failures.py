@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -124,7 +125,9 @@ _CONTEXT = (
     "input is too long",
     "too many tokens",
 )
+_NO_CONTENT = (204, 205)
 _NO_JSON = ("empty or invalid response", "unable to get json response")
+_HOST = re.compile(r"[a-z0-9_.-]{1,100}")
 _DETAIL_CHARACTERS = 200
 _ECHO_CHARACTERS = 24
 
@@ -151,7 +154,7 @@ def failure_of(
         kind = StreamBroken
     detail, words = "", ""
     if response is not None:
-        words = _said(body)
+        detail, words = _elsewhere(status or 0, response.headers, secret, texts), _said(body)
     elif (reason := _reason(chain, kind)) is not None:
         detail = reason
     else:
@@ -177,13 +180,17 @@ def refusal_of(
     texts: Sequence[str] = (),
 ) -> ProviderError:
     """Say what a provider's answer means that is not the one asked for. Names of `headers` are in lower case."""
-    return _kind_answered(None, status, body)(
+    failure = _kind_answered(None, status, body)(
+        _elsewhere(status, headers, secret, texts),
         said=clean(_said(body), secret, texts),
         provider_id=provider_id,
         model_id=model_id,
         status=status,
         retry_after_seconds=retry_after_seconds(headers),
     )
+    if status in _NO_CONTENT:
+        failure.may_be_billed = False  # there is nothing that anybody could charge for
+    return failure
 
 
 def refuses_max_tokens(body: bytes) -> bool:
@@ -285,7 +292,10 @@ def _kind_answered(error: Exception | None, status: int, body: bytes) -> type[Pr
         return _BY_STATUS[status]
     if status >= 500:
         return ProviderUnavailable
-    return ProviderRejected if status >= 400 else BadReply
+    if status >= 400:
+        return ProviderRejected
+    # Who sends a request elsewhere has not worked on it, and will not the next time.
+    return ProviderError if status < 200 or status >= 300 else BadReply
 
 
 def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
@@ -303,6 +313,21 @@ def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
 
 def _known(link: BaseException) -> type[ProviderError] | None:
     return next((BY_CLASS[base.__name__] for base in type(link).__mro__ if base.__name__ in BY_CLASS), None)
+
+
+def _elsewhere(status: int, headers: Mapping[str, str], secret: str | None, texts: Sequence[str]) -> str:
+    """What a redirect means, in our words; nothing of any other answer. Of its address only the host is shown."""
+    if not 300 <= status < 400 or (location := headers.get("location")) is None:
+        return ""
+    try:
+        parts = urlsplit(location)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port, parts = "", None, urlsplit("")
+    if parts.scheme in ("http", "https") and _HOST.fullmatch(host):
+        address = clean(f"{parts.scheme}://{host}{f':{port}' if port else ''}", secret, texts)
+        return f"it redirects to {address}, and `base_url` should name the address that it points to"
+    return "it redirects, and `base_url` should name the address that it points to"
 
 
 def _said(body: bytes) -> str:

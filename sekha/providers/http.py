@@ -11,7 +11,7 @@ at all of them every tenth of a second, so a limit is kept to within that. Proxi
 
 What fails raises `TimeoutError` (`NotSent` while there was no connection), `OSError` (`ConnectionError` for a
 connection that was lost, `AnswerCut` once an answer had begun), or `BadResponse` where the other side does
-not speak HTTP/1.1 as agreed.
+not speak HTTP/1.1 as agreed (`NoAnswer` where it did not even begin to).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import httptools
 from sekha.plain_heads import PlainHead, plain_head
 from sekha.turns import MOST_BYTES, turn_of
 
-__all__ = ["AnswerCut", "BadResponse", "HttpClient", "HttpLimits", "NotSent", "Response", "Target"]
+__all__ = ["AnswerCut", "BadResponse", "HttpClient", "HttpLimits", "NoAnswer", "NotSent", "Response", "Target"]
 
 _SWEEP_SECONDS = 0.1
 # A kept connection that the other side had closed is noticed within a round trip. What is lost later than
@@ -46,6 +46,10 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 class BadResponse(Exception):
     """The answer breaks HTTP, or a limit of ours. The message quotes nothing of it."""
+
+
+class NoAnswer(BadResponse):
+    """What came answers no request: it is not HTTP at all, or leaves it. So nobody worked on the request."""
 
 
 class NotSent(TimeoutError):
@@ -448,11 +452,7 @@ class _Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
             self._excess = True
             if not response.complete:
-                # What a callback raises comes wrapped.
-                ours = error.__context__
-                failure = ours if isinstance(ours, BadResponse) else BadResponse("it is not HTTP/1.1")
-                failure.__cause__ = error
-                self._end(failure)
+                self._end(self._broken_by(error))
                 return
         if response.whole and response.size > self._limits.body_bytes:
             self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
@@ -469,6 +469,16 @@ class _Connection(asyncio.Protocol):
                 self.paused = True
                 self._transport.pause_reading()
             response.wake()
+
+    def _broken_by(self, error: Exception) -> BadResponse:
+        ours = error.__context__  # what a callback raises comes wrapped
+        if isinstance(ours, BadResponse):
+            failure = ours
+        else:
+            kind = BadResponse if self._parser.get_status_code() else NoAnswer
+            failure = kind("it is not HTTP/1.1")
+        failure.__cause__ = error
+        return failure
 
     def _again(self, response: Response, data: bytes) -> bool:
         """Take a piece of an answer whose head is known. Returns whether it is."""
@@ -581,6 +591,8 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         response = self._response
         assert response is not None  # noqa: S101 - parsing begins with a request under way
+        if response.status == 101:
+            raise NoAnswer("it changes to another protocol than HTTP/1.1 (HTTP 101)")
         if 100 <= response.status < 200:
             response.restart()
         else:

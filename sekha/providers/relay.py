@@ -43,7 +43,7 @@ from sekha.providers.events import (
     texts_in,
 )
 from sekha.providers.failures import clean, refusal_of, refuses_max_tokens, texts_of, wordless
-from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Response, Target
+from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NoAnswer, NotSent, Response, Target
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
 
@@ -596,10 +596,11 @@ class _Failing(NamedTuple):
         )
 
     def unanswered(self, error: OSError | BadResponse) -> ProviderError:
-        if isinstance(error, BadResponse):
-            return self.bad(str(error))
         failure: ProviderError
-        if isinstance(error, TimeoutError):
+        if isinstance(error, BadResponse):
+            failure = self.bad(str(error))
+            failure.may_be_billed = not isinstance(error, NoAnswer)
+        elif isinstance(error, TimeoutError):
             failure = ProviderTimeout(provider_id=self.provider_id, model_id=self.model_id)
             failure.may_be_billed = not isinstance(error, NotSent)
         else:
@@ -686,7 +687,10 @@ def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
         raise failed.bad(_NOT_JSON)
     if error := body.get("error"):
         code = error.get("code") if isinstance(error, dict) else None
-        raise failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
+        failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
+        if not body.get("usage") and not body.get("choices"):
+            failure.may_be_billed = False  # it says that it failed, and nothing of what it did
+        raise failure
     return body
 
 

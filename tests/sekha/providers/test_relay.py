@@ -287,6 +287,71 @@ async def test_an_attempt_that_cannot_have_been_billed_is_told_from_one_that_can
     assert not never_sent.value.may_be_billed
 
 
+REDIRECT = with_length(
+    b"", "Location: https://user:pw@elsewhere.example:8443/v2?key=abc", status="307 Temporary Redirect"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "says"),
+    [
+        (
+            REDIRECT,
+            ProviderError,
+            "HTTP 307; it redirects to https://elsewhere.example:8443, and `base_url`",
+        ),
+        (
+            with_length(b"", "Location: /v2", status="301 Moved"),
+            ProviderError,
+            "HTTP 301; it redirects, and `base_url`",
+        ),
+        (with_length(b"", "Location: https://[x", status="302 Found"), ProviderError, "it redirects, and `base_url`"),
+        (with_length(b"", status="304 Not Modified"), ProviderError, "HTTP 304"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", BadReply, "HTTP 204"),
+        (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", BadReply, "HTTP 101"),
+        (b"HTTP/1.1 101 Switching\r\n\r\n", BadReply, "HTTP 101"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", BadReply, "it is not HTTP/1.1"),
+        (with_length(b'{"error":{"message":"No."},"choices":[]}'), BadReply, "No."),
+        (with_length(b'{"error":"it failed"}'), BadReply, "it failed"),
+    ],
+)
+async def test_an_answer_that_nobody_worked_on_is_not_billed_and_leaves_room_for_another_provider(
+    answer: bytes, expected: type[ProviderError], says: str
+) -> None:
+    async with relay_to(answer) as (provider, _):
+        for ask in (provider.complete, provider.open_stream):
+            with pytest.raises(ProviderError) as caught:
+                await ask(chat())
+
+            assert type(caught.value) is expected
+            assert says in caught.value.told
+            assert "pw" not in caught.value.told
+            assert "key=abc" not in caught.value.told
+            assert caught.value.falls_back
+            assert caught.value.retryable is (expected is BadReply)
+            assert not caught.value.may_be_billed
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        with_length(b'{"choices":[{"mess'),
+        with_length(b"\x00\x01", "Content-Encoding: br"),
+        with_length(b'{"error":{"message":"No."},"usage":{"prompt_tokens":6,"completion_tokens":2}}'),
+        with_length(b'{"error":{"message":"No."},"choices":[{"index":0}]}'),
+        with_length(ANSWER, status="201 Created"),
+        b"HTTP/1.1 200 OK\r\nno header\r\n\r\n",
+    ],
+)
+async def test_an_answer_that_cannot_be_used_may_be_billed(answer: bytes) -> None:
+    async with relay_to(answer) as (provider, _):
+        for ask in (provider.complete, provider.open_stream):
+            with pytest.raises(BadReply) as caught:
+                await ask(chat())
+
+            assert caught.value.may_be_billed
+
+
 def test_nothing_heavy_is_imported_on_the_way() -> None:
     program = (
         "import asyncio, sys\n"
