@@ -191,7 +191,9 @@ class BudgetSection(Section):
 
 class KeySection(Section):
     name: str = Field(min_length=1, description="Whose key it is; unique.")
-    hash: str = Field(pattern=r"^sha256:[0-9a-f]{64}$", description="The key's hash, as `sekha keys create` prints it.")
+    hash: str = Field(
+        pattern=r"^sha256:[0-9a-f]{64}$", description="The key's hash, as `sekha keys create` prints it; unique."
+    )
     models: tuple[str, ...] = Field((), description="Models it may use; empty for all.")
     tasks: tuple[Task, ...] = Field((), description="Tasks it may use; empty for all.")
     requests_per_minute: int | None = Field(None, ge=1, description="Requests a minute; null for no limit.")

@@ -446,6 +446,7 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
     keys = [_dict(section) for section in _list(data.get("keys"))]
     yield from _twice(("budgets",), [budget.get("name") for budget in budgets], "name")
     yield from _twice(("keys",), [key.get("name") for key in keys], "name")
+    yield from _same_key(keys)
     known: dict[str, list[str]] = {
         "provider": [str(provider.get("id")) for provider in providers],
         "model": list(models),
@@ -498,6 +499,19 @@ def _twice(place: Place, names: list[Any], field: str) -> Found:
         if name is not None and (earlier := first.setdefault(str(name), at)) != at:
             message = f"{name!r} is the {field} of {yaml_file.path_of(place)}[{earlier}] too. Each needs its own."
             yield (*place, at, field), message
+
+
+def _same_key(keys: list[dict[str, Any]]) -> Found:
+    """Two names for one key: only one of them could have its limits and its budget."""
+    first: dict[str, int] = {}
+    for at, key in enumerate(keys):
+        digest = key.get("hash")
+        if digest and isinstance(digest, str) and (earlier := first.setdefault(digest, at)) != at:
+            yield (
+                ("keys", at, "hash"),
+                f"is the hash of keys[{earlier}] too, so it is the same key. Each needs its own: `sekha keys create` "
+                "makes one.",
+            )
 
 
 def _without_unlisted_defaults(data: dict[str, Any], tree: Tree) -> tuple[dict[str, Any], list[str]]:

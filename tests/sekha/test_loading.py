@@ -14,6 +14,7 @@ from sekha.registry import TASKS
 
 CANARY = "sk-canary-0123456789"
 CAPITALS = "AKIAIOSFODNN7EXAMPLE"
+HASH = f"sha256:{'0' * 64}"
 VERSION_2_0 = """\
 version: "2.0"
 providers:
@@ -404,6 +405,10 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
         (
             "budgets:\n- {name: a, limit: 1}\n- {name: a, limit: 2}\n",
             "line 3: budgets[1].name: 'a' is the name of budgets[0] too",
+        ),
+        (
+            f"keys:\n- {{name: a, hash: '{HASH}'}}\n- {{name: b, hash: '{HASH}'}}\n",
+            "line 3: keys[1].hash: is the hash of keys[0] too, so it is the same key. Each needs its own",
         ),
         ("budgets:\n- {name: a, limit: -1}\n", "line 2: budgets[0].limit: must be greater than or equal to 0, not -1."),
         ("budgets:\n- {name: a, limit: .inf}\n", "budgets[0].limit: must be a finite number"),
