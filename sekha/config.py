@@ -194,7 +194,7 @@ class KeySection(Section):
     hash: str = Field(
         pattern=r"^sha256:[0-9a-f]{64}$", description="The key's hash, as `sekha keys create` prints it; unique."
     )
-    models: tuple[str, ...] = Field((), description="Models it may use; empty for all.")
+    models: tuple[str, ...] = Field((), description="Models it may use, as `model` or `provider/model`; empty for all.")
     tasks: tuple[Task, ...] = Field((), description="Tasks it may use; empty for all.")
     requests_per_minute: int | None = Field(None, ge=1, description="Requests a minute; null for no limit.")
     tokens_per_minute: int | None = Field(None, ge=1, description="Tokens a minute; null for no limit.")

@@ -446,7 +446,7 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
     keys = [_dict(section) for section in _list(data.get("keys"))]
     yield from _twice(("budgets",), [budget.get("name") for budget in budgets], "name")
     yield from _twice(("keys",), [key.get("name") for key in keys], "name")
-    yield from _same_key(keys)
+    yield from _in_keys(keys, models)
     known: dict[str, list[str]] = {
         "provider": [str(provider.get("id")) for provider in providers],
         "model": list(models),
@@ -501,17 +501,20 @@ def _twice(place: Place, names: list[Any], field: str) -> Found:
             yield (*place, at, field), message
 
 
-def _same_key(keys: list[dict[str, Any]]) -> Found:
-    """Two names for one key: only one of them could have its limits and its budget."""
+def _in_keys(keys: list[dict[str, Any]], models: Mapping[str, set[str]]) -> Found:
     first: dict[str, int] = {}
     for at, key in enumerate(keys):
         digest = key.get("hash")
         if digest and isinstance(digest, str) and (earlier := first.setdefault(digest, at)) != at:
+            # Only one of the two names could have its limits and its budget.
             yield (
                 ("keys", at, "hash"),
                 f"is the hash of keys[{earlier}] too, so it is the same key. Each needs its own: `sekha keys create` "
                 "makes one.",
             )
+        for index, name in enumerate(_list(key.get("models"))):
+            if isinstance(name, str):
+                yield from _unlisted(("keys", at, "models", index), name, models)
 
 
 def _without_unlisted_defaults(data: dict[str, Any], tree: Tree) -> tuple[dict[str, Any], list[str]]:
@@ -537,7 +540,7 @@ def _without_unlisted_defaults(data: dict[str, Any], tree: Tree) -> tuple[dict[s
     return {**data, "default_models": kept}, warnings
 
 
-def _unlisted(place: Place, name: str, models: Mapping[str, set[str]], *, embedding: bool) -> Found:
+def _unlisted(place: Place, name: str, models: Mapping[str, set[str]], *, embedding: bool = False) -> Found:
     if name not in models:
         yield place, f"no model {name!r}.{did_you_mean(name, list(models))} Models are listed under `providers:`."
     elif embedding and "embedding" not in models[name]:

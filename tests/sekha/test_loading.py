@@ -410,6 +410,11 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
             f"keys:\n- {{name: a, hash: '{HASH}'}}\n- {{name: b, hash: '{HASH}'}}\n",
             "line 3: keys[1].hash: is the hash of keys[0] too, so it is the same key. Each needs its own",
         ),
+        (
+            f"keys:\n- {{name: a, hash: '{HASH}', models: [gpt-5, a/gpt-5, a/gpt5]}}\nproviders:\n"
+            "- {id: a, provider_type: ollama, models: [{model_id: gpt-5, task: vision}]}\n",
+            "line 2: keys[0].models[2]: no model 'a/gpt5'. Did you mean 'a/gpt-5'? Models are listed under",
+        ),
         ("budgets:\n- {name: a, limit: -1}\n", "line 2: budgets[0].limit: must be greater than or equal to 0, not -1."),
         ("budgets:\n- {name: a, limit: .inf}\n", "budgets[0].limit: must be a finite number"),
         (
@@ -483,6 +488,15 @@ budgets:
     found = problems(write(text))
 
     assert [problem.split(":")[0] for problem in found] == ["line 1", "line 4", "line 5", "line 7", "line 8", "line 10"]
+
+
+def test_a_key_may_use_a_model_by_its_name_alone_and_by_its_providers(write: Write) -> None:
+    file = write(
+        f"keys:\n- {{name: a, hash: '{HASH}', models: [gpt-5, a/gpt-5]}}\nproviders:\n"
+        "- {id: a, provider_type: ollama, models: [{model_id: gpt-5, task: vision}]}\n"
+    )
+
+    assert load(file, environ={}).config.keys[0].models == ("gpt-5", "a/gpt-5")
 
 
 @pytest.mark.parametrize(
