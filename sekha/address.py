@@ -1,10 +1,19 @@
-"""Addresses as messages may show them."""
+"""Addresses: as messages may show them, and who can reach them."""
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from urllib.parse import urlsplit, urlunsplit
 
-__all__ = ["without_secrets"]
+__all__ = ["is_loopback", "without_secrets"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there: `localhost`, `::1` and all of 127.0.0.0/8."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def without_secrets(url: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from sekha import yaml_file
+from sekha.address import is_loopback
 from sekha.config import ALSO_ACCEPTED, NOT_NEEDED, Config
 from sekha.errors import ConfigError, ConfigMissing, Problem, did_you_mean
 from sekha.registry import COLLECTION_NAME, TASKS
@@ -561,8 +562,7 @@ def _doubts(config: Config) -> Iterator[str]:
         yield f"`version` is {config.version!r}; this reads version 2.0 and hopes for the best."
     if not config.providers:
         yield "No providers are declared, so nothing can be answered or embedded."
-    local = config.server_host in ("127.0.0.1", "localhost", "::1")
-    if not (local or config.keys or config.allow_unauthenticated):
+    if not (is_loopback(config.server_host) or config.keys or config.allow_unauthenticated):
         yield (
             f"`server_host` is {config.server_host!r} and there are no `keys:`, so the gateway will listen on "
             "loopback only. Declare `keys:`, or say `allow_unauthenticated: true`."

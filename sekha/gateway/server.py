@@ -10,10 +10,10 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from sekha import tokens
+from sekha.address import is_loopback
 from sekha.errors import ConfigError, Problem, SekhaError
 from sekha.gateway.app import Gateway
 from sekha.gateway.http_server import WRITE_SECONDS, Connections
@@ -75,7 +75,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def may_listen_at(host: str, config: Config) -> bool:
     """Whether others may reach it there: only with keys, or when the file says that none are needed."""
-    return bool(config.keys) or config.allow_unauthenticated or _is_loopback(host)
+    return bool(config.keys) or config.allow_unauthenticated or is_loopback(host)
 
 
 def check_reach(loaded: Loaded, host: str) -> None:
@@ -87,13 +87,6 @@ def check_reach(loaded: Loaded, host: str) -> None:
             "anew, on loopback."
         )
         raise ConfigError(loaded.source, [Problem("keys", said)])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def fast_loop() -> asyncio.AbstractEventLoop:

@@ -144,6 +144,25 @@ def test_an_empty_file_is_an_empty_configuration(write: Write) -> None:
     assert any("No providers" in warning for warning in loaded.warnings)
 
 
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [
+        ("127.0.0.1", False),
+        ("127.0.0.2", False),
+        ("::1", False),
+        ("localhost", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("10.0.0.1", True),
+        ("localhost.example", True),
+    ],
+)
+def test_who_asks_for_an_address_beyond_loopback_without_keys_is_warned(write: Write, host: str, warned: bool) -> None:
+    loaded = load(write(f"server_host: '{host}'\n"), environ={})
+
+    assert any("will listen on loopback only" in warning for warning in loaded.warnings) is warned
+
+
 def test_a_section_with_nothing_under_it_says_nothing(write: Write) -> None:
     assert load(write("providers: []\nbudgets:\nrouting:\n"), environ={}).config.budgets == ()
 
