@@ -1,19 +1,18 @@
 """Every provider that speaks another protocol than OpenAI's, through LiteLLM; the one file that imports it.
 
-LiteLLM translates, and nothing else: it makes one attempt, keeps no history, reads no `.env`, and
-what it makes up (usage it counted itself, a `stop` for a stream that broke off) is taken out again.
+LiteLLM translates, and nothing else: it makes one attempt, keeps no history, and reads no `.env`. What it cannot be
+trusted to refuse is in `carrying.py`, and what its answers mean in `answers.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from copy import deepcopy
@@ -25,10 +24,18 @@ from weakref import WeakSet
 import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
-from sekha.images import format_of
-from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.addresses import base_url_of
+from sekha.providers.answers import choice_of, chunk_of, ended, envelope_of, finishes, usage_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, openai_usage
+from sekha.providers.carrying import (
+    FIELDS,
+    HINTS,
+    OLLAMA_FIELDS,
+    addresses,
+    call_by_its_format,
+    changes_nothing,
+    images,
+)
 from sekha.providers.events import says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.registry import Model, ProviderKind, ProviderSpec
@@ -40,86 +47,6 @@ _CHAT_PREFIX: Mapping[ProviderKind, str] = {
     "ollama": "ollama_chat/",
     "anthropic": "anthropic/",
 }
-# A caller's field is handed on only by name: LiteLLM takes its own orders (`api_base`, `fallbacks`,
-# `mock_response`) as fields of the same call.
-_FIELDS = frozenset(
-    {
-        "audio",
-        "frequency_penalty",
-        "function_call",
-        "functions",
-        "logit_bias",
-        "logprobs",
-        "max_completion_tokens",
-        "max_tokens",
-        "modalities",
-        "n",
-        "parallel_tool_calls",
-        "prediction",
-        "presence_penalty",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "response_format",
-        "safety_identifier",
-        "seed",
-        "service_tier",
-        "stop",
-        "store",
-        "temperature",
-        "thinking",
-        "tool_choice",
-        "tools",
-        "top_k",
-        "top_logprobs",
-        "top_p",
-        "user",
-        "verbosity",
-        "web_search_options",
-    }
-)
-_OLLAMA_FIELDS = frozenset(
-    {
-        "keep_alive",
-        "min_p",
-        "mirostat",
-        "mirostat_eta",
-        "mirostat_tau",
-        "num_ctx",
-        "num_gpu",
-        "num_predict",
-        "num_thread",
-        "repeat_last_n",
-        "repeat_penalty",
-        "tfs_z",
-        "think",
-    }
-)
-_HINTS = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "store", "user"})
-"""What nobody needs to heed for the answer to be the one that was asked for."""
-_CHANGES_NOTHING: Mapping[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "function_call": ("auto", "none"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": ([], ["text"]),
-    "n": (1,),
-    "parallel_tool_calls": (True,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "stop": ([], ""),
-    "temperature": (1,),
-    "tool_choice": ("auto", "none"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "top_p": (1,),
-    "verbosity": ("medium",),
-}
-"""Values that say what is so without them. A protocol that lacks the field does the same."""
-_ADDRESSED = frozenset({"file_data", "file_id", "file_uri", "image_url", "uri", "url"})
-"""Fields of a part that may name what LiteLLM would fetch."""
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
 
 
@@ -151,10 +78,10 @@ class LiteLLMProvider:
         if not getattr(reply, "choices", None):
             raise self._bad(call.model, "it has no choices")
         raw = str(reported[-1].get("original_response", "")) if reported else None
-        usage = _usage(getattr(reply, "usage", None))
+        usage = usage_of(getattr(reply, "usage", None))
         if raw is not None and '"eval_count"' not in raw:
             usage = None
-        body = _envelope(reply, call.model, "chat.completion") | {"choices": [_choice(c) for c in reply.choices]}
+        body = envelope_of(reply, call.model, "chat.completion") | {"choices": [choice_of(c) for c in reply.choices]}
         return Completion(body=body | ({"usage": openai_usage(usage)} if usage else {}), usage=usage)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
@@ -175,11 +102,11 @@ class LiteLLMProvider:
                 except StopAsyncIteration:
                     break
                 # One stream has one id; for Ollama LiteLLM makes up another for each piece.
-                envelope = envelope or _envelope(piece, call.model, "chat.completion.chunk")
-                chunk = _chunk(piece, pieces, envelope)
+                envelope = envelope or envelope_of(piece, call.model, "chat.completion.chunk")
+                chunk = chunk_of(piece, pieces, envelope)
                 if chunk is None:
                     continue
-                if not _ended(pieces) and _finishes(chunk):
+                if not ended(pieces) and finishes(chunk):
                     break
                 yield chunk
                 started = started or says_something(chunk.body)
@@ -190,7 +117,7 @@ class LiteLLMProvider:
         finally:
             if pieces is not None:
                 await pieces.aclose()
-        if not _ended(pieces):
+        if not ended(pieces):
             raise self._unfinished(call.model, started=started)
 
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
@@ -203,7 +130,9 @@ class LiteLLMProvider:
                 reply = await litellm.aembedding(**arguments)
         except Exception as error:
             raise self._failure(error, model, texts) from wordless(error)
-        return Embeddings(vectors=self._vectors(reply, model, len(texts)), usage=_usage(getattr(reply, "usage", None)))
+        return Embeddings(
+            vectors=self._vectors(reply, model, len(texts)), usage=usage_of(getattr(reply, "usage", None))
+        )
 
     async def aclose(self) -> None:
         """Close the connections, when no other provider of this process has any use for them."""
@@ -233,15 +162,15 @@ class LiteLLMProvider:
     def _chat(self, call: ChatCall) -> dict[str, Any]:
         kind = self._spec.kind
         options = {name: value for name, value in call.options.items() if name not in _OURS and value is not None}
-        named = _FIELDS | _OLLAMA_FIELDS if kind == "ollama" else _FIELDS
+        named = FIELDS | OLLAMA_FIELDS if kind == "ollama" else FIELDS
         known = {name: value for name, value in options.items() if name in named}
-        if others := options.keys() - named - _HINTS:
+        if others := options.keys() - named - HINTS:
             raise self._lacking(call.model, others)
         self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
         messages = deepcopy([dict(message) for message in call.messages])
-        for image in _images(messages):
-            _call_by_its_format(image)
+        for image in images(messages):
+            call_by_its_format(image)
         return self._connection(call.timeout_seconds) | {
             **known,
             "model": _CHAT_PREFIX.get(kind, "") + call.model.id,
@@ -259,10 +188,10 @@ class LiteLLMProvider:
         if not arguments.get("tools"):
             # Some refuse an empty list, and Anthropic a choice where there is nothing to choose from.
             for name in ("tools", "tool_choice", "parallel_tool_calls"):
-                if name == "parallel_tool_calls" or _changes_nothing(name, arguments.get(name)):
+                if name == "parallel_tool_calls" or changes_nothing(name, arguments.get(name)):
                     arguments.pop(name, None)
         lacked = arguments.keys() & _lacked(arguments["model"])
-        if needed := [name for name in lacked if not _changes_nothing(name, arguments[name])]:
+        if needed := [name for name in lacked if not changes_nothing(name, arguments[name])]:
             raise self._lacking(model, needed)
         for name in lacked:
             del arguments[name]
@@ -274,7 +203,7 @@ class LiteLLMProvider:
         listed = " and ".join(f"`{name[:40]}`" for name in names[:4]) + (" and others" if len(names) > 4 else "")
         lacks = f"its protocol has no {listed}"
         # A caller names fields freely, and what he writes is not for the records.
-        known = _FIELDS.issuperset(names)
+        known = FIELDS.issuperset(names)
         error = FieldUnsupported(
             lacks if known else "", said="" if known else lacks, provider_id=self._spec.id, model_id=model.id
         )
@@ -296,7 +225,7 @@ class LiteLLMProvider:
         """LiteLLM fetches an image itself for a provider that will not; we never call an address a caller names."""
         taken = tuple(f"{scheme}://" for scheme in schemes_of(self._spec.kind, call.model.id))
         for message in call.messages:
-            for kind, field, address in _addresses(message.get("content")):
+            for kind, field, address in addresses(message.get("content")):
                 # Anthropic takes other parts by address too, but what a part says to be its bytes LiteLLM reads.
                 passed_on = kind == "image_url" or (self._spec.kind == "anthropic" and field != "file_data")
                 if not (passed_on and address.startswith(taken)):
@@ -444,110 +373,7 @@ def _lacked(model_name: str) -> frozenset[str]:
     if taken is None:
         return frozenset()
     # What is not OpenAI's, as `top_k`, it hands on without a look.
-    openais = litellm.constants.DEFAULT_CHAT_COMPLETION_PARAM_VALUES.keys() | _HINTS
-    lacked: frozenset[str] = (_FIELDS & openais) - {*taken}
+    openais = litellm.constants.DEFAULT_CHAT_COMPLETION_PARAM_VALUES.keys() | HINTS
+    lacked: frozenset[str] = (FIELDS & openais) - {*taken}
     # LiteLLM hands it to Ollama as `repeat_penalty`, a factor: 1 is none there, and 0 is nonsense.
     return lacked | {"frequency_penalty"} if provider == "ollama_chat" else lacked
-
-
-def _changes_nothing(name: str, value: object) -> bool:
-    return name in _HINTS or value in _CHANGES_NOTHING.get(name, ())
-
-
-def _images(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list | tuple) else ():
-            if isinstance(part, dict) and part.get("type") == "image_url":
-                yield part
-
-
-def _call_by_its_format(part: dict[str, Any]) -> None:
-    """Let the media type of a `data:` URL say what the bytes are: Anthropic refuses an image under another name."""
-    reference = part.get("image_url")
-    url = reference.get("url") if isinstance(reference, dict) else reference
-    if not isinstance(url, str) or url[:5].lower() != "data:":
-        return
-    encoded = url.partition(",")[2]
-    try:
-        format_ = format_of(base64.b64decode(encoded[:64]))
-    except ValueError:
-        return
-    if format_ is not None:
-        told = f"data:image/{format_};base64,{encoded}"
-        part["image_url"] = reference | {"url": told} if isinstance(reference, dict) else told
-
-
-def _addresses(content: object, kind: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every address in the parts of a message: the type of its part, its field, and the address."""
-    if isinstance(content, list | tuple):
-        for part in content:
-            yield from _addresses(part, kind)
-    elif isinstance(content, Mapping):
-        kind = kind or str(content.get("type"))
-        for field, value in content.items():
-            if not isinstance(value, str):
-                yield from _addresses(value, kind)
-            elif field in _ADDRESSED and value[:5].lower() != "data:" and (kind == "image_url" or "://" in value):
-                yield kind, field, value
-
-
-def _envelope(reply: Any, model: Model, kind: str) -> dict[str, Any]:
-    envelope = {"id": reply.id, "object": kind, "created": reply.created, "model": model.id}
-    fingerprint = getattr(reply, "system_fingerprint", None)
-    return envelope | ({"system_fingerprint": fingerprint} if fingerprint else {})
-
-
-def _choice(choice: Any) -> dict[str, Any]:
-    message = choice.message.model_dump(exclude_none=True)
-    message.pop("provider_specific_fields", None)
-    body = {"index": choice.index, "message": {"content": None} | message, "finish_reason": choice.finish_reason}
-    logprobs = getattr(choice, "logprobs", None)
-    return body | ({"logprobs": _plain(logprobs)} if logprobs else {})
-
-
-def _chunk(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
-    if getattr(piece, "usage", None) is not None:
-        # LiteLLM closes with a sum that is its own count where no piece of the provider's carried one.
-        usage = _usage(piece.usage) if _reported(pieces) else None
-        return Chunk(body=envelope | {"choices": [], "usage": openai_usage(usage)}, usage=usage) if usage else None
-    choices = []
-    for choice in piece.choices:
-        delta = choice.delta.model_dump(exclude_none=True)
-        delta.pop("provider_specific_fields", None)
-        body = {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
-        logprobs = getattr(choice, "logprobs", None)
-        choices.append(body | ({"logprobs": _plain(logprobs)} if logprobs else {}))
-    return Chunk(body=envelope | {"choices": choices}) if choices else None
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else value
-
-
-def _reported(pieces: Any) -> bool:
-    return any(getattr(piece, "usage", None) is not None for piece in pieces.chunks)
-
-
-def _ended(pieces: Any) -> bool:
-    """Whether the provider itself said how it finished; LiteLLM says `stop` for one that did not."""
-    return pieces.received_finish_reason is not None or pieces.intermittent_finish_reason is not None
-
-
-def _finishes(chunk: Chunk) -> bool:
-    return any(choice["finish_reason"] for choice in chunk.body["choices"]) or chunk.usage is not None
-
-
-def _usage(reported: Any) -> Usage | None:
-    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens, or more than any model could."""
-    if reported is None or not 0 < (reported.prompt_tokens or 0) + (reported.completion_tokens or 0) <= MOST_TOKENS:
-        return None
-    details = getattr(reported, "prompt_tokens_details", None)
-    cached = getattr(details, "cached_tokens", None) or getattr(reported, "cache_read_input_tokens", None)
-    written = getattr(reported, "cache_creation_input_tokens", None)
-    return Usage(
-        input_tokens=reported.prompt_tokens or 0,
-        output_tokens=reported.completion_tokens or 0,
-        cached_tokens=cached or 0,
-        cache_write_tokens=written or 0,
-    )

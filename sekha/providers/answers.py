@@ -1,0 +1,75 @@
+"""What the answers mean that LiteLLM makes of other providers', in OpenAI's shape.
+
+What LiteLLM makes up (usage that it counted itself, a `stop` for a stream that broke off) is taken out again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sekha.pricing import MOST_TOKENS, Usage
+from sekha.providers.base import Chunk, openai_usage
+from sekha.registry import Model
+
+__all__ = ["choice_of", "chunk_of", "ended", "envelope_of", "finishes", "usage_of"]
+
+
+def envelope_of(reply: Any, model: Model, kind: str) -> dict[str, Any]:
+    envelope = {"id": reply.id, "object": kind, "created": reply.created, "model": model.id}
+    fingerprint = getattr(reply, "system_fingerprint", None)
+    return envelope | ({"system_fingerprint": fingerprint} if fingerprint else {})
+
+
+def choice_of(choice: Any) -> dict[str, Any]:
+    message = choice.message.model_dump(exclude_none=True)
+    message.pop("provider_specific_fields", None)
+    body = {"index": choice.index, "message": {"content": None} | message, "finish_reason": choice.finish_reason}
+    logprobs = getattr(choice, "logprobs", None)
+    return body | ({"logprobs": _plain(logprobs)} if logprobs else {})
+
+
+def chunk_of(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
+    if getattr(piece, "usage", None) is not None:
+        # LiteLLM closes with a sum that is its own count where no piece of the provider's carried one.
+        usage = usage_of(piece.usage) if _reported(pieces) else None
+        return Chunk(body=envelope | {"choices": [], "usage": openai_usage(usage)}, usage=usage) if usage else None
+    choices = []
+    for choice in piece.choices:
+        delta = choice.delta.model_dump(exclude_none=True)
+        delta.pop("provider_specific_fields", None)
+        body = {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
+        logprobs = getattr(choice, "logprobs", None)
+        choices.append(body | ({"logprobs": _plain(logprobs)} if logprobs else {}))
+    return Chunk(body=envelope | {"choices": choices}) if choices else None
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _reported(pieces: Any) -> bool:
+    return any(getattr(piece, "usage", None) is not None for piece in pieces.chunks)
+
+
+def ended(pieces: Any) -> bool:
+    """Whether the provider itself said how it finished; LiteLLM says `stop` for one that did not."""
+    return pieces.received_finish_reason is not None or pieces.intermittent_finish_reason is not None
+
+
+def finishes(chunk: Chunk) -> bool:
+    return any(choice["finish_reason"] for choice in chunk.body["choices"]) or chunk.usage is not None
+
+
+def usage_of(reported: Any) -> Usage | None:
+    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens, or more than any model could."""
+    if reported is None or not 0 < (reported.prompt_tokens or 0) + (reported.completion_tokens or 0) <= MOST_TOKENS:
+        return None
+    details = getattr(reported, "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None) or getattr(reported, "cache_read_input_tokens", None)
+    written = getattr(reported, "cache_creation_input_tokens", None)
+    return Usage(
+        input_tokens=reported.prompt_tokens or 0,
+        output_tokens=reported.completion_tokens or 0,
+        cached_tokens=cached or 0,
+        cache_write_tokens=written or 0,
+    )

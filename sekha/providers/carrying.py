@@ -1,0 +1,134 @@
+"""What the protocols of other providers than OpenAI's have a place for, and what of a request has none there."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sekha.images import format_of
+
+__all__ = ["FIELDS", "HINTS", "OLLAMA_FIELDS", "addresses", "call_by_its_format", "changes_nothing", "images"]
+
+# A caller's field is handed on only by name: LiteLLM takes its own orders (`api_base`, `fallbacks`,
+# `mock_response`) as fields of the same call.
+FIELDS = frozenset(
+    {
+        "audio",
+        "frequency_penalty",
+        "function_call",
+        "functions",
+        "logit_bias",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "modalities",
+        "n",
+        "parallel_tool_calls",
+        "prediction",
+        "presence_penalty",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "response_format",
+        "safety_identifier",
+        "seed",
+        "service_tier",
+        "stop",
+        "store",
+        "temperature",
+        "thinking",
+        "tool_choice",
+        "tools",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "user",
+        "verbosity",
+        "web_search_options",
+    }
+)
+OLLAMA_FIELDS = frozenset(
+    {
+        "keep_alive",
+        "min_p",
+        "mirostat",
+        "mirostat_eta",
+        "mirostat_tau",
+        "num_ctx",
+        "num_gpu",
+        "num_predict",
+        "num_thread",
+        "repeat_last_n",
+        "repeat_penalty",
+        "tfs_z",
+        "think",
+    }
+)
+HINTS = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "store", "user"})
+"""What nobody needs to heed for the answer to be the one that was asked for."""
+_CHANGES_NOTHING: Mapping[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": ([], ["text"]),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "stop": ([], ""),
+    "temperature": (1,),
+    "tool_choice": ("auto", "none"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "top_p": (1,),
+    "verbosity": ("medium",),
+}
+"""Values that say what is so without them. A protocol that lacks the field does the same."""
+_ADDRESSED = frozenset({"file_data", "file_id", "file_uri", "image_url", "uri", "url"})
+"""Fields of a part that may name what LiteLLM would fetch."""
+
+
+def changes_nothing(name: str, value: object) -> bool:
+    return name in HINTS or value in _CHANGES_NOTHING.get(name, ())
+
+
+def images(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, dict) and part.get("type") == "image_url":
+                yield part
+
+
+def call_by_its_format(part: dict[str, Any]) -> None:
+    """Let the media type of a `data:` URL say what the bytes are: Anthropic refuses an image under another name."""
+    reference = part.get("image_url")
+    url = reference.get("url") if isinstance(reference, dict) else reference
+    if not isinstance(url, str) or url[:5].lower() != "data:":
+        return
+    encoded = url.partition(",")[2]
+    try:
+        format_ = format_of(base64.b64decode(encoded[:64]))
+    except ValueError:
+        return
+    if format_ is not None:
+        told = f"data:image/{format_};base64,{encoded}"
+        part["image_url"] = reference | {"url": told} if isinstance(reference, dict) else told
+
+
+def addresses(content: object, kind: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every address in the parts of a message: the type of its part, its field, and the address."""
+    if isinstance(content, list | tuple):
+        for part in content:
+            yield from addresses(part, kind)
+    elif isinstance(content, Mapping):
+        kind = kind or str(content.get("type"))
+        for field, value in content.items():
+            if not isinstance(value, str):
+                yield from addresses(value, kind)
+            elif field in _ADDRESSED and value[:5].lower() != "data:" and (kind == "image_url" or "://" in value):
+                yield kind, field, value
