@@ -8,9 +8,10 @@ where there is none does the exception's class decide.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -126,6 +127,26 @@ _CONTEXT = (
     "too many tokens",
 )
 _NO_CONTENT = (204, 205)
+_TRANSLATES = (
+    ("messages", "messages_pt"),
+    ("messages", "openai_messages"),
+    ("messages", "completion_messages"),
+    ("messages", "extract_images"),
+    ("messages", "extract_reasoning"),
+    ("messages", "content_list"),
+    ("messages", "system_message"),
+    ("messages", "tool_result"),
+    ("messages", "tool_invoke"),
+    ("tool_choice", "tool_choice"),
+    ("response_format", "response_format"),
+    ("response_format", "output_format"),
+    ("response_format", "json_schema"),
+    ("stop", "stop_seq"),
+    ("reasoning_effort", "reasoning"),
+    ("tools", "tool"),
+    ("tools", "mcp"),
+)
+"""What the functions of LiteLLM that translate a field have in their names. The first that fits is taken."""
 _NO_JSON = ("empty or invalid response", "unable to get json response")
 _HOST = re.compile(r"[a-z0-9_.-]{1,100}")
 _DETAIL_CHARACTERS = 200
@@ -140,12 +161,18 @@ def failure_of(
     secret: str | None = None,
     texts: Sequence[str] = (),
     streaming: bool = False,
+    sent: bool = True,
 ) -> ProviderError:
     """Say what an exception means. `streaming` once something of the answer has been handed on.
+
+    With `sent` false the provider heard nothing of it, so it cost nothing. What then failed is mostly the translation
+    of the request, which says nothing of the provider, and which another protocol may not need.
 
     What was said never holds the secret. It may hold any part of the request, and so is in `said` alone.
     """
     chain = list(_chain(error))
+    if not sent and (untranslated := _untranslated(chain)) is not None:
+        return _untranslatable(untranslated, provider_id, model_id)
     response = next((found for link in chain if (found := _answered(link)) is not None), None)
     body = b"" if response is None else _content(response, chain)
     status = None if response is None else int(response.status_code)
@@ -159,7 +186,7 @@ def failure_of(
         detail = reason
     else:
         words = _said_within(chain[-1]) or _own_sentence(error)
-    return kind(
+    failure = kind(
         detail,
         said=clean(words, secret, texts),
         provider_id=provider_id,
@@ -167,6 +194,9 @@ def failure_of(
         status=status,
         retry_after_seconds=None if response is None else retry_after_seconds(response.headers),
     )
+    if not sent:
+        failure.may_be_billed = False
+    return failure
 
 
 def refusal_of(
@@ -309,6 +339,32 @@ def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
             if decisive in below:
                 return decisive
     return top
+
+
+def _untranslated(chain: Sequence[BaseException]) -> Collection[str] | None:
+    """The functions in which the translation of a request failed; None where it was not that."""
+    if isinstance(chain[-1], ImportError | OSError | TimeoutError):
+        return None
+    if _kind_unanswered(chain) not in (BadReply, ProviderRejected, ProviderUnavailable, ProviderError):
+        return None
+    functions = {name for link in chain for name in _functions(link.__traceback__)}
+    # A model whose name LiteLLM cannot place is a mistake in our configuration.
+    return None if "get_llm_provider" in functions else functions
+
+
+def _functions(traceback: TracebackType | None) -> Iterator[str]:
+    while traceback is not None:
+        yield traceback.tb_frame.f_code.co_name
+        traceback = traceback.tb_next
+
+
+def _untranslatable(functions: Collection[str], provider_id: str, model_id: str) -> FieldUnsupported:
+    field = next((field for field, part in _TRANSLATES if any(part in name for name in functions)), None)
+    of_it = f"the `{field}` of this request" if field else "this request as it stands"
+    # What LiteLLM's exception says is about its own code.
+    error = FieldUnsupported(f"its protocol cannot carry {of_it}", provider_id=provider_id, model_id=model_id)
+    error.field = field
+    return error
 
 
 def _known(link: BaseException) -> type[ProviderError] | None:

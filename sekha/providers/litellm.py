@@ -12,11 +12,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import ContextVar
 from copy import deepcopy
-from functools import cache
+from functools import cache, wraps
 from threading import Lock, Thread
 from typing import Any
 from weakref import WeakSet
@@ -47,7 +48,27 @@ _CHAT_PREFIX: Mapping[ProviderKind, str] = {
     "ollama": "ollama_chat/",
     "anthropic": "anthropic/",
 }
+_UNSEEN = ("aiohttp_openai/", "petals/", "sagemaker", "vertex_ai")
+"""Models that LiteLLM reaches over connections of other libraries than HTTPX."""
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
+
+
+class _Journey:
+    """One call on its way through LiteLLM: whether anything has left for the provider."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = False
+
+
+_journey: ContextVar[_Journey | None] = ContextVar("journey", default=None)
+
+
+def _begin_journey() -> _Journey:
+    journey = _Journey()
+    _journey.set(journey)
+    return journey
 
 
 class LiteLLMProvider:
@@ -63,6 +84,7 @@ class LiteLLMProvider:
         texts = texts_of(call.messages)
         arguments = self._chat(call)
         reported: list[Mapping[str, Any]] = []
+        journey = _begin_journey()
         if self._spec.kind == "ollama":
             # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
             arguments["logger_fn"] = reported.append
@@ -74,7 +96,7 @@ class LiteLLMProvider:
         except FieldUnsupported:
             raise
         except Exception as error:
-            raise self._failure(error, call.model, texts) from wordless(error)
+            raise self._failure(error, call.model, texts, journey) from wordless(error)
         if not getattr(reply, "choices", None):
             raise self._bad(call.model, "it has no choices")
         raw = str(reported[-1].get("original_response", "")) if reported else None
@@ -89,6 +111,7 @@ class LiteLLMProvider:
         arguments = self._chat(call) | {"stream": True, "stream_options": {"include_usage": True}}
         pieces: Any = None
         started = False
+        journey = _begin_journey()
         try:
             await _imported()
             litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
@@ -103,6 +126,7 @@ class LiteLLMProvider:
                     break
                 # One stream has one id; for Ollama LiteLLM makes up another for each piece.
                 envelope = envelope or envelope_of(piece, call.model, "chat.completion.chunk")
+                journey.left = True
                 chunk = chunk_of(piece, pieces, envelope)
                 if chunk is None:
                     continue
@@ -113,7 +137,7 @@ class LiteLLMProvider:
         except FieldUnsupported:
             raise
         except Exception as error:
-            raise self._failure(error, call.model, texts, streaming=started) from wordless(error)
+            raise self._failure(error, call.model, texts, journey, streaming=started) from wordless(error)
         finally:
             if pieces is not None:
                 await pieces.aclose()
@@ -123,13 +147,14 @@ class LiteLLMProvider:
     async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
         prefix = "ollama/" if self._spec.kind == "ollama" else _CHAT_PREFIX.get(self._spec.kind, "")
         arguments = self._connection(timeout_seconds) | {"model": prefix + model.id, "input": list(texts)}
+        journey = _begin_journey()
         try:
             await _imported()
             litellm = await asyncio.to_thread(_opened, arguments["model"])
             async with asyncio.timeout(timeout_seconds):
                 reply = await litellm.aembedding(**arguments)
         except Exception as error:
-            raise self._failure(error, model, texts) from wordless(error)
+            raise self._failure(error, model, texts, journey) from wordless(error)
         return Embeddings(
             vectors=self._vectors(reply, model, len(texts)), usage=usage_of(getattr(reply, "usage", None))
         )
@@ -233,7 +258,7 @@ class LiteLLMProvider:
                     raise self._rejected(call.model, f"it takes {what} as base64 in a `data:` URL, not by this address")
 
     def _failure(
-        self, error: Exception, model: Model, texts: Sequence[str], *, streaming: bool = False
+        self, error: Exception, model: Model, texts: Sequence[str], journey: _Journey, *, streaming: bool = False
     ) -> ProviderError:
         return failure_of(
             error,
@@ -242,6 +267,8 @@ class LiteLLMProvider:
             secret=self._secret,
             texts=texts,
             streaming=streaming,
+            # Some are reached over connections that are noted nowhere.
+            sent=journey.left or model.id.startswith(_UNSEEN),
         )
 
     def _bad(self, model: Model, detail: str) -> BadReply:
@@ -343,7 +370,30 @@ def litellm_module() -> Any:
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         # It logs whole requests with its errors.
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    _note_what_leaves()
     return litellm
+
+
+def _note_what_leaves() -> None:
+    """Have every request over HTTPX noted in the journey that it belongs to, once it leaves.
+
+    What LiteLLM raises does not tell a request that it could not translate from an answer that it could not read.
+    One is the caller's mistake and cost nothing; the other is the provider's, and may be billed.
+    """
+    import httpx
+
+    for client in (httpx.AsyncClient, httpx.Client):
+        setattr(client, "send", _noting(client.send))  # noqa: B010 - a method, which MyPy holds to be fixed
+
+
+def _noting(send: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(send)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        if (journey := _journey.get()) is not None:
+            journey.left = True
+        return send(*args, **kwargs)
+
+    return noted
 
 
 def _opened(model_name: str) -> Any:

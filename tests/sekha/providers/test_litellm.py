@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 from pydantic import SecretStr
 
-from sekha.errors import BadReply, ProviderRejected
+from sekha.errors import BadReply, FieldUnsupported, ProviderRejected
 from sekha.providers.base import ChatCall, Completion
 from sekha.providers.litellm import litellm_module
 from sekha.providers.opening import open_provider
@@ -108,6 +108,48 @@ async def test_the_last_provider_to_close_leaves_no_connection_open() -> None:
 
         assert not litellm_module().in_memory_llm_clients_cache.cache_dict
         assert (await ask(specs[0], call("claude-sonnet-4-5"))).text
+
+
+def tool(**more: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": "f", **more}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [tool(parameters="x")]),
+        ("tools", [{"type": "mcp"}]),
+        ("tools", [{"type": "computer_20241022", "function": {"name": "computer"}}]),
+        ("reasoning_effort", "zzz"),
+    ],
+)
+async def test_what_cannot_be_translated_is_not_sent_and_costs_nothing(
+    field: str, value: object, streamed: bool
+) -> None:
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind="anthropic", base_url=standin.url, api_key=SecretStr("k"))
+
+        async with aclosing(open_provider(spec)) as provider:
+            request = call("claude-sonnet-4-5", **{field: value})
+            answer = anext(provider.stream(request)) if streamed else provider.complete(request)
+            with pytest.raises(FieldUnsupported) as caught:
+                await answer
+
+    assert caught.value.field == field
+    assert f"its protocol cannot carry the `{field}` of this request" in str(caught.value)
+    assert not caught.value.may_be_billed
+    assert standin.requests == []
+
+
+async def test_an_answer_that_cannot_be_read_may_be_billed() -> None:
+    async with StandIn() as standin:
+        standin.garbage()
+
+        with pytest.raises(BadReply) as caught:
+            await ask(ProviderSpec(id="one", kind="anthropic", base_url=standin.url), call("claude-sonnet-4-5"))
+
+    assert caught.value.may_be_billed
 
 
 def test_litellm_is_imported_by_the_first_call_only() -> None:
