@@ -39,6 +39,7 @@ from sekha.providers.carrying import (
 )
 from sekha.providers.events import says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
+from sekha.providers.histories import Uncarried, history_for
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.vision import schemes_of
 
@@ -191,9 +192,16 @@ class LiteLLMProvider:
         known = {name: value for name, value in options.items() if name in named}
         if others := options.keys() - named - HINTS:
             raise self._lacking(call.model, others)
-        self._refuse_fetching(call)
         # Copied, since LiteLLM rewrites them in place for some providers.
-        messages = deepcopy([dict(message) for message in call.messages])
+        try:
+            messages = (
+                history_for(kind, call.messages)
+                if kind == "anthropic" or kind == "ollama"  # noqa: PLR1714 - MyPy sees no protocol in a tuple
+                else deepcopy([dict(message) for message in call.messages])
+            )
+        except Uncarried as error:
+            raise self._placeless(call.model, error.field) from None
+        self._refuse_fetching(call)
         for image in images(messages):
             call_by_its_format(image)
         return self._connection(call.timeout_seconds) | {
@@ -233,6 +241,13 @@ class LiteLLMProvider:
             lacks if known else "", said="" if known else lacks, provider_id=self._spec.id, model_id=model.id
         )
         error.field = names[0]
+        return error
+
+    def _placeless(self, model: Model, field: str) -> FieldUnsupported:
+        """Refuse what the protocol has no place for, by its path in the request, which has no words of the caller's."""
+        lacks = f"its protocol has no place for `{field}`"
+        error = FieldUnsupported(lacks, provider_id=self._spec.id, model_id=model.id)
+        error.field = field
         return error
 
     def _connection(self, timeout_seconds: float) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""The messages of a chat as Anthropic's and Ollama's protocols can carry them.
+
+LiteLLM leaves out what it does not know, and nobody is told. So whatever means something is put in words that these
+protocols have, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal, TypeAlias
+
+import orjson
+
+__all__ = ["Protocol", "Uncarried", "history_for"]
+
+Protocol: TypeAlias = Literal["anthropic", "ollama"]
+_SYSTEM = frozenset({"system", "developer"})
+_RESULTS = frozenset({"tool", "function"})
+_ROLES = _SYSTEM | _RESULTS | {"user", "assistant"}
+_IMAGES = frozenset({"text", "image_url"})
+_THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+_OWN = frozenset({"document", "server_tool_use"})
+"""Parts of Anthropic's own that LiteLLM hands on as they are."""
+
+
+class Uncarried(Exception):
+    """A field for which a protocol has no place."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(field)
+        self.field = field
+
+
+def history_for(protocol: Protocol, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of the messages in which everything has a place. Raises `Uncarried` with the first field that has none."""
+    history: list[dict[str, Any]] = []
+    called: dict[str, str] = {}
+    for at, given in enumerate(messages):
+        message, where = deepcopy(dict(given)), f"messages[{at}]"
+        role = message.get("role")
+        if role not in _ROLES:
+            raise Uncarried(f"{where}.role")
+        if role == "assistant":
+            _as_spoken(message, where, called)
+            _check_thoughts(message, where)
+        elif role == "function":
+            _as_result(message, where, called)
+        if protocol == "anthropic" and message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
+            raise Uncarried(f"{where}.tool_call_id")
+        _check_parts(protocol, message, where)
+        history.append(message)
+    return history
+
+
+def _as_spoken(message: dict[str, Any], where: str, called: dict[str, str]) -> None:
+    if message.get("audio") is not None:
+        raise Uncarried(f"{where}.audio")
+    refusal = message.pop("refusal", None)
+    if refusal is not None:
+        if not isinstance(refusal, str):
+            raise Uncarried(f"{where}.refusal")
+        said = message.get("content")
+        said = [{"type": "text", "text": said}] if isinstance(said, str) and said else said or []
+        message["content"] = [*said, {"type": "refusal", "refusal": refusal}] if said else refusal
+    calls = message.get("tool_calls")
+    if not calls:
+        message.pop("tool_calls", None)
+    elif not isinstance(calls, list):
+        raise Uncarried(f"{where}.tool_calls")
+    else:
+        message["tool_calls"] = [_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)]
+    if (legacy := message.pop("function_call", None)) is not None:
+        if "tool_calls" in message:
+            raise Uncarried(f"{where}.function_call")
+        # The old way has no ids: a result belongs to the last call of its name.
+        call = _call({"id": f"call_{where[9:-1]}", "function": legacy}, where, "function_call")
+        called[call["function"]["name"]] = call["id"]
+        message["tool_calls"] = [call]
+
+
+def _call(call: object, where: str, named: str = "function") -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or call.get("type", "function") != "function":
+        raise Uncarried(where)
+    if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str) or not name:
+        raise Uncarried(f"{where}.{named}")
+    if not isinstance(call.get("id"), str):
+        raise Uncarried(f"{where}.id")
+    arguments = function.get("arguments")
+    if isinstance(arguments, Mapping):
+        arguments = orjson.dumps(arguments).decode()
+    # A model that calls a function without arguments may write none.
+    arguments = "{}" if arguments is None or arguments == "" else arguments
+    if not _is_object(arguments):
+        raise Uncarried(f"{where}.{named}.arguments")
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _is_object(written: object) -> bool:
+    try:
+        return isinstance(written, str) and isinstance(orjson.loads(written), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _as_result(message: dict[str, Any], where: str, called: Mapping[str, str]) -> None:
+    name = message.get("name")
+    if not isinstance(name, str) or name not in called:
+        raise Uncarried(f"{where}.name")
+    message["role"] = "tool"
+    message["tool_call_id"] = called[name]
+
+
+def _check_thoughts(message: Mapping[str, Any], where: str) -> None:
+    thoughts = message.get("thinking_blocks")
+    if thoughts is not None and not (isinstance(thoughts, list) and all(isinstance(each, dict) for each in thoughts)):
+        raise Uncarried(f"{where}.thinking_blocks")
+
+
+def _check_parts(protocol: Protocol, message: dict[str, Any], where: str) -> None:
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return
+    message["content"] = parts = list(content)
+    for at, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "refusal" and message["role"] == "assistant" and isinstance(part.get("refusal"), str):
+            parts[at] = {"type": "text", "text": part["refusal"]}
+        elif not isinstance(kind, str) or not _has_place(protocol, message["role"], kind):
+            raise Uncarried(f"{where}.content[{at}]")
+        elif kind == "text" and not isinstance(part.get("text"), str):
+            raise Uncarried(f"{where}.content[{at}].text")
+        elif kind == "file" and not _is_file(part.get("file")):
+            raise Uncarried(f"{where}.content[{at}].file")
+
+
+def _has_place(protocol: Protocol, role: str, kind: str) -> bool:
+    if protocol == "ollama":
+        return kind in _IMAGES
+    if role in _SYSTEM:
+        return kind == "text"
+    if role == "assistant":
+        return kind == "text" or kind in _THOUGHTS or kind in _OWN or kind.endswith("_tool_result")
+    return kind in _IMAGES or kind == "file" or kind in ("document", "tool_reference")
+
+
+def _is_file(file: object) -> bool:
+    if not isinstance(file, Mapping):
+        return False
+    data, id_ = file.get("file_data"), file.get("file_id")
+    return (isinstance(data, str) and data[:5].lower() == "data:") if data else isinstance(id_, str) and bool(id_)

@@ -1,0 +1,134 @@
+"""What stands in a chat's messages reaches a provider of another protocol, or is refused: it is never left out."""
+
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from sekha.errors import FieldUnsupported
+from sekha.providers.base import ChatCall
+from sekha.providers.opening import open_provider
+from sekha.registry import Model, ProviderKind, ProviderSpec
+from sekha.testing import StandIn
+
+USER = {"role": "user", "content": "Hello"}
+IMAGE = {
+    "type": "image_url",
+    "image_url": {"url": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAA="},
+}
+PDF = {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA", "filename": "a.pdf"}}
+VIDEO = {"type": "video_url", "video_url": {"url": "https://host/film.mp4"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+async def sent(kind: ProviderKind, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a provider is sent of these messages."""
+    model = Model(id="claude-sonnet-4-5" if kind == "anthropic" else "llava", provider_id="one", tasks=("vision",))
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
+        try:
+            async with aclosing(open_provider(spec)) as provider:
+                await provider.complete(ChatCall(model=model, messages=messages, timeout_seconds=20))
+        except FieldUnsupported:
+            assert standin.requests == []
+            raise
+    messages_sent: list[dict[str, Any]] = standin.requests[0].json["messages"]
+    return messages_sent
+
+
+def called(arguments: object, **more: object) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_a", "type": "function", "function": function, **more}],
+    }
+
+
+def asked(*parts: object, role: str = "user") -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": "See:"}, *parts]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "field"),
+    [
+        ("ollama", asked(PDF), "messages[1].content[1]"),
+        ("ollama", asked(VIDEO), "messages[1].content[1]"),
+        ("ollama", asked(SOUND), "messages[1].content[1]"),
+        ("anthropic", asked(VIDEO), "messages[1].content[1]"),
+        ("anthropic", asked(SOUND), "messages[1].content[1]"),
+        ("anthropic", asked({"type": "file", "file": {}}), "messages[1].content[1].file"),
+        ("anthropic", asked({"type": "file", "file": {"file_data": "zzz"}}), "messages[1].content[1].file"),
+        ("anthropic", asked(IMAGE, role="system"), "messages[1].content[1]"),
+        ("anthropic", asked(IMAGE, role="assistant"), "messages[1].content[1]"),
+        ("anthropic", called("{}", type="custom"), "messages[1].tool_calls[0]"),
+        ("anthropic", {"role": "assistant", "content": "a", "thinking_blocks": "x"}, "messages[1].thinking_blocks"),
+        ("anthropic", {"role": "function", "name": "g", "content": "r"}, "messages[1].name"),
+        *[
+            (kind, message, field)
+            for kind in ("ollama", "anthropic")
+            for message, field in [
+                (asked({"type": "zzz", "zzz": 1}), "messages[1].content[1]"),
+                (asked({"text": "no type"}), "messages[1].content[1]"),
+                (asked({"type": "input_image", "image_url": IMAGE["image_url"]}), "messages[1].content[1]"),
+                (asked({"type": "text", "text": None}), "messages[1].content[1].text"),
+                (called('{"a'), "messages[1].tool_calls[0].function.arguments"),
+                (called("[1]"), "messages[1].tool_calls[0].function.arguments"),
+                ({"role": "zzz", "content": "x"}, "messages[1].role"),
+                ({"role": "assistant", "audio": {"id": "audio_1"}}, "messages[1].audio"),
+            ]
+        ],
+    ],
+)
+async def test_what_a_protocol_has_no_place_for_is_refused_by_its_place(
+    kind: ProviderKind, message: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(FieldUnsupported) as caught:
+        await sent(kind, USER, message)
+
+    assert caught.value.field == field
+    assert f"has no place for `{field}`" in str(caught.value)
+
+
+async def test_anthropic_is_sent_images_and_files() -> None:
+    (message,) = await sent("anthropic", asked(IMAGE, PDF))
+
+    assert [part["type"] for part in message["content"]] == ["text", "image", "document"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+    ],
+    ids=["field", "part"],
+)
+async def test_a_refusal_is_text(message: dict[str, Any]) -> None:
+    _, to_anthropic, _ = await sent("anthropic", USER, message, USER)
+    _, to_ollama, _ = await sent("ollama", USER, message, USER)
+
+    assert to_anthropic == {"role": "assistant", "content": [{"type": "text", "text": "No."}]}
+    assert to_ollama["content"] == "No."
+
+
+@pytest.mark.parametrize(("arguments", "given"), [("", {}), (None, {}), ({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1})])
+async def test_arguments_of_a_call_are_an_object_however_they_were_written(arguments: object, given: object) -> None:
+    result = {"role": "tool", "tool_call_id": "call_a", "content": "r"}
+
+    _, to_anthropic, _ = await sent("anthropic", USER, called(arguments), result)
+    _, to_ollama, _ = await sent("ollama", USER, called(arguments), result)
+
+    assert to_anthropic["content"][0]["input"] == given
+    assert to_ollama["tool_calls"][0]["function"] == {"name": "f", "arguments": given}
+
+
+async def test_a_call_and_its_result_of_the_old_way_have_one_id() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    result = {"role": "function", "name": "f", "content": "r"}
+
+    _, assistant, user = await sent("anthropic", USER, call, result)
+
+    assert assistant["content"][0]["type"] == "tool_use"
+    assert assistant["content"][0]["id"] == user["content"][0]["tool_use_id"]
