@@ -11,7 +11,7 @@ from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.base import Chunk, openai_usage
 from sekha.registry import Model
 
-__all__ = ["choice_of", "chunk_of", "ended", "envelope_of", "finishes", "usage_of"]
+__all__ = ["choice_of", "chunk_of", "ended", "envelope_of", "finishes", "number_calls", "usage_of"]
 
 
 def envelope_of(reply: Any, model: Model, kind: str) -> dict[str, Any]:
@@ -41,6 +41,18 @@ def chunk_of(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
         logprobs = getattr(choice, "logprobs", None)
         choices.append(body | ({"logprobs": _plain(logprobs)} if logprobs else {}))
     return Chunk(body=envelope | {"choices": choices}) if choices else None
+
+
+def number_calls(chunk: Chunk, before: int) -> int:
+    """Give each call of a tool the next index, and return how many there were by now.
+
+    Ollama writes a call whole and none twice, but LiteLLM counts anew in each chunk, and what has one index is one call.
+    """
+    for choice in chunk.body["choices"]:
+        for call in choice["delta"].get("tool_calls") or ():
+            call["index"] = before
+            before += 1
+    return before
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
 from sekha.providers.addresses import base_url_of
-from sekha.providers.answers import choice_of, chunk_of, ended, envelope_of, finishes, usage_of
+from sekha.providers.answers import choice_of, chunk_of, ended, envelope_of, finishes, number_calls, usage_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, openai_usage
 from sekha.providers.carrying import (
     FIELDS,
@@ -119,6 +119,7 @@ class LiteLLMProvider:
             async with asyncio.timeout(call.timeout_seconds):
                 pieces = await litellm.acompletion(**arguments)
             envelope: dict[str, Any] | None = None
+            calls = 0
             while True:
                 try:
                     async with asyncio.timeout(call.timeout_seconds):
@@ -131,6 +132,8 @@ class LiteLLMProvider:
                 chunk = chunk_of(piece, pieces, envelope)
                 if chunk is None:
                     continue
+                if self._spec.kind == "ollama":
+                    calls = number_calls(chunk, calls)
                 if not ended(pieces) and finishes(chunk):
                     break
                 yield chunk

@@ -1,0 +1,89 @@
+"""What answers in other protocols than OpenAI's mean in OpenAI's words."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from pydantic import SecretStr
+
+from sekha.providers.base import ChatCall, Chunk
+from sekha.providers.litellm import LiteLLMProvider
+from sekha.registry import Model, ProviderKind, ProviderSpec
+
+
+@asynccontextmanager
+async def answering(kind: ProviderKind, *parts: Mapping[str, Any]) -> AsyncIterator[LiteLLMProvider]:
+    """A provider that answers with these lines of Ollama's or events of Anthropic's, or with the only one, whole."""
+
+    async def answer(_: web.Request) -> web.Response:
+        if len(parts) == 1:
+            return web.Response(body=orjson.dumps(parts[0]), content_type="application/json")
+        if kind == "ollama":
+            return web.Response(
+                body=b"".join(orjson.dumps(part) + b"\n" for part in parts), content_type="application/x-ndjson"
+            )
+        events = (b"event: %b\ndata: %b\n\n" % (part["type"].encode(), orjson.dumps(part)) for part in parts)
+        return web.Response(body=b"".join(events), content_type="text/event-stream")
+
+    app = web.Application()
+    app.router.add_post("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    try:
+        spec = ProviderSpec(id="one", kind=kind, base_url=f"http://127.0.0.1:{port}", api_key=SecretStr("k"))
+        async with aclosing(LiteLLMProvider(spec)) as provider:
+            yield provider
+    finally:
+        await runner.cleanup()
+
+
+def call(kind: ProviderKind) -> ChatCall:
+    model = Model(id="claude-sonnet-4-5" if kind == "anthropic" else "llava", provider_id="one", tasks=("vision",))
+    return ChatCall(model=model, messages=[{"role": "user", "content": "Hello"}], timeout_seconds=20)
+
+
+def line(done_reason: str | None = None, **message: object) -> dict[str, Any]:
+    end = {"done_reason": done_reason, "prompt_eval_count": 10, "eval_count": 5} if done_reason else {}
+    said = {"role": "assistant", "content": "", **message}
+    at = "2025-01-01T00:00:00Z"
+    return {"model": "llava", "created_at": at, "message": said, "done": done_reason is not None, **end}
+
+
+def started(**usage: int) -> list[dict[str, Any]]:
+    message = {"id": "m", "type": "message", "role": "assistant", "model": "c", "content": [], "usage": usage}
+    return [
+        {"type": "message_start", "message": message},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}},
+    ]
+
+
+def stopped(reason: str) -> list[dict[str, Any]]:
+    return [
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {"output_tokens": 5}},
+        {"type": "message_stop"},
+    ]
+
+
+async def streamed(kind: ProviderKind, *parts: Mapping[str, Any]) -> list[Chunk]:
+    async with answering(kind, *parts) as provider:
+        return [chunk async for chunk in provider.stream(call(kind))]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+async def test_calls_that_ollama_streams_are_told_apart(together: bool) -> None:
+    f, g = ({"function": {"name": name, "arguments": {"a": 1}}} for name in "fg")
+    lines = [line(tool_calls=[f, g])] if together else [line(tool_calls=[f]), line(tool_calls=[g])]
+
+    chunks = await streamed("ollama", *lines, line("stop"))
+
+    calls = [
+        each for chunk in chunks for choice in chunk.body["choices"] for each in choice["delta"].get("tool_calls", ())
+    ]
+    assert [(each["index"], each["function"]["name"]) for each in calls] == [(0, "f"), (1, "g")]
