@@ -79,6 +79,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from sekha.calling import Attempt
     from sekha.ingest import IngestReport
+    from sekha.pricing import Usage
 
 __all__ = [
     "MOST_REASONS",
@@ -539,6 +540,8 @@ class ProviderError(SekhaError):
     health: ClassVar[Literal["failing", "alive", "unknown"]] = "failing"
     may_be_billed: bool = False
     """Whether the provider may charge for the attempt all the same, so that it counts at its worst case."""
+    usage: Usage | None = None
+    """What the provider says that the attempt used, which then counts in place of the worst case."""
     _says: ClassVar[str] = "failed"
     _next: ClassVar[str] = ""
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -199,18 +200,20 @@ class RelayProvider:
         sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
         response = await self._answer(_EMBED, sent, timeout_seconds, failed)
         body = _parsed(response, response.content, failed)
-        items = _items(body, len(texts), failed)
-        try:
-            in_order = sorted(items, key=lambda item: int(item["index"]))
-            vectors = np.stack([_vector(item["embedding"]) for item in in_order])
-        except (LookupError, TypeError, ValueError) as error:
-            raise failed.bad(_NOT_VECTORS) from wordless(error)
-        if vectors.ndim != 2 or not vectors.size:
-            raise failed.bad(_NOT_VECTORS)
-        failed.unless_as_long(vectors.shape[1], model.dimension)
-        if not np.isfinite(vectors).all():
-            raise failed.bad("a vector holds a number that is not finite")
-        return Embeddings(vectors=vectors, usage=_usage(body.get("usage")))
+        usage = _usage(body.get("usage"))
+        with _used(usage):
+            items = _items(body, len(texts), failed)
+            try:
+                in_order = sorted(items, key=lambda item: int(item["index"]))
+                vectors = np.stack([_vector(item["embedding"]) for item in in_order])
+            except (LookupError, TypeError, ValueError) as error:
+                raise failed.bad(_NOT_VECTORS) from wordless(error)
+            if vectors.ndim != 2 or not vectors.size:
+                raise failed.bad(_NOT_VECTORS)
+            failed.unless_as_long(vectors.shape[1], model.dimension)
+            if not np.isfinite(vectors).all():
+                raise failed.bad("a vector holds a number that is not finite")
+        return Embeddings(vectors=vectors, usage=usage)
 
     async def embed_raw(self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float) -> RawEmbeddings:
         """Embed what a caller of OpenAI's API asked for, and hand on the answer as it came.
@@ -509,7 +512,9 @@ class RelayStream:
         except StreamBroken as error:
             if self._refusal is not None:
                 _parsed(self._response, self._refusal, self._failed)
-            raise self._failed.bad(error.detail) from None
+            failure = self._failed.bad(error.detail)
+            failure.usage = self.usage
+            raise failure from None
         return b"".join(held)
 
     def _sought(self, block: bytes) -> bytes:
@@ -646,8 +651,19 @@ def _completion(response: Response, failed: _Failing) -> Completion:
     body = _parsed(response, raw, failed)
     choices = body.get("choices")
     if not _is_whole(choices):
-        raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
+        with _used(_usage(body.get("usage"))):
+            raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
     return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
+
+
+@contextmanager
+def _used(usage: Usage | None) -> Iterator[None]:
+    """Within it, an answer that is not the one asked for failed with what its provider says that it used."""
+    try:
+        yield
+    except ProviderError as error:
+        error.usage = usage
+        raise
 
 
 def _is_whole(choices: object) -> bool:
@@ -664,16 +680,18 @@ def _embeddings(response: Response, count: int, declared: object, failed: _Faili
     raw = response.content
     without, written_out = _without_vectors(raw)
     answer = _parsed(response, without, failed)
-    items = _items(answer, count, failed)
-    try:
-        packed = [_packed_length(item["embedding"]) for item in items if item["embedding"] != []]
-    except (LookupError, TypeError, ValueError) as error:
-        raise failed.bad(_NOT_VECTORS) from wordless(error)
-    lengths = packed + written_out
-    if len(lengths) != len(items) or len(set(lengths)) != 1 or not lengths[0]:
-        raise failed.bad(_NOT_VECTORS)
-    failed.unless_as_long(lengths[0], declared)
-    return RawEmbeddings(raw=raw, usage=_usage(answer.get("usage")), count=len(items), dimension=lengths[0])
+    usage = _usage(answer.get("usage"))
+    with _used(usage):
+        items = _items(answer, count, failed)
+        try:
+            packed = [_packed_length(item["embedding"]) for item in items if item["embedding"] != []]
+        except (LookupError, TypeError, ValueError) as error:
+            raise failed.bad(_NOT_VECTORS) from wordless(error)
+        lengths = packed + written_out
+        if len(lengths) != len(items) or len(set(lengths)) != 1 or not lengths[0]:
+            raise failed.bad(_NOT_VECTORS)
+        failed.unless_as_long(lengths[0], declared)
+    return RawEmbeddings(raw=raw, usage=usage, count=len(items), dimension=lengths[0])
 
 
 def _no_texts() -> Sequence[str]:
@@ -688,8 +706,9 @@ def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
     if error := body.get("error"):
         code = error.get("code") if isinstance(error, dict) else None
         failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
-        if not body.get("usage") and not body.get("choices"):
-            failure.may_be_billed = False  # it says that it failed, and nothing of what it did
+        failure.usage = _usage(body.get("usage"))
+        # Else it says that it failed, and nothing of what it did.
+        failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))
         raise failure
     return body
 

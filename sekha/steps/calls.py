@@ -496,7 +496,11 @@ class _Lost:
             return await call(*args, **kwargs)
         except ProviderError as error:
             if error.may_be_billed or isinstance(error, DimensionMismatch):
-                usage, dollars = await at_worst(candidate)
+                reported = error.usage
+                if reported is None:
+                    usage, dollars = await at_worst(candidate)
+                else:
+                    usage, dollars = reported, _cost(reported, candidate.model)
                 if dollars:
                     await to_the_end(self._charge(candidate, usage, dollars))
             raise

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from sekha.gateway.app import Gateway
 from sekha.gateway.logs import AccessLog, Lines
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, listening, wait_until
+from tests.fixtures.upstream import Upstream, with_length
 
 
 @contextlib.asynccontextmanager
@@ -189,6 +191,30 @@ async def test_retries_that_may_be_billed_never_take_a_request_past_its_cap(
     assert response.status_code == 504
     assert 0 < float(spent) <= cap
     assert len(response.json()["error"]["attempts"]) == 1
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("chat/completions", b'{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":2}}'),
+        ("chat/completions", b'{"error":{"message":"broken"},"usage":{"prompt_tokens":10,"completion_tokens":2}}'),
+        ("embeddings", b'{"data":[],"usage":{"prompt_tokens":14}}'),
+    ],
+    ids=["no choices", "error", "no vectors"],
+)
+async def test_an_answer_that_is_none_costs_what_it_says_it_used(
+    gateway: Opens, as_served: bool, path: str, said: bytes
+) -> None:
+    unusable = with_length(said)
+    async with Upstream(unusable, unusable, unusable) as upstream, gateway(upstream, as_served=as_served) as served:
+        body = {"input": "Hello there."} if path == "embeddings" else asked()
+        response = await served.http.post(f"/v1/{path}", json=body)
+        spent = await served.spent()
+
+    attempts = len(response.json()["error"]["attempts"])
+    # Ten tokens at 1,000 dollars a million and two at twice that, or fourteen.
+    assert (response.status_code, spent) == (502, attempts * Decimal("0.014"))
 
 
 async def test_a_failure_that_is_not_billed_leaves_the_cap_to_the_next(gateway: Opens) -> None:
