@@ -147,6 +147,8 @@ _TRANSLATES = (
     ("tools", "mcp"),
 )
 """What the functions of LiteLLM that translate a field have in their names. The first that fits is taken."""
+# A line of Ollama's stream without a message is its failure; LiteLLM makes a 400 of it.
+_UNEXPECTED = re.compile(r"Got unexpected response from Ollama: (.*)")
 _NO_JSON = ("empty or invalid response", "unable to get json response")
 _HOST = re.compile(r"[a-z0-9_.-]{1,100}")
 _DETAIL_CHARACTERS = 200
@@ -179,9 +181,12 @@ def failure_of(
     kind = _kind_unanswered(chain) if status is None else _kind_answered(error, status, body)
     if streaming and not issubclass(kind, ProviderTimeout):
         kind = StreamBroken
-    detail, words = "", ""
+    detail, words, failed = "", "", False
     if response is not None:
         detail, words = _elsewhere(status or 0, response.headers, secret, texts), _said(body)
+    elif (unexpected := _UNEXPECTED.search(str(error))) is not None:
+        detail, words = "it is not the JSON of its API", unexpected[1]
+        failed = words.startswith("{'error'") and not streaming
     elif (reason := _reason(chain, kind)) is not None:
         detail = reason
     else:
@@ -194,8 +199,8 @@ def failure_of(
         status=status,
         retry_after_seconds=None if response is None else retry_after_seconds(response.headers),
     )
-    if not sent:
-        failure.may_be_billed = False
+    if failed or not sent:
+        failure.may_be_billed = False  # it says so in place of the answer, or knows nothing of the request
     return failure
 
 
@@ -329,7 +334,8 @@ def _kind_answered(error: Exception | None, status: int, body: bytes) -> type[Pr
 
 
 def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
-    if any(phrase in str(chain[0]).lower() for phrase in _NO_JSON):
+    said = str(chain[0])
+    if _UNEXPECTED.search(said) or any(phrase in said.lower() for phrase in _NO_JSON):
         return BadReply
     top = _known(chain[0]) or ProviderError
     if top in (ProviderError, ProviderUnavailable, StreamBroken):

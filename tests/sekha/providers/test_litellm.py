@@ -6,12 +6,13 @@ from contextlib import aclosing
 import pytest
 from pydantic import SecretStr
 
-from sekha.errors import BadReply, FieldUnsupported, ProviderRejected
+from sekha.errors import BadReply, FieldUnsupported, ProviderRejected, StreamBroken
 from sekha.providers.base import ChatCall, Completion
 from sekha.providers.litellm import litellm_module
 from sekha.providers.opening import open_provider
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.testing import StandIn
+from tests.fixtures.upstream import Upstream, chunked
 
 
 def call(name: str, content: object = "Hello", **options: object) -> ChatCall:
@@ -82,6 +83,24 @@ async def test_a_failure_is_not_logged_with_its_prompt(caplog: pytest.LogCapture
 
     printed = capfd.readouterr()
     assert "secret prompt" not in caplog.text + printed.out + printed.err
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_an_error_for_a_line_of_ollamas_stream_is_its_failure_and_not_the_requests(started: bool) -> None:
+    word = b'{"model":"m","message":{"role":"assistant","content":"word"},"done":false}\n'
+    lines = [word] * started + [b'{"error":"cuda died"}\n']
+
+    async with Upstream(chunked(*lines, headers=("Content-Type: application/x-ndjson",))) as upstream:
+        spec = ProviderSpec(id="one", kind="ollama", base_url=upstream.url)
+        async with aclosing(open_provider(spec)) as provider:
+            with pytest.raises(StreamBroken if started else BadReply) as caught:
+                _ = [piece async for piece in provider.stream(call("m"))]
+
+    assert "cuda died" in caught.value.told
+    assert "cuda died" not in str(caught.value)
+    assert caught.value.falls_back is not started
+    assert caught.value.retryable is not started
+    assert caught.value.may_be_billed is started
 
 
 async def test_ollama_is_asked_nothing_besides() -> None:
