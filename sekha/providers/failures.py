@@ -151,6 +151,7 @@ _TRANSLATES = (
 _UNEXPECTED = re.compile(r"Got unexpected response from Ollama: (.*)")
 _NO_JSON = ("empty or invalid response", "unable to get json response")
 _HOST = re.compile(r"[a-z0-9_.-]{1,100}")
+_LONGEST_SECONDS = 2.0**31
 _DETAIL_CHARACTERS = 200
 _ECHO_CHARACTERS = 24
 
@@ -268,19 +269,24 @@ def wordless(error: Exception) -> Wordless:
 
 
 def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
-    """`Retry-After` in seconds, whether it is written as seconds or as a date; None without one."""
+    """`Retry-After` in seconds, whether it is written as seconds or as a date; None without one, and for nonsense.
+
+    Of a very long time it is the longest that HTTP has to be able to count.
+    """
     value = headers.get("retry-after")
     if value is None:
         return None
     if re.fullmatch(r"-?\d+(\.\d+)?", value.strip()):
-        return max(float(value), 0.0)
-    try:
-        at = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    # Without a zone, or with -0000, it comes back naive; HTTP's dates are all UTC.
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    return max((at - (now or datetime.now(UTC))).total_seconds(), 0.0)
+        seconds = float(value)
+    else:
+        try:
+            at = parsedate_to_datetime(value)
+            # Without a zone, or with -0000, it comes back naive; HTTP's dates are all UTC.
+            at = at if at.tzinfo else at.replace(tzinfo=UTC)
+            seconds = (at - (now or datetime.now(UTC))).total_seconds()
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return None
+    return min(max(seconds, 0.0), _LONGEST_SECONDS)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,10 +1,13 @@
 import inspect
+import math
 import traceback
 from datetime import UTC, datetime
 
 import httpx
 import openai
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from sekha.errors import (
     ContextExceeded,
@@ -15,6 +18,7 @@ from sekha.errors import (
     RateLimited,
     StreamBroken,
 )
+from sekha.gateway.problems import answer_to
 from sekha.providers.failures import BY_CLASS, failure_of, retry_after_seconds, wordless
 from sekha.providers.litellm import litellm_module
 
@@ -171,6 +175,11 @@ def test_a_request_too_long_is_told_from_its_words() -> None:
         ("Wed, 21 Oct 2015 07:28:30", 30.0),
         ("soon", None),
         ("nan", None),
+        ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", None),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999", None),
+        ("9" * 400, 2.0**31),
+        ("9" * 5000, 2.0**31),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 2.0**31),
         (None, None),
     ],
 )
@@ -178,6 +187,27 @@ def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | No
     now = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
 
     assert retry_after_seconds({} if value is None else {"retry-after": value}, now=now) == seconds
+
+
+WRITTEN = st.one_of(
+    st.text(),
+    st.from_regex(r"\A(Wed, )?\d{1,30} (Oct|Foo) \d{1,30} \d{1,9}:\d{1,9}:\d{1,9} (GMT|[+-]\d{1,12})\Z"),
+    st.from_regex(r"\A-?\d{1,40}(\.\d{1,9})?\Z"),
+)
+
+
+@given(value=WRITTEN)
+@example(value="-" + "9" * 400)
+@example(value="Mon, 01 Jan 0001 00:00:00 +2359")
+def test_whatever_retry_after_says_is_a_time_that_can_be_told_or_none(value: str) -> None:
+    seconds = retry_after_seconds({"retry-after": value})
+
+    assert seconds is None or 0 <= seconds <= 2**31
+    error = RateLimited(provider_id="one", retry_after_seconds=seconds)
+    headers = dict(answer_to(error)[2])
+    assert headers.get(b"retry-after", b"0").isdigit()
+    assert headers.get(b"retry-after-ms", b"0").isdigit()
+    assert seconds is None or int(headers[b"retry-after"]) == math.ceil(seconds)
 
 
 def test_what_an_error_was_raised_from_is_named_with_its_place_and_without_its_words() -> None:
