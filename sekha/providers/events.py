@@ -13,7 +13,7 @@ __all__ = [
     "DONE",
     "EventSplitter",
     "bodies",
-    "finishes",
+    "endings",
     "is_sound",
     "json_object",
     "payloads",
@@ -25,6 +25,7 @@ __all__ = [
 DONE = b"[DONE]"
 _EVENT_BYTES = 8 * 1024 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NOBODY: Mapping[str, bool] = {}
 _FIELDS = (b"data", b":", b"event", b"id", b"retry")
 
 
@@ -135,9 +136,14 @@ def says_something(body: Mapping[str, Any]) -> bool:
     return False
 
 
-def finishes(block: bytes) -> bool:
-    """Whether a choice of it says why it ends."""
-    return b'"finish_reason"' in block and any(choice.get("finish_reason") for choice in _choices(block))
+def endings(blocks: Sequence[bytes], known: Mapping[str, bool] = _NOBODY) -> dict[str, bool]:
+    """Whether each choice said why it ends, by its index; with what is known of the blocks before."""
+    ended = dict(known)
+    for block in blocks:
+        for choice in _choices(block):
+            index = str(choice.get("index") or 0)
+            ended[index] = ended.get(index, False) or bool(choice.get("finish_reason"))
+    return ended
 
 
 def texts_in(blocks: Sequence[bytes]) -> list[str]:

@@ -36,7 +36,7 @@ from sekha.providers.events import (
     DONE,
     EventSplitter,
     bodies,
-    finishes,
+    endings,
     is_sound,
     json_object,
     payloads,
@@ -363,7 +363,8 @@ class RelayStream:
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._texts: list[str] = []
-        self._finished = False
+        self._endings: dict[str, bool] = {}
+        """Of the choices in what is not kept any more."""
 
     async def begin(self) -> None:
         """Wait until something is said. Raises what is wrong before, as for an answer that is not streamed.
@@ -537,7 +538,7 @@ class RelayStream:
         self._kept_bytes += len(block)
         if self._kept_bytes > _KEPT_BYTES:
             # Its text alone is a small part of it.
-            self._finished = self._finished or any(map(finishes, self._kept))
+            self._endings = endings(self._kept, self._endings)
             self._texts += texts_in(self._kept)
             self._kept.clear()
             self._kept_bytes = 0
@@ -565,7 +566,8 @@ class RelayStream:
     def _end(self) -> None:
         """The answer ended. Some providers say why every choice ends, and never `[DONE]`."""
         if not self._done and self._failure is None:
-            if self._finished or any(map(finishes, self._kept)):
+            ended = endings(self._kept, self._endings)
+            if ended and all(ended.values()):
                 self._done = True
             else:
                 self._failure = self._failed.broken("it ended without saying so")

@@ -434,6 +434,40 @@ async def test_a_stream_that_ends_without_saying_so_is_broken() -> None:
     assert b"".join(received) == ROLE + WORD
 
 
+def of_choice(index: int, reason: str | None = None, *, said: str = "word") -> bytes:
+    choice = {"index": index, "delta": {"content": said}, "finish_reason": reason}
+    return b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n"
+
+
+LONG = "x" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (of_choice(0), of_choice(1), of_choice(0, "stop"), of_choice(1)),
+        (of_choice(0) + of_choice(1) + of_choice(1, "stop"),),
+        (of_choice(0), of_choice(1, said=LONG), of_choice(0, "stop", said=LONG), WORD),
+    ],
+    ids=["by turns", "together", "forgotten"],
+)
+@pytest.mark.parametrize("ends", [False, True])
+async def test_without_its_last_word_a_stream_is_whole_when_each_of_its_choices_ended(
+    pieces: tuple[bytes, ...], ends: bool
+) -> None:
+    last = (of_choice(1, "length"), of_choice(0, "stop")) if ends else ()
+    async with relay_to(events(*pieces, *last)) as (provider, _):
+        stream = await provider.open_stream(chat())
+        received: list[bytes] = []
+        if ends:
+            await gather(stream, received)
+        else:
+            with pytest.raises(StreamBroken, match="it ended without saying so"):
+                await gather(stream, received)
+
+    assert b"".join(received) == b"".join(pieces + last)
+
+
 async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() -> None:
     failing = (
         b"data: "
