@@ -59,8 +59,15 @@ class Ask(NamedTuple):
     """Whether audio goes in."""
 
     def scope(self, model: Model) -> Scope:
-        """What a call to the model would be charged to."""
-        task = self.task or (self.model if self.model in TASKS else None) or model.tasks[0]
+        """What a call to the model would be charged to.
+
+        Where no task is named it is the model's first, but images are looked at: whoever names the model does not
+        get round what `vision` may cost.
+        """
+        task = self.task or (self.model if self.model in TASKS else None)
+        if task is None:
+            sees = (self.vision or self.pictures is not None) and "vision" in model.tasks
+            task = "vision" if sees else model.tasks[0]
         return _scope(model.provider_id, model.id, task, self.key, self.tags)
 
     def __str__(self) -> str:

@@ -576,6 +576,9 @@ def test_a_budget_of_a_key_stops_that_key_alone(ask: Ask, stands: bool) -> None:
         (Ask(kind="chat", task="vision"), "vision"),
         (Ask(kind="chat", model="vision"), "vision"),
         (Ask(kind="chat", model="m"), "chat_small"),
+        (Ask(kind="chat", model="m", vision=True), "vision"),
+        (Ask(kind="chat", model="auto", vision=True), "vision"),
+        (Ask(kind="chat", task="chat_small", vision=True), "chat_small"),
     ],
 )
 def test_a_call_is_charged_to_the_task_that_was_asked_for(ask: Ask, task: str) -> None:

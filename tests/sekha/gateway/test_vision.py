@@ -16,6 +16,7 @@ from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served
 
 PRIORITY = {"first": 1, "second": 2, "third": 3}
+PRICE = "{input_per_million: 1, output_per_million: 2}"
 PLACE = "messages[0].content[{}].image_url"
 
 
@@ -234,3 +235,30 @@ async def test_a_large_image_is_read_whole_and_handed_on_as_it_came(gateway: Ope
 
     assert response.status_code == 200
     assert standin.requests[0].json["messages"][0]["content"][1]["image_url"]["url"] == url
+
+
+@pytest.mark.parametrize("needed", ["", "routing: {require_vision_for_images: false}"])
+async def test_a_budget_for_vision_covers_images_however_the_model_is_asked_for(gateway: Opens, needed: str) -> None:
+    async with StandIn() as standin:
+        config = f"""
+        providers:
+          - id: first
+            provider_type: openai
+            base_url: {standin.openai_url}
+            models:
+              - {{model_id: multi, task: chat_small, supports_vision: true, price: {PRICE}}}
+              - {{model_id: multi, task: vision, supports_vision: true, price: {PRICE}}}
+              - {{model_id: multi, task: chat_smart, supports_vision: true, price: {PRICE}}}
+        budgets:
+          - {{name: seeing, limit: 0, match: {{task: vision}}}}
+        {needed}
+        """
+        async with gateway(config=config) as served:
+            for named in ({"model": "multi"}, {"model": "first/multi"}, {"model": "auto"}, {"model": "vision"}, {}):
+                refused = await look(served, part(png()), **named)
+                assert (refused.status_code, refused.json()["error"].get("budget")) == (402, "seeing"), named
+            assert (await look(served, model="auto", require_vision=True)).status_code == 402
+            assert standin.requests == []
+
+            assert (await look(served, model="multi")).status_code == 200
+            assert (await look(served, part(png()), model="chat_smart")).status_code == 200
