@@ -16,9 +16,10 @@ from sekha.errors import KeyLimited, KeyNotAllowed, OperatorsOnly, TooManyTokens
 from sekha.rates import Minutes, RateLimit, Taken
 from sekha.registry import TASKS, Registry, Task
 
-__all__ = ["EVERYBODY", "Key", "Keyring", "Pass", "hash_of", "new_key"]
+__all__ = ["EVERYBODY", "KEY_PREFIX", "Key", "Keyring", "Pass", "hash_of", "new_key"]
 
-_PREFIX = "sk-sekha-"
+KEY_PREFIX = "sk-sekha-"
+"""Every key that we make begins with it, so that one is known where it does not belong."""
 _HASH = "sha256:"
 _SEEN = 1024
 _SEEN_BYTES = 256
@@ -84,7 +85,7 @@ EVERYBODY = Pass()
 
 def new_key() -> str:
     """A new key: 256 bits of chance, shown once and kept by nobody but its owner."""
-    return _PREFIX + secrets.token_urlsafe(32)
+    return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_of(key: str) -> str:

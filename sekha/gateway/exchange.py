@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sekha.errors import BodyTooLarge, BodyTooSlow
 from sekha.gateway.problems import Headers
+from sekha.keys import KEY_PREFIX
 
 if TYPE_CHECKING:
     from sekha.gateway.begun import Shortened
@@ -24,6 +25,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 """What a caller may call a request: nothing that could end a header, or a line of a log."""
+_KEY = KEY_PREFIX.encode()
 _IDS_AT_ONCE = 256
 _ids: list[bytes] = []
 os.register_at_fork(after_in_child=_ids.clear)
@@ -50,8 +52,8 @@ class Exchange(ABC):
     """Whether the caller is gone, and the request was cancelled for it."""
 
     def identify(self, asked: bytes | None) -> None:
-        """Give the request the id that its caller asked for, if that is one, or else a new one."""
-        if asked is not None and _ID.fullmatch(asked):
+        """Give the request the id that its caller asked for, or a new one: if that is none, or has a key in it."""
+        if asked is not None and _ID.fullmatch(asked) and _KEY not in asked:
             self.request_id = asked
         else:
             if not _ids:

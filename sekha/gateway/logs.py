@@ -17,6 +17,8 @@ from typing import Literal, Protocol, TypeAlias
 
 import orjson
 
+from sekha.keys import KEY_PREFIX
+
 __all__ = ["AccessLog", "Level", "Lines", "Stream", "configure"]
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -116,6 +118,9 @@ class AccessLog:
         """Log one request. `outcome` is as in Prefect: answered, fallback, failed, refused, cancelled."""
         if not self.shown:
             return
+        if KEY_PREFIX in path:
+            # Whoever puts a key into an address has made a mistake, and the log is no place to keep it.
+            path = path.partition(KEY_PREFIX)[0] + KEY_PREFIX + "***"
         said: dict[str, object] = {
             "ts": _now(),
             "level": "info",

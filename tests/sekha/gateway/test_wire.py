@@ -18,6 +18,7 @@ from sekha.errors import InvalidRequest, UnknownModel
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.serving import Serving
 from sekha.gateway.wire import chat_asked, embed_asked, money, with_note
+from sekha.keys import new_key
 from sekha.steps.counting import count_chat
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens
@@ -311,9 +312,10 @@ async def test_every_reply_has_a_request_id(gateway: Opens) -> None:
             await served.chat(model="nobody"),
             await served.http.get("/nowhere"),
             await served.http.get("/v1/models", headers={"x-request-id": "not\tgood" + "x" * 200}),
+            await served.http.get("/v1/models", headers={"x-request-id": f"id-{new_key()}"}),
         ]
 
-    assert len({reply.headers["x-request-id"] for reply in replies}) == 4
+    assert len({reply.headers["x-request-id"] for reply in replies}) == 5
     assert all(reply.headers["x-request-id"].isalnum() for reply in replies)
 
 
