@@ -45,6 +45,12 @@ class Turn:
         _write(transport, self._waiting.pop(transport, b""))
         transport.close()
 
+    def end(self, transport: asyncio.Transport) -> None:
+        """Send what was written, and that nothing more follows. What comes is still taken."""
+        _write(transport, self._waiting.pop(transport, b""))
+        if not transport.is_closing():
+            transport.write_eof()
+
     def _end(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for transport, data in waiting.items():

@@ -159,6 +159,8 @@ class HttpExchange(Exchange):
     waits_to_send = False
     """Whether the caller waits with the body until we want it (`Expect: 100-continue`)."""
     body_limit = inf
+    announced = 0
+    """Bytes that its body is to have, where its head says so and they were not all here with it."""
     chunked = True
     """Whether the caller knows of replies in chunks."""
     task: asyncio.Task[None] | None = None
@@ -170,8 +172,12 @@ class HttpExchange(Exchange):
 
     async def body(self, *, limit_mb: float, timeout_seconds: float) -> bytes:
         self.body_limit = limit_mb * 1e6
-        if not self.whole and self._size <= self.body_limit:
-            await self._rest(timeout_seconds)
+        if not self.whole:
+            if self.announced > self.body_limit:
+                self.keeps = False  # what it is about to send is no request
+                raise BodyTooLarge(limit_mb)
+            if self._size <= self.body_limit:
+                await self._rest(timeout_seconds)
         if self._size > self.body_limit:
             raise BodyTooLarge(limit_mb)
         parts, self.parts = self.parts, []
@@ -390,6 +396,7 @@ class HttpConnection(asyncio.Protocol):
         if body:
             x.received(body)
         if missing:
+            x.announced = length
             self._arriving = x
             self._missing = missing
         else:
@@ -484,8 +491,10 @@ class HttpConnection(asyncio.Protocol):
         if self._length and x.keeps and not x.waits_to_send and self._asked_id is None:
             self._known = head_of(self._raw, self._length, x)
         self._raw = b""  # what else is in it begins elsewhere
+        length = int(self._length) if self._length else None
+        x.announced = length or 0
         if self._serving is None:
-            self._serve(x, int(self._length) if self._length and not x.waits_to_send else None)
+            self._serve(x, None if x.waits_to_send else length)
         else:
             self._queue.append(x)
             self.pause_reading()
@@ -533,7 +542,10 @@ class HttpConnection(asyncio.Protocol):
         self._serving = None
         if not x.keeps or self.all.ending:
             self._unusable = True
-            self.all.turn.close(self._transport)
+            if x.whole or self.all.ending:
+                self.all.turn.close(self._transport)
+            else:
+                self._linger()
             return
         if self._queue:
             self._serve(self._queue.popleft())
@@ -543,6 +555,12 @@ class HttpConnection(asyncio.Protocol):
             self._deadline = self.all.loop.time() + seconds
         if not self._queue:
             self.resume_reading()
+
+    def _linger(self) -> None:
+        """End with a caller who may still be sending: a socket that is closed on him takes the answer with it."""
+        self._deadline = self.all.loop.time() + self.all.head_seconds
+        self.all.turn.end(self._transport)
+        self.resume_reading()
 
     # The server calls these.
 

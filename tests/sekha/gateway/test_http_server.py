@@ -294,6 +294,46 @@ async def test_a_body_above_the_limit_is_refused_before_it_is_all_here() -> None
         assert (await caller.reply())[1] == b"request_too_large"
 
 
+@pytest.mark.parametrize("expect", [b"", b"expect: 100-continue\r\n"])
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_body_announced_above_the_limit_is_refused_without_any_of_it(expect: bytes, known: bool) -> None:
+    head = b"POST / HTTP/1.1\r\n%bcontent-length: " % expect
+    async with serving() as (_, _, connect):
+        caller = await connect()
+        if known:
+            await caller.send(head + b"1\r\n\r\nx")
+            await caller.reply()
+
+        await caller.send(head + b"1000001\r\n\r\n")
+        async with asyncio.timeout(1):
+            said, body = await caller.reply()
+
+        assert body == b"request_too_large"
+        assert b"\r\nconnection: close\r\n" in said
+        assert await caller.rest() == b""
+
+
+async def test_who_is_refused_from_the_head_and_sends_it_all_the_same_can_read_why() -> None:
+    async with serving() as (connections, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\ncontent-length: 9000000\r\n\r\n", *[b"x" * 1_000_000] * 9)
+
+        assert (await caller.rest()).endswith(b"request_too_large")
+        caller.leave()
+        await wait_until(lambda: not len(connections))
+
+
+async def test_who_is_refused_from_the_head_and_stays_is_let_go() -> None:
+    async with serving(head_seconds=0.1) as (connections, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\ncontent-length: 9000000\r\n\r\n")
+        await caller.rest()
+
+        await wait_until(lambda: not len(connections))
+
+
 @pytest.mark.parametrize(
     "sent",
     [
