@@ -46,7 +46,7 @@ def chunk_of(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
 def number_calls(chunk: Chunk, before: int) -> int:
     """Give each call of a tool the next index, and return how many there were by now.
 
-    Ollama writes a call whole and none twice, but LiteLLM counts anew in each chunk, and one index is one call.
+    Ollama writes a call whole and none twice, but LiteLLM counts anew in each chunk; what has one index is one call.
     """
     for choice in chunk.body["choices"]:
         for call in choice["delta"].get("tool_calls") or ():

@@ -370,6 +370,7 @@ def litellm_module() -> Any:
     # Pydantic says of its types, once per process, that it does not enforce `ReadOnly`.
     warnings.filterwarnings("ignore", "Item .* is using the `ReadOnly` qualifier", UserWarning)
     import litellm
+    from litellm.litellm_core_utils import core_helpers
     from litellm.litellm_core_utils.prompt_templates import image_handling
 
     litellm.suppress_debug_info = True
@@ -388,6 +389,8 @@ def litellm_module() -> Any:
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         # It logs whole requests with its errors.
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    # What it does not know it calls `stop`, as if the answer were whole.
+    core_helpers._FINISH_REASON_MAP.setdefault("model_context_window_exceeded", "length")
     _note_what_leaves()
     return litellm
 

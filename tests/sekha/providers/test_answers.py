@@ -13,6 +13,8 @@ from sekha.providers.base import ChatCall, Chunk
 from sekha.providers.litellm import LiteLLMProvider
 from sekha.registry import Model, ProviderKind, ProviderSpec
 
+FULL = "model_context_window_exceeded"
+
 
 @asynccontextmanager
 async def answering(kind: ProviderKind, *parts: Mapping[str, Any]) -> AsyncIterator[LiteLLMProvider]:
@@ -87,3 +89,16 @@ async def test_calls_that_ollama_streams_are_told_apart(together: bool) -> None:
         each for chunk in chunks for choice in chunk.body["choices"] for each in choice["delta"].get("tool_calls", ())
     ]
     assert [(each["index"], each["function"]["name"]) for each in calls] == [(0, "f"), (1, "g")]
+
+
+async def test_a_full_context_is_a_length_at_anthropic() -> None:
+    body = {"id": "m", "type": "message", "role": "assistant", "model": "c", "stop_reason": FULL}
+    body |= {"content": [{"type": "text", "text": "Hi"}], "usage": {"input_tokens": 10, "output_tokens": 5}}
+
+    async with answering("anthropic", body) as provider:
+        whole = await provider.complete(call("anthropic"))
+    chunks = await streamed("anthropic", *started(input_tokens=10, output_tokens=1), *stopped(FULL))
+
+    finished = [choice["finish_reason"] for chunk in chunks for choice in chunk.body["choices"]]
+    assert whole.finish_reason == "length"
+    assert [reason for reason in finished if reason] == ["length"]
