@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import orjson
 
-__all__ = ["Protocol", "Uncarried", "history_for"]
+from sekha.providers.carrying import Protocol, Uncarried
 
-Protocol: TypeAlias = Literal["anthropic", "ollama"]
+__all__ = ["history_for"]
+
 _SYSTEM = frozenset({"system", "developer"})
 _RESULTS = frozenset({"tool", "function"})
 _ROLES = _SYSTEM | _RESULTS | {"user", "assistant"}
@@ -22,14 +23,6 @@ _IMAGES = frozenset({"text", "image_url"})
 _THOUGHTS = frozenset({"thinking", "redacted_thinking"})
 _OWN = frozenset({"document", "server_tool_use"})
 """Parts of Anthropic's own that LiteLLM hands on as they are."""
-
-
-class Uncarried(Exception):
-    """A field for which a protocol has no place."""
-
-    def __init__(self, field: str) -> None:
-        super().__init__(field)
-        self.field = field
 
 
 def history_for(protocol: Protocol, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

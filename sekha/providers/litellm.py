@@ -32,14 +32,16 @@ from sekha.providers.carrying import (
     FIELDS,
     HINTS,
     OLLAMA_FIELDS,
+    Uncarried,
     addresses,
     call_by_its_format,
     changes_nothing,
+    fields_for,
     images,
 )
 from sekha.providers.events import says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
-from sekha.providers.histories import Uncarried, history_for
+from sekha.providers.histories import history_for
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.vision import schemes_of
 
@@ -195,13 +197,12 @@ class LiteLLMProvider:
         known = {name: value for name, value in options.items() if name in named}
         if others := options.keys() - named - HINTS:
             raise self._lacking(call.model, others)
-        # Copied, since LiteLLM rewrites them in place for some providers.
         try:
-            messages = (
-                history_for(kind, call.messages)
-                if kind == "anthropic" or kind == "ollama"  # noqa: PLR1714 - MyPy sees no protocol in a tuple
-                else deepcopy([dict(message) for message in call.messages])
-            )
+            if kind == "anthropic" or kind == "ollama":  # noqa: PLR1714 - MyPy sees no protocol in a tuple
+                known, messages = fields_for(kind, known), history_for(kind, call.messages)
+            else:
+                # Copied, since LiteLLM rewrites them in place for some providers.
+                messages = deepcopy([dict(message) for message in call.messages])
         except Uncarried as error:
             raise self._placeless(call.model, error.field) from None
         self._refuse_fetching(call)

@@ -161,6 +161,57 @@ async def test_what_cannot_be_translated_is_not_sent_and_costs_nothing(
     assert standin.requests == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "place"),
+    [
+        ("anthropic", "response_format", {"type": "json_object"}, "response_format"),
+        ("ollama", "tool_choice", "required", "tool_choice"),
+        ("ollama", "tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice"),
+        ("ollama", "functions", [{"name": "f", "parameters": {}}], "functions"),
+        ("ollama", "reasoning_effort", "zzz", "reasoning_effort"),
+        ("ollama", "tools", [{"type": "mcp"}], "tools[0]"),
+        *[
+            (kind, field, value, place)
+            for kind in ("anthropic", "ollama")
+            for field, value, place in [
+                ("tools", [{}], "tools[0]"),
+                ("tools", [{"type": "custom", "custom": {"name": "x"}}], "tools[0]"),
+                ("tools", [tool(), {"type": "function", "function": {}}], "tools[1].function"),
+                ("tools", [{"type": "function"}], "tools[0].function"),
+                ("tool_choice", "zzz", "tool_choice"),
+                ("response_format", "json", "response_format"),
+                ("response_format", [1], "response_format"),
+                ("response_format", {"type": "json_schema", "json_schema": None}, "response_format"),
+                ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, "response_format"),
+                ("stop", 5, "stop"),
+                ("stop", [5], "stop"),
+                ("reasoning_effort", 5, "reasoning_effort"),
+            ]
+        ],
+    ],
+)
+async def test_a_value_that_a_protocol_cannot_carry_is_refused_and_not_left_out(
+    kind: ProviderKind, field: str, value: object, place: str
+) -> None:
+    fields = {"tools": [tool()], field: value}
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
+        with pytest.raises(FieldUnsupported) as caught:
+            await ask(spec, call("claude-sonnet-4-5", **fields))
+
+    assert caught.value.field == place
+    assert standin.requests == []
+
+
+async def test_ollama_is_given_no_tools_where_none_may_be_called() -> None:
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind="ollama", base_url=standin.url)
+        await ask(spec, call("llama3", tools=[tool()], tool_choice="none"))
+        await ask(spec, call("llama3", tools=[tool()], tool_choice="auto"))
+
+    assert ["tools" in request.json for request in standin.requests] == [False, True]
+
+
 async def test_an_answer_that_cannot_be_read_may_be_billed() -> None:
     async with StandIn() as standin:
         standin.garbage()
