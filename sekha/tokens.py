@@ -184,13 +184,19 @@ def count_each(texts: Sequence[str], tokenizer: TokenizerName) -> list[int]:
 def decoded(tokens: Sequence[int], model: str) -> str:
     """The text that these tokens of a model stand for; `cl100k_base` where the model's own are not OpenAI's.
 
-    Raises `InvalidRequest` for a number that is no token.
+    Raises `InvalidRequest` for a number that is no token, and for tokens that end within a letter: no text is as they are.
     """
     # Not remembered: callers name models as they like.
     name = tokenizer_of.__wrapped__(model).name
     encoding = _encoding("cl100k_base" if name in ("claude", "words") else name)
     try:
-        return str(encoding.decode(list(tokens)))
+        return str(encoding.decode(list(tokens), errors="strict"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"`input` has tokens of {encoding.name} that are no whole text: they begin or end within a letter. "
+            "Send whole letters, or the text itself.",
+            field="input",
+        ) from error
     except (KeyError, OverflowError) as error:
         raise InvalidRequest(f"`input` has a number that is no token of {encoding.name}.", field="input") from error
 

@@ -329,3 +329,20 @@ async def test_a_request_keeps_its_callers_id_where_that_breaks_no_line(gateway:
     kept = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", asked) is not None
     assert (reply.headers["x-request-id"] == asked) is kept
     assert kept or re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("tokens", [[76460], [[9906], [76460]]], ids=["of one text", "of texts"])
+def test_tokens_that_are_no_whole_text_are_refused(tokens: object) -> None:
+    body = json.dumps({"model": "text-embedding-3-small", "input": tokens}).encode()
+
+    with pytest.raises(InvalidRequest, match="no whole text") as caught:
+        embed_asked(body)
+
+    assert caught.value.field == "input"
+
+
+def test_tokens_that_are_whole_text_together_are_that_text() -> None:
+    (text,) = embed_asked(b'{"model": "text-embedding-3-small", "input": [76460, 222]}')[0].texts
+
+    assert len(text) == 1
+    assert text != "\ufffd"
