@@ -201,9 +201,16 @@ def images(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def call_by_its_format(part: dict[str, Any]) -> None:
-    """Let the media type of a `data:` URL say what the bytes are: Anthropic refuses an image under another name."""
+    """Let the media type of a `data:` URL say what the bytes are: Anthropic refuses an image under another name.
+
+    A scheme in capitals is written small.
+    """
     reference = part.get("image_url")
     url = reference.get("url") if isinstance(reference, dict) else reference
+    if isinstance(url, str) and url[:8].lower() == "https://" and not url.startswith("https://"):
+        # LiteLLM knows it in small letters alone.
+        url = f"https://{url[8:]}"
+        part["image_url"] = reference | {"url": url} if isinstance(reference, dict) else url
     if not isinstance(url, str) or url[:5].lower() != "data:":
         return
     encoded = url.partition(",")[2]

@@ -272,7 +272,7 @@ class LiteLLMProvider:
             for kind, field, address in addresses(message.get("content")):
                 # Anthropic takes other parts by address too, but what a part says to be its bytes LiteLLM reads.
                 passed_on = kind == "image_url" or (self._spec.kind == "anthropic" and field != "file_data")
-                if not (passed_on and address.startswith(taken)):
+                if not (passed_on and address[:8].lower().startswith(taken)):
                     what = "an image" if kind == "image_url" else "a part of that type"
                     raise self._rejected(call.model, f"it takes {what} as base64 in a `data:` URL, not by this address")
 

@@ -132,3 +132,12 @@ async def test_a_call_and_its_result_of_the_old_way_have_one_id() -> None:
 
     assert assistant["content"][0]["type"] == "tool_use"
     assert assistant["content"][0]["id"] == user["content"][0]["tool_use_id"]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+async def test_a_scheme_in_capitals_is_one(as_text: bool) -> None:
+    url = "HTTPS://host/Cat.png"
+
+    (message,) = await sent("anthropic", asked({"type": "image_url", "image_url": url if as_text else {"url": url}}))
+
+    assert message["content"][1]["source"] == {"type": "url", "url": "https://host/Cat.png"}
