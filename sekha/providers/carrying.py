@@ -130,6 +130,9 @@ def fields_for(protocol: Protocol, fields: Mapping[str, Any]) -> dict[str, Any]:
     stop = fields.get("stop")
     if not (stop is None or isinstance(stop, str) or _is_texts(stop)):
         raise Uncarried("stop")
+    # Beyond 64 bits it was read as a fraction, and would be another seed.
+    if isinstance(fields.get("seed"), float):
+        raise Uncarried("seed")
     effort = fields.get("reasoning_effort")
     # Ollama thinks or does not, and LiteLLM takes every other word for not.
     if effort is not None and (not isinstance(effort, str) or (protocol == "ollama" and effort not in _EFFORTS)):

@@ -169,6 +169,7 @@ async def test_what_cannot_be_translated_is_not_sent_and_costs_nothing(
         ("ollama", "tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice"),
         ("ollama", "functions", [{"name": "f", "parameters": {}}], "functions"),
         ("ollama", "reasoning_effort", "zzz", "reasoning_effort"),
+        ("ollama", "seed", 2.0**70, "seed"),
         ("ollama", "tools", [{"type": "mcp"}], "tools[0]"),
         *[
             (kind, field, value, place)
