@@ -184,7 +184,7 @@ def count_each(texts: Sequence[str], tokenizer: TokenizerName) -> list[int]:
 def decoded(tokens: Sequence[int], model: str) -> str:
     """The text that these tokens of a model stand for; `cl100k_base` where the model's own are not OpenAI's.
 
-    Raises `InvalidRequest` for a number that is no token, and for tokens that end within a letter: no text is as they are.
+    Raises `InvalidRequest` for a number that is no token, and for tokens that begin or end within a letter.
     """
     # Not remembered: callers name models as they like.
     name = tokenizer_of.__wrapped__(model).name
