@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = [
     "EventSplitter",
     "bodies",
     "endings",
+    "is_plain",
     "is_sound",
     "json_object",
     "payloads",
@@ -95,17 +97,45 @@ def payloads(block: bytes) -> Iterator[bytes]:
 
 
 def is_sound(block: bytes) -> bool:
-    """Whether a block is text, and each line of it one that events are made of."""
+    """Whether a block is text, each line of it one that events are made of, and what its events carry JSON."""
     if not block.isascii():
         try:
             block.decode()
         except UnicodeDecodeError:
             return False
-    # One event of one line, as nearly all blocks are.
-    if block.startswith(b"data:") and block.find(b"\n") == len(block) - 2:
+    return all(map(_is_event, block.removeprefix(_BYTE_ORDER_MARK).split(b"\n\n")))
+
+
+def is_plain(block: bytes) -> bool:
+    """Whether each event of a block is one line of JSON without an error or usage, as nearly all are."""
+    try:
+        for event in block[:-2].split(b"\n\n"):
+            if not event.startswith(b"data:") or b"\n" in event:
+                return False
+            body = orjson.loads(event[5:])
+            if type(body) is not dict or body.get("usage") or body.get("error"):
+                return False
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _is_event(event: bytes) -> bool:
+    if event.startswith(b"data:") and b"\n" not in event:
+        return _carries(event[5:].strip())
+    if not all(not line or line.startswith(_FIELDS) for line in event.split(b"\n")):
+        return False
+    return all(map(_carries, payloads(event)))
+
+
+def _carries(payload: bytes) -> bool:
+    if json_object(payload) is not None or payload == DONE:
         return True
-    lines = block.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
-    return all(not line or line.startswith(_FIELDS) for line in lines)
+    try:
+        # Half of a pair of surrogates and a number that is none pass here, as they do in many a client.
+        return isinstance(json.loads(payload), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def json_object(payload: bytes) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ from sekha.providers.events import (
     EventSplitter,
     bodies,
     endings,
+    is_plain,
     is_sound,
     json_object,
     payloads,
@@ -520,6 +521,9 @@ class RelayStream:
 
     def _sought(self, block: bytes) -> bytes:
         """What of a block is handed on. It is taken apart only where it holds a word that means something here."""
+        if is_plain(block):
+            self._keep(block)
+            return block
         sound = is_sound(block)
         if not sound:
             whole = iter(block.split(b"\n\n"))
@@ -534,6 +538,10 @@ class RelayStream:
             found = [at for word in (DONE, _ERROR, _COUNTED) if (at := block.find(word)) >= 0]
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2
             block = self._sifted(block, untouched if untouched > 1 else 0)
+        self._keep(block)
+        return block
+
+    def _keep(self, block: bytes) -> None:
         self._kept.append(block)
         self._kept_bytes += len(block)
         if self._kept_bytes > _KEPT_BYTES:
@@ -542,7 +550,6 @@ class RelayStream:
             self._texts += texts_in(self._kept)
             self._kept.clear()
             self._kept_bytes = 0
-        return block
 
     def _sifted(self, block: bytes, untouched: int) -> bytes:
         kept = [block[:untouched]]

@@ -496,6 +496,7 @@ async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() ->
         (events(DONE), BadReply),
         (events(b": waiting\n\n"), BadReply),
         (events(b"data: hello\n\n"), BadReply),
+        (events(b'data: {"choices":[{"del\n\n', WORD, STOP, DONE), BadReply),
         (events(), BadReply),
         (with_length(ANSWER), BadReply),
         (with_length(b"", "Retry-After: 2", status="503 No"), ProviderUnavailable),
@@ -518,6 +519,7 @@ async def test_until_the_first_event_a_failure_leaves_room_for_another_provider(
         ((b'data: {"error":{"code":429,"message":"Slow down"}}\n\n',), RateLimited),
         ((b'data: {"error":{"message":"Overloaded"}}\n\n', WORD), ProviderError),
         ((b"\x00\xff<html>\n\n",), BadReply),
+        ((b'data: {"choices":[{"del\n\n', WORD, STOP, DONE), BadReply),
         ((), BadReply),
     ],
 )
@@ -567,7 +569,20 @@ async def test_any_token_begins_a_stream_and_what_was_held_back_goes_out_before_
         assert [block async for block in stream] == [STOP]
 
 
-@pytest.mark.parametrize("garbage", [b"\x00\xff<html>\n\n", b"<html>\n\n", b'data: {"a":"\xff"}\n\n'])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\xff<html>\n\n",
+        b"<html>\n\n",
+        b'data: {"a":"\xff"}\n\n',
+        b'data: {"choices":[{"del\n\n',
+        b'data: {"choices":[{"del}\n\n',
+        b"data: hello\n\n",
+        b"data: []\n\n",
+        b"data:\n\n",
+        b'id: 1\ndata: {"choices":\ndata: [{"del\n\n',
+    ],
+)
 @pytest.mark.parametrize("together", [False, True])
 async def test_what_is_no_event_is_not_handed_on_and_breaks_the_stream(garbage: bytes, together: bool) -> None:
     pieces = [WORD + garbage] if together else [WORD, garbage]
@@ -582,11 +597,12 @@ async def test_what_is_no_event_is_not_handed_on_and_breaks_the_stream(garbage: 
 
 async def test_any_line_of_events_and_any_language_is_handed_on() -> None:
     lines = b"event: x\nid: 1\nretry: 5\n: comment\ndata: {\ndata: }\n\n"
+    halves = b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\ndata:{"logprob":-Infinity}\n\n'
     said = 'data: {"choices":[{"delta":{"content":"naïve 日本"}}]}\n\n'.encode()
 
-    handed_on, _ = await streamed(events(ROLE, WORD, lines, said[:50], said[50:], STOP, DONE))
+    handed_on, _ = await streamed(events(ROLE, WORD, lines, halves, said[:50], said[50:], STOP, DONE))
 
-    assert handed_on == ROLE + WORD + lines + said + STOP
+    assert handed_on == ROLE + WORD + lines + halves + said + STOP
 
 
 async def test_comments_alone_do_not_keep_a_caller_waiting_beyond_its_time() -> None:
