@@ -15,6 +15,7 @@ __all__ = [
     "EventSplitter",
     "bodies",
     "endings",
+    "error_in",
     "is_plain",
     "is_sound",
     "json_object",
@@ -113,7 +114,7 @@ def is_plain(block: bytes) -> bool:
             if not event.startswith(b"data:") or b"\n" in event:
                 return False
             body = orjson.loads(event[5:])
-            if type(body) is not dict or body.get("usage") or body.get("error"):
+            if type(body) is not dict or body.get("usage") or body.get("error") or body.get("object") == "error":
                 return False
     except orjson.JSONDecodeError:
         return False
@@ -125,7 +126,22 @@ def _is_event(event: bytes) -> bool:
         return _carries(event[5:].strip())
     if not all(not line or line.startswith(_FIELDS) for line in event.split(b"\n")):
         return False
-    return all(map(_carries, payloads(event)))
+    return _names_an_error(event) or all(map(_carries, payloads(event)))
+
+
+def error_in(event: bytes, body: Mapping[str, Any] | None) -> object:
+    """What an event says went wrong: its `error`, or all that it carries where it is one by name; None of others."""
+    if body is not None and ((error := body.get("error")) or body.get("object") == "error"):
+        return error or body
+    if _names_an_error(event):
+        return next(payloads(event), b"").decode(errors="replace") if body is None else body
+    return None
+
+
+def _names_an_error(event: bytes) -> bool:
+    return b"event:" in event and any(
+        line.startswith(b"event:") and line[6:].strip() == b"error" for line in event.split(b"\n")
+    )
 
 
 def _carries(payload: bytes) -> bool:

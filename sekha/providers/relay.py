@@ -37,6 +37,7 @@ from sekha.providers.events import (
     EventSplitter,
     bodies,
     endings,
+    error_in,
     is_plain,
     is_sound,
     json_object,
@@ -62,6 +63,7 @@ _EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
 _DATA = b"data: "
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ERROR = b'"error"'
+_NAMED = b"event:"
 # No usage of a chat is without it.
 _COUNTED = b"completion_tokens"
 _NO_DETAILS: dict[str, Any] = {}
@@ -379,11 +381,11 @@ class RelayStream:
             seen, first = await self._first_event()
             if first == DONE:
                 raise failed.bad(_NOTHING_SAID)
-            body = _parsed(response, first, failed)
             if not seen:
+                _parsed(response, first, failed)
                 raise failed.bad("it is no stream of events")
             self._first = self._sought(seen)
-            if self._failure is not None or not says_something(body):
+            if self._failure is not None or not self._says_something(first):
                 self._first = await self._until_said()
         except (OSError, BadResponse) as error:
             failure = failed.unanswered(error)
@@ -402,7 +404,7 @@ class RelayStream:
         start = self._looked_at
         while (end := seen.find(b"\n\n", start)) > 0:
             body = json_object(seen[start + len(_DATA) : end]) if seen.startswith(_DATA, start) else None
-            if body is None or "error" in body:
+            if body is None or "error" in body or not _is_chunk(body):
                 return False
             if says_something(body):
                 response.take()
@@ -484,6 +486,12 @@ class RelayStream:
         else:
             self._response.close()
 
+    def _says_something(self, first: bytes) -> bool:
+        body = _parsed(self._response, first, self._failed)
+        if not _is_chunk(body):
+            raise self._failed.bad("it has no choices")
+        return says_something(body)
+
     async def _first_event(self) -> tuple[bytes, bytes]:
         """The events until the first that is no comment, and what it carries; or no event, and the whole body."""
         seen = b""
@@ -508,12 +516,14 @@ class RelayStream:
                     if any(map(says_something, bodies(block))):
                         break
                 elif self._done:
+                    if self.usage is None:
+                        raise self._failed.bad(_NOTHING_SAID)
                     break
                 else:
                     await self._response.wait()
         except StreamBroken as error:
             if self._refusal is not None:
-                _parsed(self._response, self._refusal, self._failed)
+                raise _said_to_have_failed(self._response, self._refusal, self._failed) from None
             failure = self._failed.bad(error.detail)
             failure.usage = self.usage
             raise failure from None
@@ -534,8 +544,7 @@ class RelayStream:
         return block
 
     def _taken_apart(self, block: bytes) -> bytes:
-        if DONE in block or _ERROR in block or _COUNTED in block:
-            found = [at for word in (DONE, _ERROR, _COUNTED) if (at := block.find(word)) >= 0]
+        if found := [at for word in (DONE, _ERROR, _COUNTED, _NAMED) if (at := block.find(word)) >= 0]:
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2
             block = self._sifted(block, untouched if untouched > 1 else 0)
         self._keep(block)
@@ -558,14 +567,14 @@ class RelayStream:
             if payload == DONE:
                 self._done = True
                 break
-            if (body := json_object(payload)) is not None:
-                if error := body.get("error"):
-                    self._failure, self._refusal = self._failed.broken_off(error), payload
-                    break
-                if (usage := _usage(body.get("usage"))) is not None:
-                    self.usage = usage
-                    if not body.get("choices") and not self._hands_on_usage:
-                        continue
+            body = json_object(payload)
+            if (error := error_in(event, body)) is not None:
+                self._failure, self._refusal = self._failed.broken_off(error), payload
+                break
+            if body is not None and (usage := _usage(body.get("usage"))) is not None:
+                self.usage = usage
+                if not body.get("choices") and not self._hands_on_usage:
+                    continue
             if event:
                 kept.append(event + b"\n\n")
         return b"".join(kept)
@@ -712,14 +721,24 @@ def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
     body = json_object(raw)
     if body is None:
         raise failed.bad(_NOT_JSON)
-    if error := body.get("error"):
-        code = error.get("code") if isinstance(error, dict) else None
-        failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
-        failure.usage = _usage(body.get("usage"))
-        # Else it says that it failed, and nothing of what it did.
-        failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))
-        raise failure
+    if body.get("error"):
+        raise _said_to_have_failed(response, raw, failed)
     return body
+
+
+def _is_chunk(body: Mapping[str, Any]) -> bool:
+    return "choices" in body or "usage" in body
+
+
+def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing) -> ProviderError:
+    body = json_object(raw) or {}
+    error = body.get("error") or body
+    code = error.get("code") if isinstance(error, dict) else None
+    failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
+    failure.usage = _usage(body.get("usage"))
+    # Else it says that it failed, and nothing of what it did.
+    failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))
+    return failure
 
 
 async def _what_came(response: Response) -> bytes:

@@ -468,6 +468,44 @@ async def test_without_its_last_word_a_stream_is_whole_when_each_of_its_choices_
     assert b"".join(received) == b"".join(pieces + last)
 
 
+ERRORS = [
+    b'event: error\ndata: {"message":"overloaded","type":"x"}\n\n',
+    b'data: {"message":"overloaded"}\nevent:error\n\n',
+    b"event: error\ndata: overloaded\n\n",
+    b'data: {"object":"error","message":"overloaded","code":500}\n\n',
+]
+
+
+@pytest.mark.parametrize("failing", ERRORS)
+@pytest.mark.parametrize("together", [False, True])
+async def test_an_event_that_is_called_an_error_is_one_whatever_it_carries(failing: bytes, together: bool) -> None:
+    for spoken in ((), (ROLE,)):
+        pieces = (*spoken, failing, DONE)
+        async with relay_to(events(*([b"".join(pieces)] if together else pieces))) as (provider, _):
+            with pytest.raises(ProviderError) as early:
+                await provider.open_stream(chat())
+        assert early.value.falls_back
+        assert not early.value.may_be_billed
+        assert "overloaded" in early.value.told
+
+    pieces = (ROLE, WORD, failing, STOP, DONE)
+    async with relay_to(events(*([b"".join(pieces)] if together else pieces))) as (provider, _):
+        stream = await provider.open_stream(chat())
+        received: list[bytes] = []
+        with pytest.raises(StreamBroken) as late:
+            await gather(stream, received)
+    assert b"".join(received) == ROLE + WORD
+    assert "overloaded" in late.value.told
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_an_answer_of_nothing_is_whole_where_its_usage_or_its_end_is_told(together: bool) -> None:
+    for last in (USAGE, STOP):
+        pieces = (ROLE, last, DONE)
+        handed_on, _ = await streamed(events(*([b"".join(pieces)] if together else pieces)))
+        assert handed_on == ROLE + (STOP if last is STOP else b"")
+
+
 async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() -> None:
     failing = (
         b"data: "
@@ -496,6 +534,9 @@ async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() ->
         (events(DONE), BadReply),
         (events(b": waiting\n\n"), BadReply),
         (events(b"data: hello\n\n"), BadReply),
+        (events(b'data: {"type":"ping"}\n\n', WORD, STOP, DONE), BadReply),
+        (events(ROLE, DONE), BadReply),
+        (events(ROLE + DONE), BadReply),
         (events(b'data: {"choices":[{"del\n\n', WORD, STOP, DONE), BadReply),
         (events(), BadReply),
         (with_length(ANSWER), BadReply),
