@@ -97,9 +97,13 @@ _BY_STATUS: Mapping[int, type[ProviderError]] = {
     402: ProviderError,
     403: ProviderAuthFailed,
     404: ModelNotFound,
-    408: ProviderTimeout,
+    408: ProviderUnavailable,
+    409: ProviderUnavailable,
+    410: ModelNotFound,
+    425: ProviderUnavailable,
     429: RateLimited,
 }
+_REQUESTS_FAULT = (400, 413, 414, 415, 422, 431, 451)
 # What only the words tell. Providers use one status for many causes, and LiteLLM knows some of the words.
 _OUT_OF_MONEY = (
     "insufficient_quota",
@@ -333,10 +337,11 @@ def _kind_answered(error: Exception | None, status: int, body: bytes) -> type[Pr
         return _BY_STATUS[status]
     if status >= 500:
         return ProviderUnavailable
-    if status >= 400:
+    if status in _REQUESTS_FAULT:
         return ProviderRejected
-    # Who sends a request elsewhere has not worked on it, and will not the next time.
-    return ProviderError if status < 200 or status >= 300 else BadReply
+    # Anything else says of an address or of the provider's state that it is wrong, now and a moment later: a redirect
+    # as well, which nobody worked on.
+    return BadReply if 200 <= status < 300 else ProviderError
 
 
 def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:

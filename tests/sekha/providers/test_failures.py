@@ -95,6 +95,25 @@ def test_an_empty_account_is_neither_retried_nor_the_callers_fault(status: int, 
     assert error.falls_back
 
 
+@pytest.mark.parametrize(
+    ("statuses", "retryable", "falls_back"),
+    [
+        ((408, 409, 425, 500, 503), True, True),
+        ((405, 407, 410, 421, 423, 424), False, True),
+        ((400, 413, 414, 415, 422, 431), False, False),
+    ],
+)
+def test_a_status_says_who_is_at_fault_and_whether_it_is_worth_another_try(
+    statuses: tuple[int, ...], retryable: bool, falls_back: bool
+) -> None:
+    for status in statuses:
+        error = meaning(answered(status, {"error": {"message": "No."}}))
+
+        assert (error.retryable, error.falls_back) == (retryable, falls_back), status
+        assert error.health == ("failing" if falls_back else "alive"), status
+        assert not error.may_be_billed, status
+
+
 def test_the_providers_status_counts_and_not_the_one_litellm_made_up() -> None:
     wrapper = litellm_module().exceptions.InternalServerError("no", llm_provider="openai", model="m")
     wrapper.__context__ = answered(429, {"error": {"message": "Slow down."}}, **{"Retry-After": "2.5"})
