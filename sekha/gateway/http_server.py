@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import http
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 from math import inf
@@ -21,10 +23,10 @@ from urllib.parse import unquote
 
 import httptools
 
-from sekha.errors import BodyTooLarge, BodyTooSlow
+from sekha.errors import BodyTooLarge, BodyTooSlow, InvalidRequest
 from sekha.gateway.exchange import Exchange
 from sekha.gateway.heads import Head, head_of
-from sekha.gateway.problems import Headers
+from sekha.gateway.problems import Headers, answer_to
 from sekha.turns import turn_of
 
 __all__ = ["HEAD_BYTES", "WRITE_SECONDS", "Connections", "HttpConnection", "HttpExchange", "lines_of"]
@@ -39,6 +41,7 @@ _SHORT_BYTES = 64 * 1024
 """Of a body that is waited for before anything is done for it."""
 _SHORT_SECONDS = 1.0
 """How long: then whoever answers waits for the rest, and says so when it does not come."""
+_LONG_HEAD = f"The request's line and headers have more than {HEAD_BYTES // 1024} KB together. Send less in them."
 _FIELD = b": ".join
 _CR, _LF = b"\r\n"
 _SWEEP_SECONDS = 1.0
@@ -72,9 +75,17 @@ class Connections:
     """All connections of one server, their time limits, and how it ends."""
 
     def __init__(
-        self, gateway: _Answers, *, head_seconds: float, idle_seconds: float, write_seconds: float = WRITE_SECONDS
+        self,
+        gateway: _Answers,
+        *,
+        head_seconds: float,
+        idle_seconds: float,
+        write_seconds: float = WRITE_SECONDS,
+        refused: Callable[[HttpExchange, str], None] | None = None,
     ) -> None:
+        """`refused` is told of each request that was no HTTP, and so never reached the gateway, and of its error."""
         self.gateway = gateway
+        self.refused = refused
         self.head_seconds = head_seconds
         self.idle_seconds = idle_seconds
         self.write_seconds = write_seconds
@@ -161,6 +172,9 @@ class HttpExchange(Exchange):
     body_limit = inf
     announced = 0
     """Bytes that its body is to have, where its head says so and they were not all here with it."""
+    broken: InvalidRequest | None = None
+    """Why it is no HTTP, or not as we take it."""
+    broken_status = 400
     chunked = True
     """Whether the caller knows of replies in chunks."""
     task: asyncio.Task[None] | None = None
@@ -176,8 +190,10 @@ class HttpExchange(Exchange):
             if self.announced > self.body_limit:
                 self.keeps = False  # what it is about to send is no request
                 raise BodyTooLarge(limit_mb)
-            if self._size <= self.body_limit:
+            if self._size <= self.body_limit and self.broken is None:
                 await self._rest(timeout_seconds)
+            if self.broken is not None:
+                raise self.broken
         if self._size > self.body_limit:
             raise BodyTooLarge(limit_mb)
         parts, self.parts = self.parts, []
@@ -224,6 +240,14 @@ class HttpExchange(Exchange):
             await connection.drain()
         connection.write(head)
         connection.write(body)
+        self._end()
+
+    def refuse(self, status: int, error: InvalidRequest) -> None:
+        """Answer what nobody is asked about."""
+        _, body, headers = answer_to(error)
+        head = self._head(status, headers, (b"content-length", b"%d" % len(body)))
+        self.status = status
+        self._connection.write(head if self.method == "HEAD" else head + body)
         self._end()
 
     def answer_now(self, body: bytes, lines: bytes) -> None:
@@ -425,11 +449,11 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             # It is answered as what it would be without; what follows is in a language that we do not speak.
             self._last()
-        except httptools.HttpParserError:
-            self._refuse(400)
+        except httptools.HttpParserError as error:
+            self._refuse(400, InvalidRequest(f"What was sent is not HTTP/1.1: {error}. Nothing more is read of it."))
         else:
             if self._head_bytes > HEAD_BYTES:
-                self._refuse(431)
+                self._refuse(431, InvalidRequest(_LONG_HEAD))
         self._raw = b""
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - nobody is there to be told why
@@ -548,7 +572,11 @@ class HttpConnection(asyncio.Protocol):
                 self._linger()
             return
         if self._queue:
-            self._serve(self._queue.popleft())
+            following = self._queue.popleft()
+            if following.headed:
+                self._serve(following)
+            else:
+                self._tell(following)
         else:
             # What is still on its way of a body that nobody wants is waited for no longer than for a head.
             seconds = self.all.idle_seconds if self._arriving is None else self.all.head_seconds
@@ -649,23 +677,40 @@ class HttpConnection(asyncio.Protocol):
         else:
             self.all.turn.close(self._transport)
 
-    def _refuse(self, status: int) -> None:
-        """Answer what is no HTTP, or not as we take it."""
-        x, arriving, self._arriving = self._serving, self._arriving, None
-        if self._queue and self._queue[-1] is arriving:
-            self._queue.pop()
-        if x is not None and x is not arriving:
-            # Those before it are answered, and then the connection ends.
-            self._last()
-            return
+    def _refuse(self, status: int, error: InvalidRequest) -> None:
+        """Take nothing more, and answer what is no HTTP, or not as we take it, when those before it are answered."""
+        arriving, self._arriving = self._arriving, None
         self._unusable = True
-        if x is not None and not x.ended:
-            self._serving = None
-            self._leave(x)
-        if x is None or not x.status:
-            line = _STATUS_LINES[status]
-            self.write(b"%b%bcontent-length: 0\r\nconnection: close\r\n\r\n" % (line, self.all.date))
-        self.all.turn.close(self._transport)
+        x = arriving or HttpExchange(self)
+        x.broken, x.broken_status, x.keeps = error, status, False
+        if x.ended:
+            # It was answered before it was all here.
+            self._linger()
+        elif x.headed:
+            # Who reads its body is told, and has not asked anybody yet.
+            x.wake()
+        else:
+            if arriving is not None:
+                self._describe(x)
+            x.identify(None if arriving is None else self._asked_id)
+            if self._serving is None:
+                self._tell(x)
+            else:
+                self._queue.append(x)
+
+    def _describe(self, x: HttpExchange) -> None:
+        """Note what is known of a request whose head does not end well."""
+        if self._url:
+            x.method = self._parser.get_method().decode("ascii")
+            with suppress(httptools.HttpParserError, UnicodeDecodeError):
+                x.path, x.query = _where(self._url)
+
+    def _tell(self, x: HttpExchange) -> None:
+        """Answer a request whose head is no HTTP: the gateway never hears of it."""
+        error = cast("InvalidRequest", x.broken)
+        x.refuse(x.broken_status, error)
+        if self.all.refused is not None:
+            self.all.refused(x, error.code)
 
 
 @lru_cache(maxsize=256)

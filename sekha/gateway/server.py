@@ -16,7 +16,7 @@ from sekha import tokens
 from sekha.address import is_loopback
 from sekha.errors import ConfigError, Problem, SekhaError
 from sekha.gateway.app import Gateway
-from sekha.gateway.http_server import WRITE_SECONDS, Connections
+from sekha.gateway.http_server import WRITE_SECONDS, Connections, HttpExchange
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
@@ -164,7 +164,11 @@ class Server:
         self._listening = listening
         self._drain_seconds = drain_seconds
         self._connections = Connections(
-            gateway, head_seconds=head_seconds, idle_seconds=KEEP_ALIVE_SECONDS, write_seconds=write_seconds
+            gateway,
+            head_seconds=head_seconds,
+            idle_seconds=KEEP_ALIVE_SECONDS,
+            write_seconds=write_seconds,
+            refused=partial(_note_refused, gateway),
         )
         self._stopping = asyncio.Event()
         self._patience: asyncio.TimerHandle | None = None
@@ -199,6 +203,14 @@ class Server:
         if self._connections:
             log.warning("%d connections are cut: %s", len(self._connections), why)
         self._connections.abort(within_seconds=CUT_SECONDS)
+
+
+def _note_refused(gateway: Gateway, x: HttpExchange, code: str) -> None:
+    """Count and log a request that was no HTTP, as any other that is on no page."""
+    serving = gateway.serving
+    serving.under_way += 1
+    serving.metrics.under_way += 1
+    gateway.over(serving, x, "other", 0.0, code)
 
 
 def _settle_memory() -> None:

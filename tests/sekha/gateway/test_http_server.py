@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -342,11 +343,35 @@ async def test_who_is_refused_from_the_head_and_stays_is_let_go() -> None:
         b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
         b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
         b"POST / HTTP/1.1\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
+        b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\n\r\n",
     ],
 )
 async def test_what_is_no_http_is_answered_with_400_and_the_end(sent: bytes) -> None:
-    assert (await until_the_end(sent)).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    head, _, body = (await until_the_end(sent)).partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"\r\nconnection: close" in head
+    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head)
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_request", None)
+    assert error["message"].startswith("What was sent is not HTTP/1.1: ")
+
+
+async def test_what_is_no_http_keeps_the_id_that_was_read_before_it() -> None:
+    answered = await until_the_end(b"GET / HTTP/1.1\r\nx-request-id: mine\r\ncontent-length: -1\r\n\r\n")
+
+    assert b"\r\nx-request-id: mine\r\n" in answered
+
+
+async def test_who_is_told_that_it_is_no_http_may_still_be_sending() -> None:
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n", *[b"x" * 1_000_000] * 9)
+
+        assert (await caller.rest()).startswith(b"HTTP/1.1 400 ")
 
 
 async def test_chunks_that_are_none_end_a_request_that_waits_for_them() -> None:
@@ -355,12 +380,29 @@ async def test_chunks_that_are_none_end_a_request_that_waits_for_them() -> None:
 
         await caller.send(b"POST /bad HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"zz\r\n")
 
-        assert (await caller.rest()).startswith(b"HTTP/1.1 400 ")
-        assert app.left == ["/bad"]
+        assert (await caller.rest()).endswith(b"\r\nconnection: close\r\n\r\ninvalid_request")
+        assert app.left == []
+
+
+async def test_chunks_that_are_none_behind_an_answer_get_no_second_one() -> None:
+    async with serving(without_reading) as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"POST /bad HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+        await caller.reply()
+        await caller.send(b"zz\r\n")
+
+        assert await caller.rest() == b""
 
 
 async def test_garbage_behind_a_request_does_not_keep_it_from_its_answer() -> None:
-    assert (await until_the_end(b"GET /good HTTP/1.1\r\n\r\n\x00\x00\r\n\r\n")).endswith(b"GET /good ? ")
+    async with serving() as (_, _, connect):
+        caller = await connect()
+
+        await caller.send(b"GET /good HTTP/1.1\r\n\r\n\x00\x00\r\n\r\n")
+
+        assert (await caller.reply())[1] == b"GET /good ? "
+        assert (await caller.rest()).startswith(b"HTTP/1.1 400 ")
 
 
 async def test_headers_beyond_all_measure_are_refused() -> None:

@@ -433,3 +433,19 @@ async def test_every_request_is_one_line_of_json_without_what_was_asked(serving:
         assert (bad["status"], bad["error"]) == (400, "invalid_request")
         assert all(line.startswith("{") for line in gate.lines)
         assert not [line for line in gate.lines if "secret" in line]
+
+
+async def test_what_is_no_http_is_one_line_of_json_too(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin)) as gate:
+        reader, writer = await asyncio.open_connection(gate.http.base_url.host, gate.http.base_url.port)
+        writer.write(b"POST /v1/embeddings HTTP/1.1\r\nx-request-id: mine\r\ncontent-length: -1\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+        await wait_until(lambda: "request" in gate.events)
+        (line,) = (line for line in gate.logged if line["event"] == "request")
+        assert (line["request_id"], line["method"], line["path"]) == ("mine", "POST", "/v1/embeddings")
+        assert (line["status"], line["error"]) == (400, "invalid_request")
+        metrics = (await gate.http.get("/metrics")).text
+        assert 'sekha_requests_total{path="other",status="400"} 1' in metrics
+        assert "sekha_requests_under_way 1" in metrics
