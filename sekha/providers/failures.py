@@ -105,12 +105,12 @@ _BY_STATUS: Mapping[int, type[ProviderError]] = {
 }
 _REQUESTS_FAULT = (400, 413, 414, 415, 422, 431, 451)
 # What only the words tell. Providers use one status for many causes, and LiteLLM knows some of the words.
-_OUT_OF_MONEY = (
-    "insufficient_quota",
-    "credit balance is too low",
-    "insufficient credits",
-    "exceeded your current quota",
-)
+_OUT_OF_MONEY: Mapping[int, tuple[str, ...]] = {
+    400: ("credit balance is too low",),  # Anthropic
+    403: ("credit balance is too low", "insufficient credits"),
+    429: ("credit balance is too low", "insufficient credits", "exceeded your current quota"),
+}
+_NO_QUOTA = "insufficient_quota"
 _CONTENT = (
     "content_policy",
     "content_filter",
@@ -130,6 +130,7 @@ _CONTEXT = (
     "input is too long",
     "too many tokens",
 )
+_NO_ERROR = object()
 _NO_CONTENT = (204, 205)
 _TRANSLATES = (
     ("messages", "messages_pt"),
@@ -183,7 +184,7 @@ def failure_of(
     response = next((found for link in chain if (found := _answered(link)) is not None), None)
     body = b"" if response is None else _content(response, chain)
     status = None if response is None else int(response.status_code)
-    kind = _kind_unanswered(chain) if status is None else _kind_answered(error, status, body)
+    kind = _kind_unanswered(chain) if status is None else _kind_answered(error, status, body, texts)
     if streaming and not issubclass(kind, ProviderTimeout):
         kind = StreamBroken
     detail, words, failed = "", "", False
@@ -220,7 +221,7 @@ def refusal_of(
     texts: Sequence[str] = (),
 ) -> ProviderError:
     """Say what a provider's answer means that is not the one asked for. Names of `headers` are in lower case."""
-    failure = _kind_answered(None, status, body)(
+    failure = _kind_answered(None, status, body, texts)(
         _elsewhere(status, headers, secret, texts),
         said=clean(_said(body), secret, texts),
         provider_id=provider_id,
@@ -322,10 +323,10 @@ def _content(response: Any, chain: Sequence[BaseException]) -> bytes:
         return next((str(text).encode() for text in texts if text), b"")
 
 
-def _kind_answered(error: Exception | None, status: int, body: bytes) -> type[ProviderError]:
-    words = body.decode(errors="replace").lower()
-    if any(phrase in words for phrase in _OUT_OF_MONEY):
+def _kind_answered(error: Exception | None, status: int, body: bytes, texts: Sequence[str]) -> type[ProviderError]:
+    if _is_out_of_money(status, body, texts):
         return ProviderError
+    words = body.decode(errors="replace").lower()
     if status in (400, 403, 413, 422):
         for phrases, kind in ((_CONTENT, ContentRefused), (_CONTEXT, ContextExceeded)):
             if any(phrase in words for phrase in phrases):
@@ -342,6 +343,18 @@ def _kind_answered(error: Exception | None, status: int, body: bytes) -> type[Pr
     # Anything else says of an address or of the provider's state that it is wrong, now and a moment later: a redirect
     # as well, which nobody worked on.
     return BadReply if 200 <= status < 300 else ProviderError
+
+
+def _is_out_of_money(status: int, body: bytes, texts: Sequence[str]) -> bool:
+    """Whether our account is empty, by the provider's own word: a message may quote what was asked."""
+    if status not in _OUT_OF_MONEY:
+        return False
+    error = _error_of(body)
+    if isinstance(error, dict) and _NO_QUOTA in (error.get("code"), error.get("type")):
+        return True
+    words = _said(body).lower()
+    said = [phrase for phrase in _OUT_OF_MONEY[status] if phrase in words]
+    return any(all(phrase not in text.lower() for text in texts) for phrase in said)
 
 
 def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
@@ -405,15 +418,22 @@ def _elsewhere(status: int, headers: Mapping[str, str], secret: str | None, text
 
 def _said(body: bytes) -> str:
     """The provider's sentence from its error body, in any of the shapes there are."""
-    try:
-        parsed = orjson.loads(body)
-    except orjson.JSONDecodeError:
+    error = _error_of(body)
+    if error is _NO_ERROR:
         text = re.sub(r"<[^>]*>", " ", body.decode(errors="replace"))
         return " ".join(text.split())
-    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error.get("type") or ""
     return " ".join(str(error).split())
+
+
+def _error_of(body: bytes) -> object:
+    """What an error body holds under `error`, or all of it; `_NO_ERROR` where it is no JSON."""
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return _NO_ERROR
+    return parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
 
 
 def _reason(chain: Sequence[BaseException], kind: type[ProviderError]) -> str | None:

@@ -13,6 +13,7 @@ from sekha.errors import (
     ContextExceeded,
     FieldUnsupported,
     ProviderError,
+    ProviderRejected,
     ProviderTimeout,
     ProviderUnavailable,
     RateLimited,
@@ -112,6 +113,22 @@ def test_a_status_says_who_is_at_fault_and_whether_it_is_worth_another_try(
         assert (error.retryable, error.falls_back) == (retryable, falls_back), status
         assert error.health == ("failing" if falls_back else "alive"), status
         assert not error.may_be_billed, status
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "prompt"),
+    [
+        (400, "You said: insufficient credits. Invalid value for temperature", "Hello"),
+        (400, "Invalid value: 'my credit balance is too low'", "Why do they say my CREDIT BALANCE is too low?"),
+        (422, "Invalid value: 'Your credit balance is too low'", "Hello"),
+    ],
+)
+def test_a_refusal_that_quotes_the_request_says_nothing_of_our_account(status: int, said: str, prompt: str) -> None:
+    body = {"error": {"message": said, "type": "invalid_request_error", "input": "insufficient_quota"}}
+
+    error = meaning(answered(status, body), texts=[prompt])
+
+    assert type(error) is ProviderRejected
 
 
 def test_the_providers_status_counts_and_not_the_one_litellm_made_up() -> None:
