@@ -5,13 +5,14 @@ What LiteLLM makes up (usage that it counted itself, a `stop` for a stream that 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.base import Chunk, openai_usage
 from sekha.registry import Model
 
-__all__ = ["choice_of", "chunk_of", "ended", "envelope_of", "finishes", "number_calls", "usage_of"]
+__all__ = ["choice_of", "chunk_of", "ended", "envelope_of", "finishes", "number_calls", "usage_of", "went_in_of"]
 
 
 def envelope_of(reply: Any, model: Model, kind: str) -> dict[str, Any]:
@@ -41,6 +42,12 @@ def chunk_of(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
         logprobs = getattr(choice, "logprobs", None)
         choices.append(body | ({"logprobs": _plain(logprobs)} if logprobs else {}))
     return Chunk(body=envelope | {"choices": choices}) if choices else None
+
+
+def went_in_of(pieces: Any) -> Usage | None:
+    """What went in, from the piece with which Anthropic begins; that what came out is more than it says there."""
+    usage = next((usage for piece in pieces.chunks if (usage := usage_of(getattr(piece, "usage", None)))), None)
+    return usage and replace(usage, output_tokens=0)
 
 
 def number_calls(chunk: Chunk, before: int) -> int:

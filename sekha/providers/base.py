@@ -78,6 +78,8 @@ class Chunk:
     body: Mapping[str, Any] = field(repr=False)
     usage: Usage | None = None
     """Set on the piece that carries it, usually the last."""
+    went_in: Usage | None = None
+    """What the provider said went in, where it says so before the answer; set on the first piece."""
 
     @property
     def text(self) -> str:
@@ -95,6 +97,11 @@ class RawStream(Protocol):
     @property
     def usage(self) -> Usage | None:
         """What the provider reported; None before the end, and where it reported none."""
+        ...
+
+    @property
+    def went_in(self) -> Usage | None:
+        """What the provider said went in, where it said so at the beginning; nothing of what came out."""
         ...
 
     def said(self) -> str:

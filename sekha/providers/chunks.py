@@ -20,6 +20,7 @@ class ChunkStream:
 
     def __init__(self, chunks: AsyncIterator[Chunk], first: Sequence[Chunk], *, wants_usage: bool) -> None:
         self.usage: Usage | None = None
+        self.went_in: Usage | None = None
         self._chunks = chunks
         self._first = first
         self._wants_usage = wants_usage
@@ -57,6 +58,7 @@ class ChunkStream:
         choices = chunk.body.get("choices") or ()
         self._said += (text for choice in choices for text in said_in(choice.get("delta")))
         body = chunk.body
+        self.went_in = self.went_in or chunk.went_in
         if chunk.usage is not None:
             self.usage = chunk.usage
             if not self._wants_usage:

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import ContextVar
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, wraps
 from threading import Lock, Thread
 from typing import Any
@@ -26,7 +27,16 @@ import numpy as np
 
 from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
 from sekha.providers.addresses import base_url_of
-from sekha.providers.answers import choice_of, chunk_of, ended, envelope_of, finishes, number_calls, usage_of
+from sekha.providers.answers import (
+    choice_of,
+    chunk_of,
+    ended,
+    envelope_of,
+    finishes,
+    number_calls,
+    usage_of,
+    went_in_of,
+)
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, openai_usage
 from sekha.providers.carrying import (
     FIELDS,
@@ -121,7 +131,7 @@ class LiteLLMProvider:
             async with asyncio.timeout(call.timeout_seconds):
                 pieces = await litellm.acompletion(**arguments)
             envelope: dict[str, Any] | None = None
-            calls = 0
+            calls, heard = 0, False
             while True:
                 try:
                     async with asyncio.timeout(call.timeout_seconds):
@@ -134,6 +144,8 @@ class LiteLLMProvider:
                 chunk = chunk_of(piece, pieces, envelope)
                 if chunk is None:
                     continue
+                if self._spec.kind == "anthropic" and not heard:
+                    chunk, heard = replace(chunk, went_in=went_in_of(pieces)), True
                 if self._spec.kind == "ollama":
                     calls = number_calls(chunk, calls)
                 if not ended(pieces) and finishes(chunk):

@@ -352,6 +352,7 @@ class RelayStream:
 
     def __init__(self, response: Response, failed: _Failing, *, timeout_seconds: float, hands_on_usage: bool) -> None:
         self.usage: Usage | None = None
+        self.went_in: Usage | None = None
         self._response = response
         self._failed = failed
         self._timeout_seconds = timeout_seconds

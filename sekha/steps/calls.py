@@ -181,9 +181,9 @@ class Calls:
         model = opened.candidate.model
         usage = opened.events.usage
         if usage is None:
-            went_in = await _went_in(request, model)
+            went_in = opened.events.went_in or Usage(input_tokens=await _went_in(request, model))
             came_out, _ = await count_embedding([opened.events.said()], model.id)
-            usage = Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
+            usage = replace(went_in, output_tokens=came_out, counted=True)
         usage = _with_images(usage, request, model)
         return Reply(
             text="",

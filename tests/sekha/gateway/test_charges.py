@@ -225,6 +225,17 @@ async def test_a_failure_that_is_not_billed_leaves_the_cap_to_the_next(gateway: 
     assert (response.status_code, response.json()["sekha"]["provider_id"]) == (200, "second")
 
 
+async def test_a_cut_stream_costs_the_input_that_its_provider_reported_before_the_first_word(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(standin, kind="anthropic") as served, logged(served) as (http, lines):
+        whole = await tell(http, lines)
+        standin.cut(after=6)
+        cut = await tell(http, lines, stream=True)
+
+    assert cut["error"] == "stream_broken"
+    assert cut["input_tokens"] == whole["input_tokens"]
+    assert cut["output_tokens"] > 0
+
+
 @BOTH
 async def test_a_budget_for_a_model_at_one_provider_holds_for_that_provider_alone(
     gateway: Opens, as_served: bool
