@@ -17,10 +17,11 @@ from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import DimensionMismatch, InvalidRequest, ProviderError, dollars
+from sekha.errors import DimensionMismatch, FieldUnsupported, ProviderError, dollars
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage, cost
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
+from sekha.providers.carrying import HINTS
 from sekha.providers.chunks import ChunkStream
 from sekha.rates import Taken
 from sekha.registry import Model, ProviderKind
@@ -218,7 +219,11 @@ class Calls:
         """Embed the texts, and leave the vectors in the bytes in which the provider wrote them where that can be."""
         kinds = {self._open.registry.provider_of(each.model).kind for each in chosen.candidates}
         most = min(TEXTS_PER_CALL.get(kind, 96) for kind in kinds)
-        if len(request.texts) > most or not kinds <= _OPENAI_COMPATIBLE:
+        compatible, field = kinds <= _OPENAI_COMPATIBLE, _only_theirs(request, chosen.first.model)
+        if field is not None and not compatible:
+            raise _placeless(field, chosen.first.model)
+        # What only a provider can heed goes to it in one piece.
+        if not compatible or (len(request.texts) > most and field is None):
             return await self._written(request, await self._embed(request.texts, chosen, hold, ""))
         lost = _Lost(self._open, chosen, hold, hold.id)
         texts = request.texts
@@ -262,13 +267,6 @@ class Calls:
 
     async def _written(self, request: EmbedRequest, embedded: Embedded) -> RawEmbedded:
         """Vectors that came as numbers, in OpenAI's JSON."""
-        wanted = request.options.get("dimensions")
-        if wanted not in (None, embedded.dimension):
-            raise InvalidRequest(
-                f"`dimensions` is {wanted!r}, and {embedded.model_id!r} makes vectors of {embedded.dimension} only. "
-                "Leave it out, or ask a provider that shortens them.",
-                field="dimensions",
-            )
         packed = request.options.get("encoding_format") == "base64"
         raw = await asyncio.to_thread(_as_openai_writes, embedded, packed=packed)
         return RawEmbedded(
@@ -553,6 +551,27 @@ class _Lost:
         note_charged(spend, lost=True)
         self._spends.append(spend)
         self._of_all.append(spend.cost)
+
+
+def _only_theirs(request: EmbedRequest, model: Model) -> str | None:
+    """The first field that only a provider whose protocol has it can heed; None where there is none."""
+    for name, wanted in request.options.items():
+        if wanted is None or name in HINTS or name == "encoding_format":
+            continue
+        if name != "dimensions" or wanted != model.dimension:
+            return name
+    return None
+
+
+def _placeless(field: str, model: Model) -> FieldUnsupported:
+    known = field == "dimensions"
+    lacks = f"its protocol has no `{field[:40]}`" + (f", and its vectors have {model.dimension}" if known else "")
+    # A caller names fields freely, and what he writes is not for the records.
+    error = FieldUnsupported(
+        lacks if known else "", said="" if known else lacks, provider_id=model.provider_id, model_id=model.id
+    )
+    error.field = field
+    return error
 
 
 async def _worst_of(candidate: Candidate) -> tuple[Usage, Decimal]:

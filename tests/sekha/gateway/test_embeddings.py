@@ -46,6 +46,33 @@ async def test_numbers_and_base64_say_the_same(gateway: Opens) -> None:
         assert np.linalg.norm(one["embedding"]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("field", [{"dimensions": 4}, {"foo": 1}])
+async def test_what_another_protocol_cannot_heed_is_refused_before_anybody_is_asked(
+    gateway: Opens, field: dict[str, int]
+) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin, kind="ollama") as served:
+        asked = {"model": "vectors", "input": "one", "dimensions": 8, "user": "u-1", **field}
+        refused = await served.http.post("/v1/embeddings", json=asked)
+        sent, spent = list(standin.requests), await served.spent()
+        fits = await served.http.post("/v1/embeddings", json={**asked, "dimensions": 8, "foo": None})
+
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "field_unsupported", next(iter(field)))
+    assert (sent, spent) == ([], 0)
+    assert fits.status_code == 200
+
+
+async def test_very_many_texts_are_shortened_by_who_can(gateway: Opens) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin) as served:
+        asked = {"model": "vectors", "input": ["one"] * 600}
+        plain = await served.http.post("/v1/embeddings", json=asked)
+        sizes = [len(each.json["input"]) for each in standin.requests]
+        short = await served.http.post("/v1/embeddings", json={**asked, "dimensions": 4})
+
+    assert (plain.json()["dimension"], sorted(sizes)) == (8, [88, 512])
+    assert (short.json()["dimension"], len(short.json()["data"])) == (4, 600)
+
+
 async def test_dimensions_and_user_reach_the_provider(gateway: Opens) -> None:
     async with StandIn(dimension=8) as standin, gateway(standin) as served:
         reply = await served.openai.embeddings.create(
