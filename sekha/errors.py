@@ -663,6 +663,8 @@ class ProviderRejected(ProviderError):
     code = "provider_rejected"
     falls_back = False
     health: ClassVar[Literal["failing", "alive", "unknown"]] = "alive"
+    field: str | None = None
+    """The field that is wrong, where the provider says which."""
     _says = "rejects the request"
 
 
@@ -683,8 +685,7 @@ class FieldUnsupported(ProviderRejected):
     code = "field_unsupported"
     falls_back = True
     health = "unknown"
-    field: str | None = None
-    """The first of those that have no place."""
+    # `field` is the first of those that have no place.
     _says = "was not asked"
     _next = "Leave that out, or name a model of a provider that takes it."
 

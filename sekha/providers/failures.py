@@ -155,6 +155,7 @@ _TRANSLATES = (
 # A line of Ollama's stream without a message is its failure; LiteLLM makes a 400 of it.
 _UNEXPECTED = re.compile(r"Got unexpected response from Ollama: (.*)")
 _NO_JSON = ("empty or invalid response", "unable to get json response")
+_FIELD = re.compile(r"[\w.\[\]-]{1,100}")
 _HOST = re.compile(r"[a-z0-9_.-]{1,100}")
 _LONGEST_SECONDS = 2.0**31
 _DETAIL_CHARACTERS = 200
@@ -229,6 +230,8 @@ def refusal_of(
         status=status,
         retry_after_seconds=retry_after_seconds(headers),
     )
+    if isinstance(failure, ProviderRejected):
+        failure.field = _field_in(body)
     if status in _NO_CONTENT:
         failure.may_be_billed = False  # there is nothing that anybody could charge for
     return failure
@@ -425,6 +428,12 @@ def _said(body: bytes) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error.get("type") or ""
     return " ".join(str(error).split())
+
+
+def _field_in(body: bytes) -> str | None:
+    error = _error_of(body)
+    field = error.get("param") if isinstance(error, dict) else None
+    return field if isinstance(field, str) and _FIELD.fullmatch(field) else None
 
 
 def _error_of(body: bytes) -> object:

@@ -11,6 +11,7 @@ import pytest
 from sekha.keys import hash_of, new_key
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served
+from tests.fixtures.upstream import Upstream, with_length
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
@@ -171,3 +172,18 @@ async def test_a_spent_budget_refuses_and_says_when_it_starts_anew(gateway: Open
 
 def _keys(key: str) -> str:
     return f"keys:\n  - {{name: research, hash: '{hash_of(key)}'}}"
+
+
+@pytest.mark.parametrize(
+    ("param", "told"), [(b'"messages[0].content"', "messages[0].content"), (b'"no field at all"', None), (b"[1]", None)]
+)
+@pytest.mark.parametrize("as_served", [False, True], ids=["line", "short way"])
+async def test_the_field_that_a_provider_calls_wrong_is_told(
+    gateway: Opens, as_served: bool, param: bytes, told: str | None
+) -> None:
+    said = b'{"error":{"message":"No.","type":"invalid_request_error","param":' + param + b"}}"
+    answer = with_length(said, status="400 Bad Request")
+    async with Upstream(answer) as upstream, gateway(upstream, as_served=as_served) as served:
+        response = await served.chat(model="chat")
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, told)
