@@ -407,7 +407,7 @@ WHOLE: dict[str, tuple[int, list[Answer | None], str]] = {
     "choices of nothing": (502, [whole(choices=None)] * 3, "handed over"),
     "a choice without a message": (502, [whole(choices=[{"index": 0}])] * 3, "handed over"),
     "another status": (200, [GOOD.replace(b"200 OK", b"202 Accepted"), GOOD], "handed over"),
-    "elsewhere": (502, [with_length(b"", "Location: /there", status="302 Found")] * 3, "handed over"),
+    "elsewhere": (502, [with_length(b"", "Location: /there", status="302 Found")], "handed over"),
     "a page": (
         502,
         [with_length(b"<html><body>Please log in</body></html>", "Content-Type: text/html")] * 3,
@@ -490,7 +490,7 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     ),
     "comments within": (200, [streamed(SAY, b": wait\n\n", MORE + b": and wait\n\n", STOP, COUNTED, DONE)], "short"),
     "named events": (200, [streamed(SAY, b"event: x\nid: 5\n" + MORE, STOP, COUNTED, DONE)], "short"),
-    "what is no JSON": (200, [streamed(SAY, b"data: [1]\n\n", b"data: hm\n\n", STOP, COUNTED, DONE)], "short"),
+    "what is no JSON": (200, [streamed(SAY, b"data: [1]\n\n", b"data: hm\n\n", STOP, COUNTED, DONE)], "handed over"),
     "line ends of another sort later": (200, [streamed(SAY, crlf(MORE), crlf(STOP) + COUNTED, crlf(DONE))], "short"),
     "usage in every event": (
         200,
