@@ -110,15 +110,19 @@ def is_sound(block: bytes) -> bool:
 def is_plain(block: bytes) -> bool:
     """Whether each event of a block is one line of JSON without an error or usage, as nearly all are."""
     try:
+        # One event, as most blocks are.
+        if block.find(b"\n") == len(block) - 2:
+            return block.startswith(b"data:") and _says_nothing_else(orjson.loads(block[5:]))
         for event in block[:-2].split(b"\n\n"):
-            if not event.startswith(b"data:") or b"\n" in event:
-                return False
-            body = orjson.loads(event[5:])
-            if type(body) is not dict or body.get("usage") or body.get("error") or body.get("object") == "error":
+            if not event.startswith(b"data:") or b"\n" in event or not _says_nothing_else(orjson.loads(event[5:])):
                 return False
     except orjson.JSONDecodeError:
         return False
     return True
+
+
+def _says_nothing_else(body: Any) -> bool:
+    return type(body) is dict and not (body.get("usage") or body.get("error") or body.get("object") == "error")
 
 
 def _is_event(event: bytes) -> bool:
