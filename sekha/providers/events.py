@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 DONE = b"[DONE]"
+_ERROR = b'"error"'
+_COUNTED = b"_tokens"
 _EVENT_BYTES = 8 * 1024 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOBODY: Mapping[str, bool] = {}
@@ -99,35 +101,38 @@ def payloads(block: bytes) -> Iterator[bytes]:
 
 def is_sound(block: bytes) -> bool:
     """Whether a block is text, each line of it one that events are made of, and what its events carry JSON."""
-    if not block.isascii():
-        try:
-            block.decode()
-        except UnicodeDecodeError:
-            return False
-    return all(map(_is_event, block.removeprefix(_BYTE_ORDER_MARK).split(b"\n\n")))
+    return _is_text(block) and all(map(_is_event, block.removeprefix(_BYTE_ORDER_MARK).split(b"\n\n")))
 
 
 def is_plain(block: bytes) -> bool:
-    """Whether each event of a block is one line of JSON without an error or usage, as nearly all are."""
-    try:
-        # One event, as most blocks are.
-        if block.find(b"\n") == len(block) - 2:
-            return block.startswith(b"data:") and _says_nothing_else(orjson.loads(block[5:]))
-        for event in block[:-2].split(b"\n\n"):
-            if not event.startswith(b"data:") or b"\n" in event or not _says_nothing_else(orjson.loads(event[5:])):
-                return False
-    except orjson.JSONDecodeError:
+    """Whether a block is sound and has neither an error nor usage in it, as nearly all are; False says nothing."""
+    if not (block.startswith(b"data: {") and block.endswith(b"}\n\n") and _is_text(block)):
         return False
+    events = block.count(b"}\n\ndata: {") + 1
+    return block.count(b"\n") == 2 * events and _is_closed(block) and _ERROR not in block and _COUNTED not in block
+
+
+def _is_closed(data: bytes) -> bool:
+    """Whether JSON was not cut, by its braces, since reading all of it takes several times as long.
+
+    False says nothing: text may hold braces too.
+    """
+    return data.count(b"{") == data.count(b"}")
+
+
+def _is_text(data: bytes) -> bool:
+    if not data.isascii():
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return False
     return True
-
-
-def _says_nothing_else(body: Any) -> bool:
-    return type(body) is dict and not (body.get("usage") or body.get("error") or body.get("object") == "error")
 
 
 def _is_event(event: bytes) -> bool:
     if event.startswith(b"data:") and b"\n" not in event:
-        return _carries(event[5:].strip())
+        payload = event[5:].strip()
+        return (payload.startswith(b"{") and payload.endswith(b"}") and _is_closed(payload)) or _carries(payload)
     if not all(not line or line.startswith(_FIELDS) for line in event.split(b"\n")):
         return False
     return _names_an_error(event) or all(map(_carries, payloads(event)))
