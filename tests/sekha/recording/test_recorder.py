@@ -62,14 +62,14 @@ async def test_a_killed_publisher_is_started_anew_and_nothing_is_lost_or_twice_t
     assert tables.rows("SELECT count(*) FROM task_run") == [(5 * 6_000,)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this way of waiting for a core")
 async def test_a_publisher_stands_back_behind_whoever_serves(tables: Any, tmp_path: Path, until: Until) -> None:
     async with Recorder(EVERYTHING, tmp_path / "spool", environment=tables.environment) as recorder:
         await until(recorder, lambda stats: stats.sink)
         publisher = read_report(tmp_path / "spool").process_id
 
         assert os.getpriority(os.PRIO_PROCESS, publisher) >= 10
-        assert os.sched_getscheduler(publisher) == os.SCHED_BATCH
+        if sys.platform == "linux":  # no other system has this way of waiting for a core
+            assert os.sched_getscheduler(publisher) == os.SCHED_BATCH
 
 
 GATEWAY = """
