@@ -11,7 +11,9 @@ import orjson
 from sekha.providers.http import BadResponse
 
 __all__ = [
+    "COUNTED",
     "DONE",
+    "ERROR",
     "EventSplitter",
     "bodies",
     "endings",
@@ -26,8 +28,9 @@ __all__ = [
 ]
 
 DONE = b"[DONE]"
-_ERROR = b'"error"'
-_COUNTED = b"_tokens"
+ERROR = b'"error"'
+COUNTED = b"completion_tokens"
+"""No usage of a chat is without it."""
 _EVENT_BYTES = 8 * 1024 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOBODY: Mapping[str, bool] = {}
@@ -109,7 +112,7 @@ def is_plain(block: bytes) -> bool:
     if not (block.startswith(b"data: {") and block.endswith(b"}\n\n") and _is_text(block)):
         return False
     events = block.count(b"}\n\ndata: {") + 1
-    return block.count(b"\n") == 2 * events and _is_closed(block) and _ERROR not in block and _COUNTED not in block
+    return block.count(b"\n") == 2 * events and _is_closed(block) and ERROR not in block and COUNTED not in block
 
 
 def _is_closed(data: bytes) -> bool:

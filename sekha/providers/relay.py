@@ -33,7 +33,9 @@ from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.addresses import base_url_of
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, RawEmbeddings
 from sekha.providers.events import (
+    COUNTED,
     DONE,
+    ERROR,
     EventSplitter,
     bodies,
     endings,
@@ -62,10 +64,7 @@ _TAIL_SECONDS = 1.0
 _EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
 _DATA = b"data: "
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ERROR = b'"error"'
 _NAMED = b"event:"
-# No usage of a chat is without it.
-_COUNTED = b"completion_tokens"
 _NO_DETAILS: dict[str, Any] = {}
 _EMBEDDING = b'"embedding":'
 _COMMA = ord(",")
@@ -545,7 +544,7 @@ class RelayStream:
         return block
 
     def _taken_apart(self, block: bytes) -> bytes:
-        if found := [at for word in (DONE, _ERROR, _COUNTED, _NAMED) if (at := block.find(word)) >= 0]:
+        if found := [at for word in (DONE, ERROR, COUNTED, _NAMED) if (at := block.find(word)) >= 0]:
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2
             block = self._sifted(block, untouched if untouched > 1 else 0)
         self._keep(block)

@@ -85,6 +85,16 @@ async def relay_to(
             yield provider, upstream
 
 
+async def broken(*pieces: bytes) -> tuple[bytes, StreamBroken]:
+    """What arrived of a stream of these pieces, and what broke it then."""
+    received: list[bytes] = []
+    async with relay_to(events(*pieces)) as (provider, _):
+        stream = await provider.open_stream(chat())
+        with pytest.raises(StreamBroken) as caught:
+            await gather(stream, received)
+    return b"".join(received), caught.value
+
+
 async def streamed(answer: Answer, **options: Any) -> tuple[bytes, RelayStream]:
     async with relay_to(answer) as (provider, _):
         stream = await provider.open_stream(chat(**options))
@@ -489,13 +499,9 @@ async def test_an_event_that_is_called_an_error_is_one_whatever_it_carries(faili
         assert "overloaded" in early.value.told
 
     pieces = (ROLE, WORD, failing, STOP, DONE)
-    async with relay_to(events(*([b"".join(pieces)] if together else pieces))) as (provider, _):
-        stream = await provider.open_stream(chat())
-        received: list[bytes] = []
-        with pytest.raises(StreamBroken) as late:
-            await gather(stream, received)
-    assert b"".join(received) == ROLE + WORD
-    assert "overloaded" in late.value.told
+    received, late = await broken(*([b"".join(pieces)] if together else pieces))
+    assert received == ROLE + WORD
+    assert "overloaded" in late.told
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -513,17 +519,13 @@ async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() ->
         + b"\n\n"
     )
 
-    async with relay_to(events(ROLE, WORD, failing, WORD, DONE)) as (provider, _):
-        stream = await provider.open_stream(chat())
-        received: list[bytes] = []
-        with pytest.raises(StreamBroken) as caught:
-            await gather(stream, received)
+    received, error = await broken(ROLE, WORD, failing, WORD, DONE)
 
-    assert b"".join(received) == ROLE + WORD
-    assert "Overloaded by" in caught.value.told
-    assert "Overloaded by" not in str(caught.value)
-    assert PROMPT not in caught.value.told
-    assert not caught.value.falls_back
+    assert received == ROLE + WORD
+    assert "Overloaded by" in error.told
+    assert "Overloaded by" not in str(error)
+    assert PROMPT not in error.told
+    assert not error.falls_back
 
 
 @pytest.mark.parametrize(
