@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from prefect.settings import get_current_settings
 
+from sekha.address import is_loopback
 from sekha.errors import PrefectUnavailable
 from sekha.recording.prefect_api import ApiSink
 from sekha.recording.prefect_database import Database, DatabaseSink
@@ -32,7 +32,7 @@ def open_sink() -> Sink | None:
     url = named.get_secret_value() if named is not None else ""
     if not api_url:
         return _database_sink(url, None) if url else None
-    if not url and _is_here(api_url):
+    if not url and is_loopback(urlsplit(api_url).hostname or ""):
         url = f"sqlite:///{settings.home / 'prefect.db'}"
     api = ApiSink()
     try:
@@ -84,11 +84,3 @@ def _open(url: str) -> Database | None:
 
             return PostgresTables(f"postgresql://{rest}")
     return None
-
-
-def _is_here(api_url: str) -> bool:
-    host = urlsplit(api_url).hostname or ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
