@@ -496,11 +496,11 @@ class _Lost:
             if error.may_be_billed or isinstance(error, DimensionMismatch):
                 reported = error.usage
                 if reported is None:
-                    usage, dollars = await at_worst(candidate)
+                    usage, amount = await at_worst(candidate)
                 else:
-                    usage, dollars = reported, _cost(reported, candidate.model)
-                if dollars:
-                    await to_the_end(self._charge(candidate, usage, dollars))
+                    usage, amount = reported, _cost(reported, candidate.model)
+                if amount:
+                    await to_the_end(self._charge(candidate, usage, amount))
             raise
         except asyncio.CancelledError:
             # The caller left, and nobody will know what the provider makes of it: leaving is no way past a budget.
@@ -533,15 +533,15 @@ class _Lost:
     async def _charge_left(
         self, candidate: Candidate, at_worst: Callable[[Candidate], Awaitable[tuple[Usage, Decimal]]]
     ) -> None:
-        usage, dollars = await at_worst(candidate)
-        if dollars:
-            await self._charge(candidate, usage, dollars)
+        usage, amount = await at_worst(candidate)
+        if amount:
+            await self._charge(candidate, usage, amount)
 
-    async def _charge(self, candidate: Candidate, usage: Usage, dollars: Decimal) -> None:
+    async def _charge(self, candidate: Candidate, usage: Usage, amount: Decimal) -> None:
         spend = Spend(
             id=f"{self._identity}!{len(self._spends) + 1}",
             scope=self._chosen.ask.scope(candidate.model),
-            cost=dollars,
+            cost=amount,
             estimated=candidate.estimate.expected,
             usage=usage,
             at=self._open.now(),
