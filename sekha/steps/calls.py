@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import orjson
 
-from sekha.asks import cap
 from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import DimensionMismatch, FieldUnsupported, ProviderError, dollars
+from sekha.errors import FieldUnsupported, ProviderError
 from sekha.ledger import Hold, Spend
-from sekha.pricing import Usage, cost
+from sekha.pricing import Usage
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
 from sekha.providers.carrying import HINTS
 from sekha.providers.chunks import ChunkStream
@@ -29,7 +27,8 @@ from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
 from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
-from sekha.steps.money import check_worst_case, spend_of
+from sekha.steps.losses import Losses
+from sekha.steps.money import check_worst_case, cost_of, spend_of
 from sekha.vectors.base import Vector
 
 if TYPE_CHECKING:
@@ -38,9 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TEXTS_PER_CALL", "Calls", "Sent", "SentSteps"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
-log = logging.getLogger("sekha.calls")
 
 TEXTS_PER_CALL: Mapping[ProviderKind, int] = {"builtin": 4096, "openai": 512, "ollama": 128, "openrouter": 96}
 """Texts sent to a provider at once. Others may reach any API through LiteLLM, so they get the least, 96."""
@@ -75,7 +72,7 @@ class Calls:
 
     async def call_provider(self, request: ChatRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> Reply:
         """Ask the candidates in turn, with retries, until one answers."""
-        lost = _Lost(self._open, chosen, hold, hold.id)
+        lost = Losses(self._open, chosen, hold, hold.id)
         begun = [] if sent is None else [sent.begun]
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[Completion]:
@@ -100,7 +97,7 @@ class Calls:
                 usage=usage,
                 estimated_cost=candidate.estimate.expected,
                 worst_case=candidate.estimate.worst_case,
-                cost=_cost(usage, model),
+                cost=cost_of(usage, model),
                 attempts=attempts,
                 reason=candidate.reason,
                 charged_to=chosen.ask.scope(model),
@@ -114,7 +111,7 @@ class Calls:
 
     async def open_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> Opened:
         """Ask the candidates in turn until the first piece of an answer arrives."""
-        lost = _Lost(self._open, chosen, hold, hold.id)
+        lost = Losses(self._open, chosen, hold, hold.id)
         begun = [] if sent is None else [sent.begun]
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[RawStream]:
@@ -194,7 +191,7 @@ class Calls:
             usage=usage,
             estimated_cost=opened.candidate.estimate.expected,
             worst_case=opened.candidate.estimate.worst_case,
-            cost=_cost(usage, model),
+            cost=cost_of(usage, model),
             attempts=opened.attempts,
             reason=opened.candidate.reason,
             charged_to=chosen.ask.scope(model),
@@ -225,7 +222,7 @@ class Calls:
         # What only a provider can heed goes to it in one piece.
         if not compatible or (len(request.texts) > most and field is None):
             return await self._written(request, await self._embed(request.texts, chosen, hold, ""))
-        lost = _Lost(self._open, chosen, hold, hold.id)
+        lost = Losses(self._open, chosen, hold, hold.id)
         texts = request.texts
         body = {"input": texts[0] if len(texts) == 1 else texts, **request.options}
         begun = [] if sent is None else [sent.begun]
@@ -252,7 +249,7 @@ class Calls:
                 model_id=model.id,
                 usage=usage,
                 estimated_cost=answered.candidate.estimate.expected,
-                cost=_cost(usage, model),
+                cost=cost_of(usage, model),
                 attempts=answered.attempts,
                 reason=answered.candidate.reason,
                 charged_to=chosen.ask.scope(model),
@@ -311,7 +308,7 @@ class Calls:
             async with limit:
                 if failures:
                     return None
-                lost = _Lost(self._open, chosen, hold, identity, losses)
+                lost = Losses(self._open, chosen, hold, identity, losses)
                 try:
                     embedded = await self._embed_once(some, chosen, lost)
                 except ProviderError as error:
@@ -397,12 +394,12 @@ class Calls:
                 rates.correct(model.provider_id, took, usage.input_tokens + usage.output_tokens)
         return answered
 
-    async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: _Lost) -> Embedded:
+    async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: Losses) -> Embedded:
         async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
             """Of these texts alone, since the plan's estimate is for all that are embedded under it."""
             total, _ = await count_embedding(texts, candidate.model.id)
             usage = Usage(input_tokens=total, counted=True)
-            return usage, _cost(usage, candidate.model)
+            return usage, cost_of(usage, candidate.model)
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[Embeddings]:
             model = candidate.model
@@ -416,14 +413,14 @@ class Calls:
         if usage is None or not (model.price and model.price.is_free):
             total, _ = await to_the_end(count_embedding(texts, model.id))
             counted = Usage(input_tokens=total, counted=True)
-            usage, expected = usage or counted, _cost(counted, model)
+            usage, expected = usage or counted, cost_of(counted, model)
         return Embedded(
             vectors=embeddings.vectors,
             provider_id=model.provider_id,
             model_id=model.id,
             usage=usage,
             estimated_cost=expected,
-            cost=_cost(usage, model),
+            cost=cost_of(usage, model),
             attempts=answered.attempts,
             charged_to=chosen.ask.scope(model),
             lost_cost=lost.cost,
@@ -434,123 +431,6 @@ class Calls:
         went_in = await _went_in(request, model)
         came_out = await count_reply(completion.body, model.id)
         return Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
-
-
-class _Lost:
-    """The money of attempts that failed and that a provider may bill all the same: they count at their worst case.
-
-    Each uses up a part of the hold, so that as much is held again before the next attempt.
-    """
-
-    __slots__ = ("_again", "_chosen", "_hold", "_identity", "_of_all", "_open", "_spends")
-
-    def __init__(
-        self, resources: Resources, chosen: Plan, hold: Hold, identity: str, of_all: list[Decimal] | None = None
-    ) -> None:
-        """`of_all` is shared by the parts of a request that is sent in several calls, which have one cap together."""
-        self._open = resources
-        self._chosen = chosen
-        self._hold = hold
-        self._identity = identity
-        self._spends: list[Spend] = []
-        self._again: list[Hold] = []
-        self._of_all: list[Decimal] = [] if of_all is None else of_all
-        """Dollars of each attempt."""
-
-    @property
-    def cost(self) -> Decimal:
-        return sum((spend.cost for spend in self._spends), Decimal(0))
-
-    def affords(self, candidate: Candidate) -> bool:
-        """Whether one more attempt keeps the request within its cap, whatever the provider makes of those before."""
-        if not self._of_all:
-            return True
-        most, name = cap(self._chosen.ask, self._open.rules)
-        lost, worst = sum(self._of_all, Decimal(0)), candidate.estimate.worst_case
-        if most is None or lost + worst <= most:
-            return True
-        log.info(
-            "%s is not asked again: attempts that failed may cost %s, and %s more would pass `%s` of %s",
-            candidate.model.name,
-            dollars(lost),
-            dollars(worst),
-            name,
-            dollars(most),
-        )
-        return False
-
-    async def attempt(
-        self,
-        candidate: Candidate,
-        at_worst: Callable[[Candidate], Awaitable[tuple[Usage, Decimal]]],
-        call: Callable[P, Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        note_asked(candidate.model)
-        if len(self._again) < len(self._spends):
-            await self._hold_again(self._spends[-1])
-        try:
-            return await call(*args, **kwargs)
-        except ProviderError as error:
-            if error.may_be_billed or isinstance(error, DimensionMismatch):
-                reported = error.usage
-                if reported is None:
-                    usage, amount = await at_worst(candidate)
-                else:
-                    usage, amount = reported, _cost(reported, candidate.model)
-                if amount:
-                    await to_the_end(self._charge(candidate, usage, amount))
-            raise
-        except asyncio.CancelledError:
-            # The caller left, and nobody will know what the provider makes of it: leaving is no way past a budget.
-            await to_the_end(self._charge_left(candidate, at_worst))
-            raise
-
-    async def charge(self, reply: Reply) -> None:
-        """Record a reply against what was held again, before that is freed. Settling it once more changes nothing."""
-        if self._again:
-            ledger = await self._open.ledger()
-            spend = spend_of(reply, identity=self._identity, at=self._open.now())
-            await to_the_end(ledger.charge(self._again[-1], spend))
-            await self.free()
-
-    async def free(self) -> None:
-        if self._again:
-            ledger = await self._open.ledger()
-            for hold in self._again:
-                await to_the_end(ledger.release(hold))
-            self._again.clear()
-            self._spends.clear()
-
-    async def _hold_again(self, lost: Spend) -> None:
-        amounts = {budget.name: lost.cost for budget in self._hold.budgets if budget.covers(lost.scope)}
-        ledger = await self._open.ledger()
-        budgets, ttl = self._hold.budgets, self._hold.ttl_seconds
-        at = self._open.now()
-        self._again.append(await ledger.reserve(budgets, amounts, at=at, ttl_seconds=ttl, scope=lost.scope))
-
-    async def _charge_left(
-        self, candidate: Candidate, at_worst: Callable[[Candidate], Awaitable[tuple[Usage, Decimal]]]
-    ) -> None:
-        usage, amount = await at_worst(candidate)
-        if amount:
-            await self._charge(candidate, usage, amount)
-
-    async def _charge(self, candidate: Candidate, usage: Usage, amount: Decimal) -> None:
-        spend = Spend(
-            id=f"{self._identity}!{len(self._spends) + 1}",
-            scope=self._chosen.ask.scope(candidate.model),
-            cost=amount,
-            estimated=candidate.estimate.expected,
-            usage=usage,
-            at=self._open.now(),
-        )
-        ledger = await self._open.ledger()
-        await ledger.charge(self._again[-1] if self._again else self._hold, spend)
-        note_charged(spend, lost=True)
-        self._spends.append(spend)
-        self._of_all.append(spend.cost)
 
 
 def _only_theirs(request: EmbedRequest, model: Model) -> str | None:
@@ -613,9 +493,3 @@ def _with_images(usage: Usage, request: ChatRequest, model: Model) -> Usage:
     if model.price is None or not model.price.per_image or not request.image_count:
         return usage
     return replace(usage, images=request.image_count)
-
-
-def _cost(usage: Usage, model: Model) -> Decimal:
-    if model.price is None:
-        raise ValueError(f"{model.name!r} was called though its price is unknown")
-    return cost(usage, model.price)

@@ -18,6 +18,7 @@ from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import CostRefused, LedgerError, NoCandidate
 from sekha.ledger import Budget, Hold, Scope, Spend, remaining
 from sekha.lineup import REMEMBERED, LineUp, line_up
+from sekha.pricing import Usage, cost
 from sekha.registry import Model
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan, cheapest, considered, explain, plan
@@ -25,7 +26,7 @@ from sekha.steps.counting import Counters
 from sekha.tokens import TokenizerName
 from sekha.vision import are_heavy
 
-__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "check_worst_case", "spend_of"]
+__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "check_worst_case", "cost_of", "spend_of"]
 
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
@@ -329,3 +330,10 @@ def spend_of(outcome: Reply | Embedded | RawEmbedded, *, identity: str, at: date
         usage=outcome.usage,
         at=at,
     )
+
+
+def cost_of(usage: Usage, model: Model) -> Decimal:
+    """Dollars for what a model was used for."""
+    if model.price is None:
+        raise ValueError(f"{model.name!r} was called though its price is unknown")
+    return cost(usage, model.price)
