@@ -33,7 +33,7 @@ from sekha.ledger import Budget
 from sekha.ledgers import open_leased
 from sekha.steps.counting import INLINE
 from tests.fixtures.full import room_for
-from tests.fixtures.gateway import config_for
+from tests.fixtures.gateway import config_for, wait_until
 from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
 from tests.fixtures.ways import (
     EMBED,
@@ -1047,7 +1047,7 @@ async def test_a_reader_who_is_slow_loses_nothing_of_a_stream_and_holds_it_up(tm
         await side.meet()
         caller = await slow_reader(side)
         caller.send(body_of(stream=True), side.way)
-        await asyncio.sleep(0.4)
+        await wait_until(lambda: side.went, seconds=10)
         went = [*side.went]
         side.seen.replies.append(await caller.reply())
         caller.leave()
@@ -1070,7 +1070,7 @@ async def test_a_reader_who_is_slow_and_leaves_pays_for_what_had_come(tmp_path: 
         await side.meet()
         caller = await slow_reader(side)
         caller.send(body_of(stream=True))
-        await asyncio.sleep(0.4)
+        await wait_until(lambda: side.went, seconds=10)
         caller.writer.transport.abort()
 
     assert side.went == ["handed over"]
