@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from sekha.ledger import Budget, Scope
-from sekha.pricing import Estimate, estimate_chat, estimate_embedding
+from sekha.pricing import LONGEST_REPLY, Estimate, estimate_chat, estimate_embedding
 from sekha.registry import TASKS, Model, Task
 from sekha.values import value
 from sekha.vision import Pictures
@@ -152,6 +152,8 @@ class Estimates:
     """Counter → what it made of the request."""
     usual: Mapping[str, int] = field(default_factory=dict)
     """`provider/model` → tokens of its usual reply, where it has a history."""
+    compared_at: int | None = None
+    """Tokens of reply by which prices are compared, since some of the models have a history."""
     rules: Rules = Rules()
     budgets: tuple[Budget, ...] = ()
     remaining: Mapping[str, Decimal] = field(default_factory=dict)
@@ -195,6 +197,18 @@ class Estimates:
 
     def left(self, budget: Budget) -> Decimal:
         return self.remaining.get(budget.name, budget.limit)
+
+    def compared(self, model: Model, estimate: Estimate) -> Decimal:
+        """Dollars by which its price is compared with others': those expected, but of a reply as long as anybody's.
+
+        By its own length whoever has a history of short replies would be cheaper than its equals, and would stay so.
+        """
+        length, price, size = self.compared_at, model.price, self.size
+        if length is None or price is None or size.ask.kind == "embedding":
+            return estimate.expected
+        length = min(length, size.reply_limit or model.max_output_tokens or LONGEST_REPLY)
+        each = price.at(estimate.input_tokens).tariff
+        return estimate.expected + (length * size.replies - estimate.output_tokens) * each.output * each.unit
 
     def priced(self, model: Model, most: Decimal | None, name: str) -> Estimate:
         """What one call to a model whose price is known costs, when it may cost `most`."""

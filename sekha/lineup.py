@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 __all__ = [
+    "OF_ONE_PROVIDER",
     "REMEMBERED",
     "SHORTLIST",
     "Entrant",
@@ -34,11 +35,14 @@ __all__ = [
     "incapable",
     "line_up",
     "preferred",
+    "spread",
     "unsure",
 ]
 
 SHORTLIST = 5
 """Candidates that a plan has at the most."""
+OF_ONE_PROVIDER = 2
+"""Of them at one provider, while there is another: what keeps one of its models from answering may keep all."""
 FORMS = 1_000
 """Forms of asks remembered with a registry; callers name models freely, so there may be very many."""
 REMEMBERED = 20_000
@@ -162,6 +166,22 @@ def drawn(models: Sequence[Model], conditions: Conditions) -> int:
         ]
     upto = list(accumulate(shares))
     return min(bisect_right(upto, conditions.draw * upto[-1]), len(upto) - 1)
+
+
+def spread(providers: Sequence[str], count: int) -> list[int]:
+    """Which of the models at these providers, best first, are the `count` that are asked: their positions.
+
+    The best, but of each provider `OF_ONE_PROVIDER` at the most where as many are found elsewhere.
+    """
+    if len(providers) <= count:
+        return [*range(len(providers))]
+    places: dict[str, int] = {}
+    chosen: list[int] = []
+    aside: list[int] = []
+    for at, provider in enumerate(providers):
+        places[provider] = places.get(provider, 0) + 1
+        (chosen if places[provider] <= OF_ONE_PROVIDER else aside).append(at)
+    return sorted((chosen + aside)[:count])
 
 
 # --- what holds for all asks of one form ---------------------------------------------------
@@ -363,8 +383,10 @@ class _Lengths(NamedTuple):
     """Without a history, `ASSUMED_REPLY`."""
     output: Numbers
     """What the replies cost when nothing but the models' own limits cuts them."""
+    compared: Numbers
+    """Lengths by which prices are compared where no request says otherwise."""
     ranked_output: Numbers
-    """The same, behind the group."""
+    """What replies of those lengths cost, behind the group."""
     longest: int
 
 
@@ -420,7 +442,7 @@ class _Field:
         for at, model in enumerate(models):
             self._at_provider.setdefault(model.provider_id, []).append(at)
         self._ways = _Once(self._ways_of)
-        self._lengths = _Once(self._lengths_of)
+        self._worked_out: tuple[Mapping[str, int], int | None, _Lengths] | None = None
         self._shares = _Once(self._shares_of)
         self._shut: tuple[frozenset[str], tuple[tuple[str, ...], ...], Numbers] | None = None
 
@@ -439,7 +461,7 @@ class _Field:
             key = self._each(tokens, way) * self._input
             key += lengths.ranked_output
         else:
-            replies = self._replies(size, lengths, self._each(at_most, way)) if chats else None
+            replies = self._compared(estimates, lengths, self._each(at_most, way)) if chats else None
             key = self._each(tokens, way) * self._input
             key += self._rank
             if replies is not None:
@@ -493,7 +515,7 @@ class _Field:
         chats = size.ask.kind == "chat"
         ways, way = self._ways(estimates.counters)
         counts = [estimates.counts[name] for name, _ in ways]
-        lengths = self._lengths(estimates.usual)
+        lengths = self._lengths(estimates)
         tokens = [each.tokens for each in counts]
         at_most = [each if exact else most_of(each) for each, (_, exact) in zip(tokens, ways, strict=True)]
         longest = (size.reply_limit or lengths.longest) * size.replies if chats else 0
@@ -509,6 +531,17 @@ class _Field:
     def _each(self, by_way: list[int], way: Numbers) -> Any:
         """A number for each entrant; one for all where they count alike."""
         return by_way[0] if len(by_way) == 1 else self._np.array(by_way).take(way)
+
+    def _compared(self, estimates: Estimates, lengths: _Lengths, at_most: Any) -> Numbers:
+        """What replies cost by which prices are compared, as `Estimates.compared` says."""
+        size = estimates.size
+        if estimates.compared_at is None:
+            return self._replies(size, lengths, at_most)
+        if size.reply_limit is not None:
+            alike: Numbers = self._output * (min(estimates.compared_at, size.reply_limit) * size.replies)
+            return alike
+        costs: Numbers = lengths.compared * self._output
+        return costs if size.replies == 1 else costs * size.replies
 
     def _replies(self, size: Size, lengths: _Lengths, at_most: Any) -> Numbers:
         """What the replies are expected to cost."""
@@ -534,27 +567,39 @@ class _Field:
         return worst
 
     def _in_order(self, key: Numbers, conditions: Conditions, count: int) -> list[int]:
-        """The positions of the lowest keys, by and by; the key is used up."""
-        found: list[int] = []
-        at = key.argmin()
-        while (lowest := key[at]) != _NEVER:
+        """The positions of the lowest keys, as `spread` takes them from the providers; the key is used up."""
+        found: list[tuple[int, int, int]] = []
+        providers: dict[str, int] = {}
+        aside: list[tuple[list[int], Numbers]] = []
+        drawn_among: set[int] = set()
+        while len(found) < count:
+            at = int(key.argmin())
+            lowest = int(key[at])
+            if lowest == _NEVER:
+                if not aside:
+                    break
+                # Nobody else is left.
+                for positions, keys in aside:
+                    key[positions] = keys
+                aside.clear()
+                continue
             key[at] = _NEVER
-            after = key.argmin()
-            if key[after] == lowest:
+            if lowest not in drawn_among and key[key.argmin()] == lowest:
+                drawn_among.add(lowest)
                 key[at] = lowest
-                equals = (key == lowest).nonzero()[0]
-                first = self._drawn(equals, conditions)
-                found.append(first)
-                found += [each for each in equals[: count + 1].tolist() if each != first]
-                if len(found) < count:
-                    key[equals] = _NEVER
-                    after = key.argmin()
-            else:
-                found.append(int(at))
-            if len(found) >= count:
+                at = self._drawn((key == lowest).nonzero()[0], conditions)
+                key[at] = _NEVER
+            found.append((lowest, len(found), at))
+            if len(found) == count:
                 break
-            at = after
-        return found[:count]
+            provider = self._entrants[at].model.provider_id
+            places = providers[provider] = providers.get(provider, 0) + 1
+            if places == OF_ONE_PROVIDER:
+                positions = self._at_provider[provider]
+                aside.append((positions, key[positions]))
+                key[positions] = _NEVER
+        found.sort()
+        return [at for _, _, at in found]
 
     def _drawn(self, equals: Numbers, conditions: Conditions) -> int:
         """What `drawn` draws, for a thousand at once: the position of one of the equals."""
@@ -591,13 +636,25 @@ class _Field:
         ways = {way: number for number, way in enumerate(dict.fromkeys(each))}
         return tuple(ways), self._np.array([ways[way] for way in each])
 
-    def _lengths_of(self, usual: Mapping[str, int]) -> _Lengths:
-        np = self._np
+    def _lengths(self, estimates: Estimates) -> _Lengths:
+        np, usual, compared_at = self._np, estimates.usual, estimates.compared_at
+        known = self._worked_out
+        if known is not None and known[0] is usual and known[1] == compared_at:
+            return known[2]
         seen = np.array([usual.get(entrant.name) or 0 for entrant in self._entrants])
         assumed = np.where(seen > 0, seen, ASSUMED_REPLY)
         cut = np.minimum(assumed, self._limit)
-        output = self._output * cut
-        return _Lengths(np.where(seen > 0, seen, _NEVER), assumed, output, output + self._rank, int(cut.max()))
+        compared = cut if compared_at is None else np.minimum(compared_at, self._limit)
+        lengths = _Lengths(
+            usual=np.where(seen > 0, seen, _NEVER),
+            assumed=assumed,
+            output=self._output * cut,
+            compared=compared,
+            ranked_output=self._output * compared + self._rank,
+            longest=int(max(cut.max(), compared.max())),
+        )
+        self._worked_out = usual, compared_at, lengths
+        return lengths
 
     def _shares_of(self, seconds: Mapping[str, float]) -> tuple[Numbers, Numbers, bool]:
         """Weight by latency, and the latency, no numbers where it is unknown; and whether all are known."""

@@ -24,6 +24,7 @@ from sekha.errors import (
 )
 from sekha.ledger import Budget, period_end
 from sekha.lineup import (
+    OF_ONE_PROVIDER,
     SHORTLIST,
     Entrant,
     LineUp,
@@ -34,6 +35,7 @@ from sekha.lineup import (
     incapable,
     line_up,
     preferred,
+    spread,
     unsure,
 )
 from sekha.pricing import Estimate
@@ -109,6 +111,8 @@ class Verdict:
     """Why it stands at its place, or what the rule says of it."""
     estimate: Estimate | None
     """None when its price is unknown, or it cannot do what is asked."""
+    compared: Decimal | None
+    """Dollars by which its price is compared with others'."""
     priority: int
     circuit: Literal["closed", "open"]
     throttled_seconds: float
@@ -143,8 +147,9 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
 
     Preferred or named models go first, then the lower priority, then the lower price when `cost_aware`.
     Of equals one is drawn to go first, by weight and latency. A plan names at most `SHORTLIST`
-    candidates, and one alone without `auto_fallback`; of all the others `explain` tells. Those whose
-    providers asked to be left alone are named only where nobody else is: their call waits its turn.
+    candidates, of one provider `OF_ONE_PROVIDER` where there are others, and one alone without
+    `auto_fallback`; of all the others `explain` tells. Those whose providers asked to be left alone are
+    named last, where there is room: their call waits its turn.
 
     Raises the refusal that helps most, by whichever rule dropped the model that came nearest to serving: what
     waiting mends; `CostRefused` or `BudgetExceeded` for the cheapest; `PromptTooLong`; `KeyNotAllowed` where a
@@ -152,13 +157,15 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     """
     count = SHORTLIST if estimates.rules.auto_fallback else 1
     lined_up = line_up(estimates.ask, registry)
-    candidates = _shortlisted(lined_up, estimates, conditions, count)
-    if not candidates and conditions.paused:
-        candidates = _shortlisted(lined_up, estimates, conditions._replace(paused={}), count)
-    if not candidates:
+    kept = _shortlisted(lined_up, estimates, conditions, count)
+    if conditions.paused and len(kept) < count:
+        anybody = _shortlisted(lined_up, estimates, conditions._replace(paused={}), count)
+        paused = [each for each in anybody if lined_up.entrants[each[2]].name in conditions.paused]
+        kept += paused[: count - len(kept)]
+    if not kept:
         awake = conditions._replace(paused={})
         raise _refusal([*_dropped(lined_up, estimates, awake)], estimates, registry, awake)
-    return Plan(ask=estimates.ask, candidates=candidates)
+    return Plan(ask=estimates.ask, candidates=_candidates(lined_up.entrants, kept, estimates.rules.cost_aware))
 
 
 def explain(estimates: Estimates, registry: Registry, conditions: Conditions = ANYTIME) -> Explanation:
@@ -175,16 +182,26 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             model.name: next(_objections(model, priced[model.name], estimates, conditions), None) for model in models
         }
 
-    objections = objected(conditions)
-    able = [model for model in models if objections[model.name] is None]
-    if not able and conditions.paused:
-        objections = objected(conditions._replace(paused={}))
-        able = [model for model in models if objections[model.name] is None]
-    ranked = list(_ranked(able, priced, registry, estimates, conditions))
     count = SHORTLIST if rules.auto_fallback else 1
-    for model, _ in ranked[count:]:
-        why = f"{count} others stand before it" if rules.auto_fallback else "`auto_fallback` is off"
-        objections[model.name] = ("fallback", why)
+
+    def chosen(objections: Mapping[str, object]) -> tuple[list[tuple[Model, int]], list[Model]]:
+        """Who is asked, with the number of its equals, and who could be."""
+        able = [model for model in models if objections[model.name] is None]
+        ranked = list(_ranked(able, priced, registry, estimates, conditions))
+        among = spread([model.provider_id for model, _ in ranked], count)
+        return [ranked[at] for at in among], [model for model, _ in ranked]
+
+    objections = objected(conditions)
+    first, able = chosen(objections)
+    if conditions.paused and len(first) < count:
+        awake = objected(conditions._replace(paused={}))
+        paused = [each for each in chosen(awake)[0] if each[0].name in conditions.paused][: count - len(first)]
+        first += paused
+        objections |= {model.name: None for model, _ in paused}
+    asked_for = [model for model, _ in first]
+    for model in able:
+        if model not in asked_for:
+            objections[model.name] = ("fallback", _behind(model, asked_for, rules))
 
     def verdict(model: Model, place: int | None, equals: int) -> Verdict:
         objection = objections[model.name]
@@ -194,7 +211,8 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             place=place,
             rule=None if objection is None else objection[0],
             why=_reason(estimates, registry, model, place or 1) if objection is None else objection[1],
-            estimate=priced[model.name],
+            estimate=(estimate := priced[model.name]),
+            compared=None if estimate is None else estimates.compared(model, estimate),
             priority=registry.provider_of(model).priority,
             circuit="open" if model.name in conditions.open_circuits else "closed",
             throttled_seconds=max(
@@ -205,7 +223,7 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             budgets={each.name: estimates.left(each) for each in estimates.budgets if each.covers(scope)},
         )
 
-    asked = [verdict(model, place, equals) for place, (model, equals) in enumerate(ranked[:count], 1)]
+    asked = [verdict(model, place, equals) for place, (model, equals) in enumerate(first, 1)]
     left_out = [verdict(model, None, 0) for model in models if objections[model.name] is not None]
     refusal = None
     if not asked:
@@ -234,7 +252,7 @@ def cheapest(
 # --- quickly -------------------------------------------------------------------------------
 
 
-def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions, count: int) -> tuple[Candidate, ...]:
+def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions, count: int) -> list[_Kept]:
     entrants = lined_up.entrants
     most, within = lined_up.caps(estimates)
     cost_aware = estimates.rules.cost_aware
@@ -246,7 +264,7 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
             for at in best:
                 model, name, group, _, _ = entrants[at]
                 chosen.append((group, _ANY, at, estimates.priced(model, cap_at(at, most, within), name)))
-            return _candidates(entrants, chosen, cost_aware)
+            return chosen
     open_circuits, throttled, _, _, paused = conditions
     kept: list[_Kept] = []
     for at, (model, name, group, _, _) in enumerate(entrants):
@@ -260,12 +278,15 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
             continue
         if model.context_window and estimate.context_tokens > model.context_window:
             continue
-        kept.append((group, estimate.expected if cost_aware else _ANY, at, estimate))
+        kept.append((group, estimates.compared(model, estimate) if cost_aware else _ANY, at, estimate))
     if len(kept) > 1:
         kept.sort()
         _draw_among_equals(kept, entrants, conditions)
-        del kept[count:]
-    return _candidates(entrants, kept, cost_aware)
+        if len(kept) > count:
+            kept = [
+                kept[at] for at in spread([entrants[position].model.provider_id for _, _, position, _ in kept], count)
+            ]
+    return kept
 
 
 def _draw_among_equals(kept: list[_Kept], entrants: Sequence[Entrant], conditions: Conditions) -> None:
@@ -357,13 +378,24 @@ def _ranked(
 
     def rank(model: Model) -> tuple[bool, int, str, Decimal]:
         estimate = priced[model.name]
-        price = estimate.expected if estimate is not None and estimates.rules.cost_aware else _ANY
+        price = _ANY
+        if estimate is not None and estimates.rules.cost_aware:
+            price = estimates.compared(model, estimate)
         return (model not in first, registry.provider_of(model).priority, unsure(ask, model), price)
 
     for _, same in groupby(sorted(able, key=rank), key=rank):
         equals = list(same)
         chosen = equals.pop(drawn(equals, conditions))
         yield from ((model, len(equals) + 1) for model in (chosen, *equals))
+
+
+def _behind(model: Model, asked: Sequence[Model], rules: Rules) -> str:
+    """Why one that could serve is not asked."""
+    if not rules.auto_fallback:
+        return "`auto_fallback` is off"
+    if sum(each.provider_id == model.provider_id for each in asked) >= OF_ONE_PROVIDER:
+        return f"{OF_ONE_PROVIDER} others of its provider stand before it, and {SHORTLIST} in all are asked"
+    return f"{len(asked)} others stand before it"
 
 
 def _reason(estimates: Estimates, registry: Registry, model: Model, place: int) -> str:

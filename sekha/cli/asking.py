@@ -224,6 +224,7 @@ def _facts(verdict: Verdict) -> dict[str, Any]:
         "provider_id": model.provider_id,
         "model_id": model.id,
         "estimate": None if verdict.estimate is None else verdict.estimate._asdict(),
+        "compared_cost": verdict.compared,
         "priority": verdict.priority,
         "weight": model.weight,
         "circuit": verdict.circuit,

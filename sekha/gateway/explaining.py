@@ -104,6 +104,7 @@ def _candidate(verdict: Verdict, registry: Registry) -> dict[str, object]:
         and {
             "estimated_cost": float(estimate.expected),
             "worst_case_cost": float(estimate.worst_case),
+            "compared_cost": None if verdict.compared is None else float(verdict.compared),
             "input_tokens": estimate.input_tokens,
             "output_tokens": estimate.output_tokens,
             "reply_length": estimate.basis,

@@ -286,6 +286,9 @@ _CANDIDATE = _object(
                 {
                     "estimated_cost": _DOLLARS,
                     "worst_case_cost": _DOLLARS,
+                    "compared_cost": _says(
+                        _DOLLARS, "By which it is ordered: expected, but with a reply as long as anybody's."
+                    ),
                     "input_tokens": _COUNT,
                     "output_tokens": _COUNT,
                     "reply_length": _says(_TEXT, "What the expected length of the reply was taken from."),

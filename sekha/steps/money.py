@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
+from statistics import median_low
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -99,6 +100,7 @@ class Money:
             counters=counters,
             counts=counts,
             usual=usual,
+            compared_at=self._usual.middle if usual else None,
             rules=resources.rules,
             budgets=resources.budgets,
             remaining=left,
@@ -116,6 +118,7 @@ class Money:
             counters=self._counters.of_words,
             counts=counts,
             usual=self._usual.known() if size.ask.kind == "chat" else {},
+            compared_at=self._usual.middle if size.ask.kind == "chat" else None,
             rules=resources.rules,
             budgets=resources.budgets,
         )
@@ -258,6 +261,8 @@ class UsualReplies:
 
         Never changed, but replaced: estimates that were made keep what they saw.
         """
+        self.middle: int | None = None
+        """The median of them; None where nobody has a history."""
         self._models: dict[str, tuple[str, str]] = {}
         self._read: WeakSet[LineUp] = WeakSet()
         self._reading = asyncio.Lock()
@@ -287,7 +292,7 @@ class UsualReplies:
                 if entrant.name not in self._models and entrant.model.price and entrant.model.price.output
             }
             if new:
-                self.tokens = {**self.tokens, **await self._ask(new)}
+                self._learn(await self._ask(new))
             if not self._models:
                 self._refreshed = self._open.clock.now()
             self._models |= new
@@ -297,12 +302,16 @@ class UsualReplies:
         try:
             tokens = await self._ask(self._models)
             if tokens.items() - self.tokens.items():
-                self.tokens = {**self.tokens, **tokens}
+                self._learn(tokens)
         except LedgerError as error:
             log.warning("How long replies usually are could not be read again: %s", error)
         finally:
             self._refreshed = self._open.clock.now()
             self._refreshing = None
+
+    def _learn(self, tokens: Mapping[str, int]) -> None:
+        self.tokens = {**self.tokens, **tokens}
+        self.middle = median_low(self.tokens.values()) if self.tokens else None
 
     async def _ask(self, models: Mapping[str, tuple[str, str]]) -> dict[str, int]:
         ledger = await self._open.ledger()

@@ -169,6 +169,23 @@ async def test_a_ledger_that_is_down_leaves_the_history_as_it_was(
     assert (await estimate(running)).output_tokens == 70
 
 
+async def test_a_history_makes_nobody_cheaper_than_its_equals(tmp_path: Path, ledger: Asked, wound: Wound) -> None:
+    equals = [f"{{model_id: gpt-4o, task: chat_small, {PRICE}}}"]
+    file = tmp_path / "sekha.yaml"
+    file.write_text(f"providers:\n{provider('here', *equals)}\n{provider('new', *equals)}\n", "utf-8")
+    await replies_of(ledger, 7)
+    drawn = iter([0.2, 0.7])
+    clock = replace(wound.clock(), random=lambda: next(drawn))
+    resources = Resources(load(str(file)), clock=clock, now=lambda: NOW, ledger=ledger)  # type: ignore[arg-type]
+
+    async with Runtime(resources) as opened:
+        first, second = await opened.route(HELLO), await opened.route(HELLO)
+
+    assert [each.first.model.provider_id for each in (first, second)] == ["here", "new"]
+    estimates = {each.model.provider_id: each.estimate.output_tokens for each in first.candidates}
+    assert estimates == {"here": 7, "new": 512}
+
+
 async def test_closing_does_not_wait_for_a_history(running: Runtime, ledger: Asked, wound: Wound) -> None:
     await estimate(running)
     wound.now += UsualReplies.REFRESH_SECONDS + 1

@@ -302,11 +302,47 @@ def test_a_model_whose_provider_limits_us_is_passed_by_for_as_long_as_it_asked()
     known = registry(model("a/m"), model("a/n"), model("b/m"))
     paused = Conditions(paused={"a/m": 2.5})
 
-    assert order(route(CHAT, known, paused)) == ["a/n", "b/m"]
-    explained = explain(estimates(CHAT, known.models), known, paused)
-    [dropped] = explained.dropped
+    assert order(route(CHAT, known, paused)) == ["a/n", "b/m", "a/m"]
+    last = explain(estimates(CHAT, known.models), known, paused).kept[-1]
+    assert (last.model.name, last.throttled_seconds) == ("a/m", 2.5)
+
+
+def test_a_model_whose_provider_limits_us_takes_nobodys_place() -> None:
+    others = [model(f"{provider}/m") for provider in "bcdef"]
+    known = registry(model("a/m"), *others)
+    paused = Conditions(paused={"a/m": 2.5})
+
+    assert order(route(CHAT, known, paused)) == [each.name for each in others]
+    [dropped] = explain(estimates(CHAT, known.models), known, paused).dropped
     assert (dropped.rule, dropped.throttled_seconds) == ("rate", 2.5)
     assert dropped.why == "its provider limits us (429), and asked to be left alone for 3 s more"
+
+
+def test_a_provider_of_many_models_leaves_room_for_the_others() -> None:
+    many = [model(f"a/{name}") for name in "lmnopq"]
+
+    known = registry(*many, model("b/m"), priority={"a": 1, "b": 2})
+    assert order(route(CHAT, known)) == ["a/l", "a/m", "a/n", "a/o", "b/m"]
+    dropped = {each.model.name: each.why for each in explain(estimates(CHAT, known.models), known).dropped}
+    assert dropped == dict.fromkeys(["a/p", "a/q"], "2 others of its provider stand before it, and 5 in all are asked")
+
+    others = [model(f"{provider}/{name}") for provider in "bc" for name in "lmn"]
+    known = registry(*many, *others, priority={"a": 1, "b": 2, "c": 3})
+    assert order(route(CHAT, known)) == ["a/l", "a/m", "b/l", "b/m", "c/l"]
+
+
+def test_prices_are_compared_at_one_length_of_reply_whoever_has_a_history() -> None:
+    each = Price(input=Decimal(1), output=Decimal(10))
+    half = replace(each, output=Decimal(5))
+    known = registry(model("a/m", price=each), model("b/m", price=each), model("c/m", price=half))
+    made = replace(estimates(CHAT, known.models), usual={"a/m": 50}, compared_at=50)
+
+    assert order(plan(made, known, Conditions(draw=0.0))) == ["c/m", "a/m", "b/m"]
+    assert order(plan(made, known, Conditions(draw=0.9))) == ["c/m", "b/m", "a/m"]
+    kept = explain(made, known).kept
+    assert [verdict.compared for verdict in kept] == [Decimal(amount) / 1_000_000 for amount in (350, 600, 600)]
+    expected = [verdict.estimate.expected for verdict in kept if verdict.estimate is not None]
+    assert expected[1] < expected[0]
 
 
 def test_where_only_models_that_are_left_alone_could_serve_they_are_asked_when_that_is_over() -> None:
@@ -744,6 +780,7 @@ def decisions(draw: st.DrawFn) -> tuple[Estimates, Registry, Conditions]:
         counters={name: draw(tokenizers) for name in ["m", "n", "o", "gpt"]},
         counts={name: Count(draw(st.integers(0, 300)), draw(st.integers(0, 300))) for name in ("one", "two")},
         usual=draw(st.dictionaries(some, st.integers(1, 3000), max_size=4)),
+        compared_at=draw(st.none() | st.integers(1, 3000)),
         rules=draw(rules),
         budgets=budgets,
         remaining={budget.name: draw(amounts | tiny) for budget in budgets if draw(st.booleans())},

@@ -149,7 +149,7 @@ async def test_who_said_how_long_to_wait_is_left_alone_by_the_requests_after_it(
     assert [answer.json()["sekha"]["attempts"] for answer in answers] == [2, 1, 1]
     assert len(chats) == 1
     passed = next(each for each in route["candidates"] if each["provider_id"] == "first")
-    assert (passed["place"], passed["rule"]) == (None, "rate")
+    assert (passed["place"], passed["rule"]) == (2, None)
     assert 50 < passed["throttled_seconds"] <= 60
     first = next(each for each in health["providers"] if each["provider_id"] == "first")
     assert first["status"] == "degraded"
@@ -173,6 +173,21 @@ async def test_where_there_is_no_other_the_next_request_waits_what_is_left_and_a
     assert second.json()["sekha"]["attempts"] == 1
     assert 0.9 <= seconds < 1.8
     assert len(standin.requests) == 4
+
+
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_who_is_left_alone_is_asked_when_that_is_over_and_the_others_failed(
+    gateway: Opens, as_served: bool
+) -> None:
+    async with StandIn() as one, StandIn() as two, gateway(one, two, rounds=3, as_served=as_served) as served:
+        await served.chat(model="chat")
+        one.fail(429, retry_after=2)
+        await served.chat(model="chat")
+        two.fail(500, times=None)
+        answer = await served.chat(model="chat")
+
+    assert answer.headers["x-sekha-provider"] == "first"
+    assert answer.json()["sekha"]["attempts"] == 4
 
 
 async def test_who_is_left_alone_for_longer_than_a_request_may_take_is_a_429_at_once(gateway: Opens) -> None:
