@@ -124,7 +124,7 @@ def formula_of(model: str) -> Formula:
     https://ai.google.dev/gemini-api/docs/tokens
     https://ai.google.dev/gemini-api/docs/media-resolution
     """
-    name = model.rpartition("/")[2]
+    name = model.rpartition("/")[2].removeprefix("ft:")  # fine-tuned, a model sees as it did before
     if "claude" in name:
         standard = any(family in name.replace(".", "-") for family in _CLAUDE_STANDARD)
         return _Claude(1568, 1568) if standard else _Claude(2576, 4784)

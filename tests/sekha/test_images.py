@@ -108,6 +108,8 @@ def test_a_data_url_that_is_not_base64_is_refused(url: str) -> None:
         ("gpt-4o", 512, 512, "auto", 255),
         ("gpt-4o-mini", 512, 512, "high", 2833 + 5667),
         ("openai/gpt-5", 1024, 1024, "high", 630),
+        ("ft:gpt-4o-mini-2024-07-18:acme::abc", 1024, 1024, "high", 2833 + 4 * 5667),
+        ("openai/ft:gpt-4.1-mini-2025-04-14:acme::abc", 1024, 1024, "high", 1659),
         ("gpt-5.5", 2560, 1440, "high", 2931),
         ("gpt-5.5", 4032, 3024, "auto", 11868),
         # Patches of 28 pixels.
