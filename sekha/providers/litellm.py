@@ -405,6 +405,7 @@ def litellm_module() -> Any:
     # What it does not know it calls `stop`, as if the answer were whole.
     core_helpers._FINISH_REASON_MAP.setdefault("model_context_window_exceeded", "length")
     _note_what_leaves()
+    _need_no_usage()
     return litellm
 
 
@@ -418,6 +419,30 @@ def _note_what_leaves() -> None:
 
     for client in (httpx.AsyncClient, httpx.Client):
         setattr(client, "send", _noting(client.send))  # noqa: B010 - a method, which MyPy holds to be fixed
+
+
+def _need_no_usage() -> None:
+    """Have an answer of Anthropic's protocol read that reports no usage, or null: LiteLLM takes it for broken.
+
+    It counts none then, and zeros are no report.
+    """
+    from litellm.llms.anthropic.chat.handler import ModelResponseIterator
+    from litellm.llms.anthropic.chat.transformation import AnthropicConfig
+
+    of_answer, of_event = AnthropicConfig.transform_parsed_response, ModelResponseIterator._handle_usage
+
+    @wraps(of_answer)
+    def read(self: Any, completion_response: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(completion_response, dict) and not isinstance(completion_response.get("usage"), dict):
+            completion_response = completion_response | {"usage": {}}
+        return of_answer(self, completion_response, *args, **kwargs)
+
+    @wraps(of_event)
+    def count(self: Any, anthropic_usage_chunk: Any) -> Any:
+        return of_event(self, anthropic_usage_chunk) if isinstance(anthropic_usage_chunk, dict) else None
+
+    setattr(AnthropicConfig, "transform_parsed_response", read)  # noqa: B010 - as above
+    setattr(ModelResponseIterator, "_handle_usage", count)  # noqa: B010
 
 
 def _noting(send: Callable[..., Any]) -> Callable[..., Any]:

@@ -547,7 +547,7 @@ async def test_tokens_written_to_the_cache_are_part_of_the_input(subject: Subjec
     assert pieces[-1].usage == reply.usage
 
 
-@every("openai", "ollama", "openrouter")
+@every(*REMOTE)
 async def test_usage_that_was_not_reported_is_none(subject: Subject) -> None:
     subject.standin.omit_usage(times=2)
 

@@ -102,3 +102,20 @@ async def test_a_full_context_is_a_length_at_anthropic() -> None:
     finished = [choice["finish_reason"] for chunk in chunks for choice in chunk.body["choices"]]
     assert whole.finish_reason == "length"
     assert [reason for reason in finished if reason] == ["length"]
+
+
+async def test_null_for_the_usage_is_none_at_anthropic() -> None:
+    body = {"id": "m", "type": "message", "role": "assistant", "model": "c", "stop_reason": "end_turn"}
+    body |= {"content": [{"type": "text", "text": "Hi"}], "usage": None}
+    begun = started()
+    begun[0]["message"]["usage"] = None
+    ending = stopped("end_turn")
+    ending[1]["usage"] = None
+
+    async with answering("anthropic", body) as provider:
+        whole = await provider.complete(call("anthropic"))
+    chunks = await streamed("anthropic", *begun, *ending)
+
+    assert (whole.text, whole.usage) == ("Hi", None)
+    assert "".join(chunk.text for chunk in chunks) == "Hi"
+    assert {chunk.usage for chunk in chunks} == {None}
