@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from sekha.ledger import Budget, Scope
-from sekha.pricing import LONGEST_REPLY, Estimate, estimate_chat, estimate_embedding
+from sekha.pricing import ASSUMED_REPLY, LONGEST_REPLY, Estimate, estimate_chat, estimate_embedding
 from sekha.registry import TASKS, Model, Task
 from sekha.values import value
 from sekha.vision import Pictures
@@ -138,6 +138,8 @@ class Size(NamedTuple):
     writes_cache: bool = False
     unbounded: str | None = None
     """What in it nobody can count but its provider: at the worst it fills the context window."""
+    thinking: int = 0
+    """Tokens that a reply is to think for, at a model that is told a number of them."""
 
 
 # It goes from step to step, and what does is a dataclass: Prefect takes a tuple for several values.
@@ -218,7 +220,7 @@ class Estimates:
         counter, exact = self.counters[model.id]
         tokens, longest = self.counts[counter]
         exact = exact or price.is_free
-        ask, images, replies, reply_limit, writes_cache, unbounded = self.size
+        ask, images, replies, reply_limit, writes_cache, unbounded, thinking = self.size
         if ask.kind == "embedding":
             return estimate_embedding(price, input_tokens=tokens, longest=longest, exact=exact)
         # In the order of its parameters: by their names the call takes half as long again.
@@ -235,4 +237,6 @@ class Estimates:
             replies,
             writes_cache,
             unbounded is None,
+            # A limit that is no longer than the thoughts is refused, and one that ends with them leaves no answer.
+            thinking + ASSUMED_REPLY if thinking and model.thinks_by_number else 0,
         )

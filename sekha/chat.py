@@ -33,6 +33,7 @@ __all__ = [
     "answer",
     "carried_out",
     "stream",
+    "thinking_of",
     "with_reply_limit",
 ]
 
@@ -40,6 +41,8 @@ REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
 """OpenAI's two names for the longest reply, the old and the new."""
 MOST_TOKENS = 10**9
 """That a reply may be limited to, or replies asked for: more than any model says, and few enough to be multiplied."""
+_THOUGHTS = {"minimal": 1024, "low": 1024, "medium": 2048, "high": 4096, "xhigh": 8192, "max": 16384}
+"""Tokens that LiteLLM has a model think for at each `reasoning_effort`, where that is told a number of them."""
 ORDINARY_TIERS = (None, "auto", "default", "flex", "standard_only")
 """Service tiers that cost no more than the price map says."""
 ORDINARY_TTLS = (None, "5m")
@@ -121,6 +124,11 @@ class ChatRequest:
     def replies(self) -> int:
         """How many replies the caller wants, and pays for."""
         return int(self.options.get("n") or 1)
+
+    @property
+    def thinking(self) -> int:
+        """Tokens that the reply is to think for, at a model that is told a number of them; 0 for none."""
+        return thinking_of(self.options) if self.options else 0
 
     @property
     def writes_cache(self) -> bool:
@@ -268,6 +276,15 @@ def _is_heard(file: object) -> bool:
 def _check_count(name: str, value: object) -> None:
     if type(value) is not int or not 1 <= value <= MOST_TOKENS:
         raise InvalidRequest(f"`{name}` is {value!r}; it must be a whole number, 1 to {MOST_TOKENS:,}.", field=name)
+
+
+def thinking_of(given: Mapping[str, Any]) -> int:
+    """What `ChatRequest.thinking` says of these options."""
+    effort, thinking = given.get("reasoning_effort"), given.get("thinking")
+    tokens = _THOUGHTS.get(effort, 0) if isinstance(effort, str) else 0
+    if isinstance(thinking, Mapping) and type(number := thinking.get("budget_tokens")) is int:
+        tokens = max(tokens, min(number, MOST_TOKENS))
+    return tokens
 
 
 def with_reply_limit(given: Mapping[str, Any], limit: int | None) -> dict[str, Any]:

@@ -284,7 +284,7 @@ class LineUp:
     def best(
         self, estimates: Estimates, most: Decimal | None, within: Within, conditions: Conditions, count: int
     ) -> list[int] | None:
-        """The positions of the first `count` that may serve, best first; None where machine words are too short."""
+        """The positions of the first `count` that may serve, best first; None as of `_Field._measured`."""
         return self._field.best(estimates, most, within, conditions, count)
 
     def rules(
@@ -436,6 +436,7 @@ class _Field:
         self._window = np.array([model.context_window or _NEVER for model in models])
         self._slack = int((self._window - self._limit).min())
         self._smallest_window = int(self._window.min())
+        self._thinks_by_number = any(model.thinks_by_number for model in models)
         self._weight = np.array([model.weight for model in models])
         self._position = {entrant.name: at for at, entrant in enumerate(entrants)}
         self._at_provider: dict[str, list[int]] = {}
@@ -510,8 +511,13 @@ class _Field:
         return [at for name in names if (at := self._position.get(name)) is not None]
 
     def _measured(self, estimates: Estimates) -> _Measured | None:
-        """What a request is at each of the entrants; None where machine words are too short for what it costs."""
+        """What a request is at each of the entrants.
+
+        None where machine words are too short for what it costs, or some have to think for so many tokens first.
+        """
         size = estimates.size
+        if size.thinking and self._thinks_by_number:
+            return None
         chats = size.ask.kind == "chat"
         ways, way = self._ways(estimates.counters)
         counts = [estimates.counts[name] for name, _ in ways]

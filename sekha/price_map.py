@@ -39,6 +39,9 @@ class ModelLimits:
     vision: bool = False
     audio: bool | None = None
     function_calling: bool | None = None
+    reasoning: bool = False
+    adaptive_thinking: bool = False
+    """Whether it decides itself for how long it thinks."""
 
 
 class PriceMap:
@@ -77,6 +80,8 @@ class PriceMap:
             vision=bool(entry.get("supports_vision")),
             audio=_flag(entry.get("supports_audio_input")),
             function_calling=_flag(entry.get("supports_function_calling")),
+            reasoning=bool(entry.get("supports_reasoning")),
+            adaptive_thinking=bool(entry.get("supports_adaptive_thinking")),
         )
 
     def _find(self, kind: ProviderKind, model_id: str) -> Mapping[str, Any] | None:

@@ -168,15 +168,16 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
     replies: int = 1,
     writes_cache: bool = False,
     bounded: bool = True,
+    least: int = 0,
 ) -> Estimate:
     """Price a chat before it is made.
 
     `requested` is the caller's `max_tokens`, `replies` how many answers are wanted (`n`), `usual` the
     length of this model's replies so far, and `cap` the dollars that this call may cost. Under a cap,
     a reply whose length nobody limited is limited to what the cap affords, so that the call cannot
-    pass it. The worst case counts input that is not `exact` as `INEXACT` times as long, and all of it
-    as written to the provider's cache when the request `writes_cache`. Input that is not `bounded` is at
-    the worst all that fits the context window.
+    pass it, but to no less than `least`, below which it would be refused. The worst case counts input
+    that is not `exact` as `INEXACT` times as long, and all of it as written to the provider's cache when
+    the request `writes_cache`. Input that is not `bounded` is at the worst all that fits the context window.
     """
     most = input_tokens if exact else most_of(input_tokens)
     if not bounded and context_window and most < context_window:
@@ -198,6 +199,7 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
         images,
         replies,
         writes_cache,
+        least,
     )
     context_tokens = input_tokens + (requested or 0)
     return Estimate(expected * now.unit, worst * then.unit, input_tokens, length, context_tokens, limit, basis)
@@ -216,6 +218,7 @@ def chat_units(  # noqa: PLR0917 - as above
     images: int = 0,
     replies: int = 1,
     writes_cache: bool = False,
+    least: int = 0,
 ) -> ChatUnits:
     """What `estimate_chat` says, in whole numbers: expected at the tariff `now`, at the worst by `then`.
 
@@ -231,7 +234,7 @@ def chat_units(  # noqa: PLR0917 - as above
         longest = requested  # sent as the caller's own `max_tokens`, so no limit of ours is needed
     else:
         basis = "history" if usual else "assumed"
-        longest = model_limit or LONGEST_REPLY
+        longest = model_limit or (LONGEST_REPLY if least < LONGEST_REPLY else least)
         if context_window and context_window - most < longest:
             # Providers refuse a `max_tokens` that would not fit behind the input.
             longest = max(context_window - most, 1)
@@ -241,7 +244,7 @@ def chat_units(  # noqa: PLR0917 - as above
             limit = longest
             if cap is not None and at_most + longest * each_at_most > cap:
                 # A limit below the usual length would not save the request but mutilate its reply.
-                longest = limit = max((cap - at_most) // each_at_most, length)
+                longest = limit = max((cap - at_most) // each_at_most, length, min(least, longest))
     length *= replies
     return ChatUnits(
         input_tokens * now.input + images * now.image + length * now.output,

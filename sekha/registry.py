@@ -17,7 +17,7 @@ from sekha.vision import Scheme, schemes_of
 
 if TYPE_CHECKING:
     from sekha.config import Config, ModelSection, ProviderSection, VisionCapabilities
-    from sekha.price_map import PriceMap
+    from sekha.price_map import ModelLimits, PriceMap
 
 __all__ = [
     "CHAT_TASKS",
@@ -78,6 +78,8 @@ class Model:
     function_calling: bool | None = None
     """Whether it calls tools; None where nobody says."""
     vision_limits: VisionLimits = VisionLimits()
+    thinks_by_number: bool = False
+    """Whether a `reasoning_effort` is so many tokens to it, for which its reply's limit must have room."""
     weight: int = 1
     price: Price | None = None
 
@@ -279,6 +281,7 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
         function_calling=_said(
             (entry.supports_function_calling for entry in same), known.function_calling if known else None
         ),
+        thinks_by_number=_thinks_by_number(section.provider_type, first.model_id, known),
         vision_limits=_vision_limits(sees, schemes_of(section.provider_type, first.model_id)),
         weight=max(entry.weight for entry in same),
         price=price_of(
@@ -307,6 +310,13 @@ def _vision_limits(declared: VisionCapabilities | None, schemes: tuple[Scheme, .
     if declared is None:
         return VisionLimits(url_schemes=schemes)
     return VisionLimits(declared.max_images, declared.max_image_size_mb, declared.supported_formats, schemes)
+
+
+def _thinks_by_number(kind: ProviderKind, model_id: str, known: ModelLimits | None) -> bool:
+    """Claude before 4.6, as LiteLLM asks it; what the map does not know is taken for one of those."""
+    if not (kind == "anthropic" or (kind == "litellm" and "claude" in model_id)):
+        return False
+    return known is None or (known.reasoning and not known.adaptive_thinking)
 
 
 def _said(entries: Iterable[bool | None], mapped: bool | None) -> bool | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import orjson
 
 from sekha.asks import Ask, Size
-from sekha.chat import MOST_TOKENS, REPLY_LIMITS
+from sekha.chat import MOST_TOKENS, REPLY_LIMITS, thinking_of
 from sekha.errors import SekhaError
 from sekha.gateway.begun import BegunAnswer, BegunStream
 from sekha.gateway.begun_embeddings import BegunEmbedding
@@ -105,7 +105,8 @@ class Shortcut:
             tokens = counted
         else:
             counts = found.count(lambda tokenizer: count_plain(messages, tokenizer, most=INLINE))
-            fork = None if counts is None else found.fork(Size(found.ask, reply_limit=requested), counts)
+            size_of = Size(found.ask, reply_limit=requested, thinking=thinking_of(given))
+            fork = None if counts is None else found.fork(size_of, counts)
             if fork is None:
                 return False
             lane, tokens = fork.lane, fork.plan.first.estimate.input_tokens

@@ -90,7 +90,15 @@ class Money:
                 names = known.lined_up.counter_names(counters)
             short = self._counters.count_short(request, names)
             counts = await self._counters.count_long(request, names) if short is None else short
-            size = Size(ask, images, request.replies, request.reply_limit, request.writes_cache, request.unbounded)
+            size = Size(
+                ask,
+                images,
+                request.replies,
+                request.reply_limit,
+                request.writes_cache,
+                request.unbounded,
+                request.thinking,
+            )
         else:
             counters = self._counters.of_words
             counts = await self._counters.count_texts(request.texts, known.counters)

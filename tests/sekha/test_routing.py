@@ -697,6 +697,7 @@ def models(draw: st.DrawFn, name: str) -> Model:
         function_calling=draw(st.sampled_from([None, True, False])),
         context_window=draw(st.none() | st.integers(1, 600)),
         max_output_tokens=draw(st.none() | st.sampled_from([1, 100, 1000])),
+        thinks_by_number=draw(st.booleans()),
         weight=draw(st.integers(1, 3)),
         price=draw(st.none() | st.just(FREE) | prices | prices | prices),
     )
@@ -776,6 +777,7 @@ def decisions(draw: st.DrawFn) -> tuple[Estimates, Registry, Conditions]:
             reply_limit=draw(st.none() | st.integers(1, 2000)),
             writes_cache=draw(st.booleans()),
             unbounded=draw(st.none() | st.none() | st.just("file")),
+            thinking=draw(st.sampled_from([0, 0, 1024, 4096])),
         ),
         counters={name: draw(tokenizers) for name in ["m", "n", "o", "gpt"]},
         counts={name: Count(draw(st.integers(0, 300)), draw(st.integers(0, 300))) for name in ("one", "two")},

@@ -454,3 +454,58 @@ async def test_where_every_providers_limits_are_reached_the_caller_is_told_when_
     assert (second.status_code, second.json()["error"]["code"]) == (429, "limits_reached")
     assert 1 <= int(second.headers["retry-after"]) <= 61
     assert second.headers["x-should-retry"] == "true"
+
+
+THINKER = """
+providers:
+  - id: first
+    provider_type: anthropic
+    base_url: {url}
+    priority: 1
+    models:
+      - model_id: claude-sonnet-4-5
+        task: chat_small
+        price: {{input_per_million: 3, output_per_million: 15}}
+"""
+CHEAP = """
+  - id: second
+    provider_type: openai
+    base_url: {url}
+    priority: 2
+    models:
+      - model_id: gpt-4o-mini
+        task: chat_small
+        price: {{input_per_million: 0.1, output_per_million: 0.2}}
+"""
+
+
+@pytest.mark.parametrize(("effort", "thoughts"), [("low", 1024), ("high", 4096)])
+@pytest.mark.parametrize("limit", ["max_cost", "max_cost_per_request"])
+async def test_a_cap_refuses_the_thoughts_that_it_does_not_afford(
+    gateway: Opens, effort: str, thoughts: int, limit: str
+) -> None:
+    too_little, enough = (thoughts + 1) * 15e-6, (thoughts + 1024) * 15e-6
+    asked: dict[str, Any] = {"model": "claude-sonnet-4-5", "reasoning_effort": effort}
+    async with StandIn() as one, StandIn() as two:
+        answers = {}
+        for cap in (too_little, enough):
+            config = THINKER.format(url=one.anthropic_url) + CHEAP.format(url=two.openai_url)
+            config += f"routing: {{max_cost_per_request: {cap}}}\n" if limit == "max_cost_per_request" else ""
+            async with gateway(config=config) as served:
+                answers[cap] = await served.chat(**asked, **({"max_cost": cap} if limit == "max_cost" else {}))
+
+    refused = answers[too_little].json()["error"]
+    assert (answers[too_little].status_code, refused["code"]) == (402, "cost_refused")
+    assert refused["cheapest"]["model"] == "second/gpt-4o-mini"
+    assert answers[enough].status_code == 200
+    (sent,) = one.requests
+    assert sent.json["thinking"]["budget_tokens"] == thoughts
+    assert thoughts < sent.json["max_tokens"] <= thoughts + 1024
+
+
+async def test_a_cap_leaves_the_callers_own_limit_alone(gateway: Opens) -> None:
+    async with StandIn() as standin, gateway(config=THINKER.format(url=standin.anthropic_url)) as served:
+        answer = await served.chat(model="claude-sonnet-4-5", reasoning_effort="low", max_tokens=100, max_cost=0.009)
+
+    assert answer.status_code == 200
+    assert standin.requests[0].json["max_tokens"] == 100
