@@ -29,8 +29,8 @@ __all__ = [
 
 DONE = b"[DONE]"
 ERROR = b'"error"'
-COUNTED = b"completion_tokens"
-"""No usage of a chat is without it."""
+COUNTED = b'_tokens"'
+"""No usage of a chat is without it, be it half of one."""
 _EVENT_BYTES = 8 * 1024 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOBODY: Mapping[str, bool] = {}

@@ -49,7 +49,7 @@ from sekha.providers.carrying import (
     fields_for,
     images,
 )
-from sekha.providers.events import says_something
+from sekha.providers.events import said_in, says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.providers.histories import history_for
 from sekha.registry import Model, ProviderKind, ProviderSpec
@@ -117,6 +117,10 @@ class LiteLLMProvider:
         if raw is not None and '"eval_count"' not in raw:
             usage = None
         body = envelope_of(reply, call.model, "chat.completion") | {"choices": [choice_of(c) for c in reply.choices]}
+        said = (text for choice in body["choices"] for text in said_in(choice["message"]))
+        if usage is not None and not usage.output_tokens and any(said):
+            # Half of a report: LiteLLM writes zero for what is missing.
+            usage = None
         return Completion(body=body | ({"usage": openai_usage(usage)} if usage else {}), usage=usage)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
@@ -150,6 +154,8 @@ class LiteLLMProvider:
                     calls = number_calls(chunk, calls)
                 if not ended(pieces) and finishes(chunk):
                     break
+                if started and chunk.usage is not None and not chunk.usage.output_tokens:
+                    continue
                 yield chunk
                 started = started or says_something(chunk.body)
         except FieldUnsupported:
@@ -422,9 +428,9 @@ def _note_what_leaves() -> None:
 
 
 def _need_no_usage() -> None:
-    """Have an answer of Anthropic's protocol read that reports no usage, or null: LiteLLM takes it for broken.
+    """Have an answer of Anthropic's protocol read that reports no usage, null, or half of it.
 
-    It counts none then, and zeros are no report.
+    LiteLLM takes it for broken, or half of it for nothing. It counts none then, and zeros are no report.
     """
     from litellm.llms.anthropic.chat.handler import ModelResponseIterator
     from litellm.llms.anthropic.chat.transformation import AnthropicConfig
@@ -433,7 +439,7 @@ def _need_no_usage() -> None:
 
     @wraps(of_answer)
     def read(self: Any, completion_response: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(completion_response, dict) and not isinstance(completion_response.get("usage"), dict):
+        if isinstance(completion_response, dict) and not _is_usage(completion_response.get("usage")):
             completion_response = completion_response | {"usage": {}}
         return of_answer(self, completion_response, *args, **kwargs)
 
@@ -443,6 +449,12 @@ def _need_no_usage() -> None:
 
     setattr(AnthropicConfig, "transform_parsed_response", read)  # noqa: B010 - as above
     setattr(ModelResponseIterator, "_handle_usage", count)  # noqa: B010
+
+
+def _is_usage(reported: object) -> bool:
+    """Whether it says what went in and what came out, each as a number."""
+    names = ("input_tokens", "output_tokens")
+    return isinstance(reported, dict) and all(type(reported.get(name)) is int for name in names)
 
 
 def _noting(send: Callable[..., Any]) -> Callable[..., Any]:

@@ -202,7 +202,7 @@ class RelayProvider:
         sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
         response = await self._answer(_EMBED, sent, timeout_seconds, failed)
         body = _parsed(response, response.content, failed)
-        usage = _usage(body.get("usage"))
+        usage = _usage(body.get("usage"), replies=False)
         with _used(usage):
             items = _items(body, len(texts), failed)
             try:
@@ -571,8 +571,8 @@ class RelayStream:
             if (error := error_in(event, body)) is not None:
                 self._failure, self._refusal = self._failed.broken_off(error), payload
                 break
-            if body is not None and (usage := _usage(body.get("usage"))) is not None:
-                self.usage = usage
+            if body is not None and isinstance(reported := body.get("usage"), dict):
+                self.usage = _usage(reported) or self.usage
                 if not body.get("choices") and not self._hands_on_usage:
                     continue
             if event:
@@ -698,7 +698,7 @@ def _embeddings(response: Response, count: int, declared: object, failed: _Faili
     raw = response.content
     without, written_out = _without_vectors(raw)
     answer = _parsed(response, without, failed)
-    usage = _usage(answer.get("usage"))
+    usage = _usage(answer.get("usage"), replies=False)
     with _used(usage):
         items = _items(answer, count, failed)
         try:
@@ -735,7 +735,7 @@ def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing) -> Pr
     error = body.get("error") or body
     code = error.get("code") if isinstance(error, dict) else None
     failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
-    failure.usage = _usage(body.get("usage"))
+    failure.usage = _usage(body.get("usage"), replies=False)
     # Else it says that it failed, and nothing of what it did.
     failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))
     return failure
@@ -757,11 +757,16 @@ def _items(body: Mapping[str, Any], count: int, failed: _Failing) -> list[Any]:
     return items
 
 
-def _usage(reported: object) -> Usage | None:
-    """No real call takes no tokens, so zeros are no report; and none takes more than any model could."""
+def _usage(reported: object, *, replies: bool = True) -> Usage | None:
+    """No real call takes no tokens, so zeros are no report; and none takes more than any model could.
+
+    What comes out may go unsaid where nothing needs to, as where there are no `replies`.
+    """
     if not isinstance(reported, dict):
         return None
-    went_in, came_out = _count(reported.get("prompt_tokens")), _count(reported.get("completion_tokens"))
+    went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
+    if type(went_in) is not int or type(came_out) is not int or went_in < 0 or came_out < 0:
+        went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
     if not 0 < went_in + came_out <= MOST_TOKENS:
         return None
     details = reported.get("prompt_tokens_details")
@@ -781,6 +786,15 @@ def _usage(reported: object) -> Usage | None:
         cached_tokens=cached,
         cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
     )
+
+
+def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, int]:
+    """What went in and came out, where one of them is missing or no number; zeros where the total does not tell."""
+    total, known_in, known_out = _count(reported.get("total_tokens")), _count(reported.get("prompt_tokens")), came_out
+    if type(known_out) is int and known_out >= 0:
+        went_in = known_in or total - known_out
+        return (went_in, known_out) if went_in > 0 else (0, 0)
+    return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
 
 
 def _count(value: object) -> int:

@@ -119,3 +119,16 @@ async def test_null_for_the_usage_is_none_at_anthropic() -> None:
     assert (whole.text, whole.usage) == ("Hi", None)
     assert "".join(chunk.text for chunk in chunks) == "Hi"
     assert {chunk.usage for chunk in chunks} == {None}
+
+
+@pytest.mark.parametrize(
+    "half", [{"input_tokens": 10}, {"input_tokens": 10, "output_tokens": None}, {"output_tokens": 5}]
+)
+async def test_half_of_a_usage_is_none_at_anthropic(half: dict[str, object]) -> None:
+    body = {"id": "m", "type": "message", "role": "assistant", "model": "c", "stop_reason": "end_turn"}
+    body |= {"content": [{"type": "text", "text": "Hi"}], "usage": half}
+
+    async with answering("anthropic", body) as provider:
+        whole = await provider.complete(call("anthropic"))
+
+    assert (whole.text, whole.usage) == ("Hi", None)

@@ -238,13 +238,55 @@ async def test_an_answer_that_is_none_is_an_error(body: bytes, expected: type[Pr
 
 @pytest.mark.parametrize(
     "usage",
-    ["null", "7", "{}", '{"prompt_tokens":0,"completion_tokens":0}', '{"prompt_tokens":"6"}', '{"prompt_tokens":-6}'],
+    [
+        "null",
+        "7",
+        "{}",
+        '{"prompt_tokens":0,"completion_tokens":0}',
+        '{"prompt_tokens":"6"}',
+        '{"prompt_tokens":-6}',
+        '{"prompt_tokens":6}',
+        '{"prompt_tokens":6,"completion_tokens":null}',
+        '{"prompt_tokens":6,"total_tokens":6}',
+        '{"prompt_tokens":"6","completion_tokens":2}',
+        '{"prompt_tokens":6,"completion_tokens":"2","total_tokens":"8"}',
+        '{"completion_tokens":9,"total_tokens":8}',
+    ],
 )
 async def test_usage_that_says_nothing_is_none(usage: str) -> None:
     body = ANSWER[: ANSWER.index(b"{", 2 + ANSWER.index(b'"usage"'))] + usage.encode() + b"}"
 
     async with relay_to(with_length(body)) as (provider, _):
         assert (await provider.complete(chat())).usage is None
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        '{"prompt_tokens":6,"total_tokens":8}',
+        '{"prompt_tokens":6,"completion_tokens":null,"total_tokens":8}',
+        '{"prompt_tokens":"6","completion_tokens":2,"total_tokens":8}',
+        '{"completion_tokens":2,"total_tokens":8}',
+    ],
+)
+async def test_half_of_a_usage_is_made_whole_by_its_total(usage: str) -> None:
+    body = ANSWER[: ANSWER.index(b"{", 2 + ANSWER.index(b'"usage"'))] + usage.encode() + b"}"
+    counted = b'data: {"id":"c","choices":[],"usage":%b}\n\n' % usage.encode()
+
+    async with relay_to(with_length(body)) as (provider, _):
+        whole = await provider.complete(chat())
+    handed_on, stream = await streamed(events(ROLE, WORD, STOP, counted, DONE))
+
+    assert whole.usage == stream.usage == Usage(input_tokens=6, output_tokens=2)
+    assert handed_on == ROLE + WORD + STOP
+
+
+async def test_half_of_a_usage_that_the_caller_did_not_ask_for_is_not_handed_on() -> None:
+    half = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":null}}\n\n'
+
+    handed_on, stream = await streamed(events(ROLE, WORD, STOP, half, DONE))
+
+    assert (handed_on, stream.usage) == (ROLE + WORD + STOP, None)
 
 
 async def test_a_request_that_json_cannot_carry_is_the_callers_to_change() -> None:
