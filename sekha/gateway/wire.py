@@ -98,10 +98,10 @@ def chat_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> ChatReque
 def _rare(given: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The fields that few requests have."""
     metadata = given.get("metadata")
-    if given.get("store") is True:
-        # OpenAI's own `store`, which takes `metadata` with it; alone, `metadata` is an error there.
-        options["store"] = True
-        if metadata is not None:
+    if (store := given.get("store")) is not None:
+        # OpenAI's own `store` too, which takes `metadata` with it; without it, `metadata` is an error there.
+        options["store"] = store
+        if store is True and metadata is not None:
             options["metadata"] = metadata
     whole(options, "n", 1, MOST_REPLIES)
     return {

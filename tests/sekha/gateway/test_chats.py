@@ -127,12 +127,27 @@ async def test_our_own_fields_stay_here(gateway: Opens) -> None:
     ours = {"task": "chat_small", "max_cost": 5, "preferred_model": "chat", "require_vision": False}
     async with StandIn() as standin, gateway(standin) as served:
         await served.openai.chat.completions.create(
-            model="auto", messages=HELLO, store=False, metadata={"team": "search"}, extra_body=ours
+            model="auto", messages=HELLO, metadata={"team": "search"}, extra_body=ours
         )
         sent = standin.requests[-1].json
 
     assert not sent.keys() & {*ours, "store", "metadata"}
     assert sent["model"] == "chat"
+
+
+@pytest.mark.parametrize("kind", ["openai", "openrouter", "anthropic", "ollama"])
+@pytest.mark.parametrize("store", [False, True, None])
+async def test_whether_to_store_it_is_said_to_whoever_may_store_it(
+    gateway: Opens, kind: str, store: bool | None
+) -> None:
+    async with StandIn() as standin:
+        config = THINKER.format(url=getattr(standin, f"{kind}_url")).replace("type: anthropic", f"type: {kind}")
+        async with gateway(config=config) as served:
+            answer = await served.chat(model="claude-sonnet-4-5", store=store)
+
+    assert answer.status_code == 200
+    kept = kind in ("openai", "openrouter") and store is not None
+    assert [sent.json.get("store") for sent in standin.requests] == [store if kept else None]
 
 
 async def test_every_reply_and_its_log_probabilities_come_back(gateway: Opens) -> None:
