@@ -15,7 +15,10 @@ from sekha.registry import TASKS, Model, Task
 from sekha.values import value
 from sekha.vision import Pictures
 
-__all__ = ["Allowed", "Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
+__all__ = ["PRICED_FIELDS", "Allowed", "Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
+
+PRICED_FIELDS = frozenset({"modalities", "plugins", "service_tier", "tools", "web_search_options"})
+"""What `Ask.priced_apart` may name that is a field of the request; anything else stands in its messages."""
 
 
 class Allowed(NamedTuple):

@@ -9,6 +9,7 @@
     │   ├── UnknownModel            no model, provider or task of that name
     │   ├── NoCandidate             models of that name exist, none may serve this request
     │   │   ├── NotCapable          none of them can do what is asked
+    │   │   ├── NotPriced           something in it costs nobody knows what at the models that may serve it
     │   │   ├── PromptTooLong       longer than the context window of every model that may serve it
     │   │   └── LimitsReached       every provider that could serve it is at its `limits:`
     │   ├── CostRefused             it would cost more than the caller or the file allows
@@ -112,6 +113,7 @@ __all__ = [
     "NoCandidate",
     "NoSuchPage",
     "NotCapable",
+    "NotPriced",
     "OperatorsOnly",
     "PrefectUnavailable",
     "Problem",
@@ -327,6 +329,20 @@ class NotCapable(NoCandidate):
         self.able = tuple(able)
         others = f"Ask for one that can: {', '.join(able)}." if able else "None here can, which `sekha models` shows."
         super().__init__(wanted, reasons, more=more, next_move=others)
+
+
+class NotPriced(NoCandidate):
+    """At models that could serve it, nobody knows what `what`, in `field`, may cost: without it they could."""
+
+    code = "price_unknown"
+
+    def __init__(
+        self, wanted: str, reasons: Sequence[tuple[str, str]], *, more: int = 0, field: str, what: str
+    ) -> None:
+        self.field = field
+        self.what = what
+        next_move = f"Leave `{what}` out, or ask for a model whose price with it is known."
+        super().__init__(wanted, reasons, more=more, next_move=next_move)
 
 
 class PromptTooLong(NoCandidate):

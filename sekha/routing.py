@@ -9,7 +9,7 @@ from decimal import Decimal
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
+from sekha.asks import PRICED_FIELDS, Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
 from sekha.errors import (
     MOST_REASONS,
     BudgetExceeded,
@@ -18,6 +18,7 @@ from sekha.errors import (
     LimitsReached,
     NoCandidate,
     NotCapable,
+    NotPriced,
     PromptTooLong,
     RequestRefused,
     dollars,
@@ -152,7 +153,8 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     named last, where there is room: their call waits its turn.
 
     Raises the refusal that helps most, by whichever rule dropped the model that came nearest to serving: what
-    waiting mends; `CostRefused` or `BudgetExceeded` for the cheapest; `PromptTooLong`; `KeyNotAllowed` where a
+    waiting mends; `CostRefused` or `BudgetExceeded` for the cheapest; `PromptTooLong`; `NotPriced` where something
+    in the request keeps its price from being known; `KeyNotAllowed` where a
     model could and the key may not; `NotCapable`. Else `NoCandidate` with each model's reason.
     """
     count = SHORTLIST if estimates.rules.auto_fallback else 1
@@ -418,7 +420,7 @@ def _ruled(lined_up: LineUp, estimates: Estimates, conditions: Conditions) -> li
     """Each of the models with the first rule that drops it: a thousand of them in less than a millisecond."""
     entrants = lined_up.entrants
     found: list[tuple[Rule | None, Any]] | None = None
-    if len(entrants) > SHORTLIST:
+    if len(entrants) > SHORTLIST and estimates.size.unbounded is None:
         found = lined_up.rules(estimates, *lined_up.caps(estimates), conditions)
     if found is None:
         found = [
@@ -460,7 +462,8 @@ def _refusal(
     waits = [_wait(model, conditions) for model, _, _ in by_rule.get("rate", ())]
     soon = [wait for wait in waits if not math.isinf(wait)]
     of_money = [*by_rule.get("cost", ()), *by_rule.get("budget", ())]
-    if not soon and "circuit" not in by_rule and of_money and "price" not in by_rule:
+    unpriced = _unpriced_by(by_rule.get("price", ()), estimates)
+    if not soon and "circuit" not in by_rule and of_money and ("price" not in by_rule or unpriced):
         # Of equals the first that was considered.
         return _too_dear(min((each for each in dropped if each[1] in ("cost", "budget")), key=_costs)[0], estimates)
     reasons = [(model.name, _why(model, rule, estimates, conditions)) for model, rule, _ in dropped[:MOST_REASONS]]
@@ -483,9 +486,22 @@ def _refusal(
             model=widest.name,
             takes=widest.context_window or 0,
         )
+    if unpriced is not None:
+        field = unpriced if unpriced in PRICED_FIELDS else "messages"
+        return NotPriced(str(ask), reasons, more=more, field=field, what=unpriced)
     if "price" not in by_rule and (dropped or ask.kind == "embedding"):
         return _not_capable(dropped, reasons, more, ask, registry)
     return NoCandidate(str(ask), reasons, more=more)
+
+
+def _unpriced_by(dropped: Sequence[_Dropped], estimates: Estimates) -> str | None:
+    """What in the request keeps a price that is known otherwise from being so; None where that is for nobody."""
+    for model, _, _ in dropped:
+        if estimates.knows_price(model):
+            return estimates.size.unbounded
+        if model.price is not None:
+            return estimates.ask.priced_apart
+    return None
 
 
 def _costs(dropped: _Dropped) -> Any:

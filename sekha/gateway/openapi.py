@@ -22,7 +22,7 @@ Json: TypeAlias = dict[str, Any]
 CODES: Mapping[int, tuple[str, ...]] = {
     400: (
         *("field_unsupported", "invalid_request", "model_not_capable", "context_length_exceeded", "document_refused"),
-        *("provider_rejected", "content_refused", "context_exceeded"),
+        *("price_unknown", "provider_rejected", "content_refused", "context_exceeded"),
     ),
     401: ("invalid_api_key",),
     402: ("cost_refused", "budget_exceeded"),

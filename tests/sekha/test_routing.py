@@ -22,6 +22,7 @@ from sekha.errors import (
     LimitsReached,
     NoCandidate,
     NotCapable,
+    NotPriced,
     PromptTooLong,
     RequestRefused,
     UnknownModel,
@@ -277,6 +278,43 @@ def test_what_does_not_fit_the_context_window_is_dropped() -> None:
 def test_an_unknown_price_is_dropped_and_said() -> None:
     with pytest.raises(NoCandidate, match="its price is unknown: set `price:` for it"):
         route(CHAT, registry(model("a/m", price=None)))
+
+
+TIERED = Ask(kind="chat", priced_apart="service_tier")
+MAPPED = Price(input=Decimal(1), source="price map")
+
+
+@pytest.mark.parametrize("others", [0, 9])
+def test_what_keeps_a_price_from_being_known_is_named(others: int) -> None:
+    unpriced = [model(f"a/{number}", price=None) for number in range(others)]
+
+    error = refused(TIERED, registry(model("a/m", price=MAPPED), *unpriced))
+
+    assert isinstance(error, NotPriced)
+    assert (error.field, error.what, error.retryable) == ("service_tier", "service_tier", False)
+    assert type(refused(TIERED, registry(model("a/m", price=None)))) is NoCandidate
+
+
+@pytest.mark.parametrize("others", [0, 9])
+def test_what_nobody_can_count_is_named_where_no_window_bounds_it(others: int) -> None:
+    known = registry(model("a/m"), *[model(f"a/{number}") for number in range(others)])
+    made = estimates(CHAT, known.models)
+
+    with pytest.raises(NotPriced) as caught:
+        plan(replace(made, size=made.size._replace(unbounded="file")), known)
+
+    assert (caught.value.field, caught.value.what) == ("messages", "file")
+    assert len(caught.value.reasons) == 1 + others
+
+
+def test_who_waits_and_who_is_too_dear_come_nearer_than_what_has_no_price() -> None:
+    known = registry(model("a/m", price=MAPPED), model("b/m"))
+
+    shut = refused(TIERED, known, Conditions(open_circuits=frozenset({"b/m"})))
+    dear = refused(TIERED._replace(max_cost=Decimal(0)), known)
+
+    assert (type(shut), shut.retryable) == (NoCandidate, True)
+    assert isinstance(dear, CostRefused)
 
 
 def test_an_open_circuit_is_passed_by_and_may_be_tried_later() -> None:

@@ -471,6 +471,37 @@ async def test_where_every_providers_limits_are_reached_the_caller_is_told_when_
     assert second.headers["x-should-retry"] == "true"
 
 
+MAPPED = """
+providers:
+  - id: first
+    provider_type: openai
+    base_url: {url}
+    models: [{{model_id: gpt-4o-mini, task: chat_small}}]
+"""
+SOUND = {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"service_tier": "priority"}, "service_tier"),
+        ({"messages": [{"role": "user", "content": [SOUND]}]}, "messages"),
+    ],
+)
+async def test_what_nobody_knows_the_price_of_is_the_callers_to_leave_out(
+    gateway: Opens, fields: dict[str, Any], param: str
+) -> None:
+    async with StandIn() as standin, gateway(config=MAPPED.format(url=standin.openai_url)) as served:
+        answer = await served.chat(**fields)
+
+    error = answer.json()["error"]
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (400, "false")
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "price_unknown", param)
+    assert "Leave" in error["message"]
+    assert standin.requests == []
+
+
 THINKER = """
 providers:
   - id: first

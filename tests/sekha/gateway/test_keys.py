@@ -282,7 +282,7 @@ async def test_the_data_of_images_and_files_are_no_tokens(gateway: Opens) -> Non
         read = await served.chat(model="chat", messages=[{"role": "user", "content": [text, pdf]}])
 
     assert seen.status_code == 200, seen.text
-    assert read.json()["error"]["code"] == "no_candidate"  # let in, and as a matter of money refused
+    assert read.json()["error"]["code"] == "price_unknown"  # let in, and as a matter of money refused
 
 
 @pytest.mark.parametrize("as_served", [False, True])

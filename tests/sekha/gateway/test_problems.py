@@ -39,6 +39,7 @@ STATUS = {
     "UnknownModel": 404,
     "NoCandidate": 503,
     "NotCapable": 400,
+    "NotPriced": 400,
     "PromptTooLong": 400,
     "LimitsReached": 429,
     "CostRefused": 402,
