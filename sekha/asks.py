@@ -60,6 +60,8 @@ class Ask(NamedTuple):
     """The field that has tools to call, `tools` or `functions`; None where there are none."""
     audio: bool = False
     """Whether audio goes in."""
+    tier: str | None = None
+    """The service tier that is asked for, where that may be dearer than the ordinary one."""
 
     def scope(self, model: Model) -> Scope:
         """What a call to the model would be charged to.
@@ -192,7 +194,9 @@ class Estimates:
         if model.price is None:
             return False
         # With what is priced apart the map's price is another one, which would record too little.
-        return self.ask.priced_apart is None or model.price.source != "price map" or model.price.is_free
+        if self.ask.priced_apart is None or model.price.source != "price map" or model.price.is_free:
+            return True
+        return self.ask.priced_apart == "service_tier" and any(name == self.ask.tier for name, _ in model.price.tiers)
 
     def knows_most(self, model: Model) -> bool:
         """Whether there is a bound on what a call to a model whose price is known may cost."""
@@ -224,6 +228,8 @@ class Estimates:
         tokens, longest = self.counts[counter]
         exact = exact or price.is_free
         ask, images, replies, reply_limit, writes_cache, unbounded, thinking = self.size
+        if ask.tier is not None:
+            price = price.of_tier(ask.tier)
         if ask.kind == "embedding":
             return estimate_embedding(price, input_tokens=tokens, longest=longest, exact=exact)
         # In the order of its parameters: by their names the call takes half as long again.

@@ -44,7 +44,7 @@ MOST_TOKENS = 10**9
 _THOUGHTS = {"minimal": 1024, "low": 1024, "medium": 2048, "high": 4096, "xhigh": 8192, "max": 16384}
 """Tokens that LiteLLM has a model think for at each `reasoning_effort`, where that is told a number of them."""
 ORDINARY_TIERS = (None, "auto", "default", "flex", "standard_only")
-"""Service tiers that cost no more than the price map says."""
+"""Service tiers that cost no more than the ordinary one."""
 ORDINARY_TTLS = (None, "5m")
 """How long input may stay cached at the price map's price of writing it."""
 _DATA = ("url", "file_data", "data")
@@ -158,8 +158,6 @@ class ChatRequest:
     def priced_apart(self) -> str | None:
         """What in the request a provider bills otherwise than by the prices of its tokens; None if nothing is."""
         if self.options:
-            if self.options.get("service_tier") not in ORDINARY_TIERS:
-                return "service_tier"
             if self.options.get("web_search_options") is not None:
                 return "web_search_options"
             if "audio" in (self.options.get("modalities") or ()):
@@ -176,7 +174,13 @@ class ChatRequest:
             isinstance(mark, Mapping) and mark.get("ttl") not in ORDINARY_TTLS for mark in self._marks
         ):
             return "cache_control.ttl"
-        return None
+        # The last, since it alone may have a price in the map.
+        return None if self.options.get("service_tier") in ORDINARY_TIERS else "service_tier"
+
+    @property
+    def tier(self) -> str | None:
+        """The service tier that is asked for, where that may be dearer than the ordinary one."""
+        return "priority" if self.options.get("service_tier") == "priority" else None
 
     @property
     def data_parts(self) -> Iterator[tuple[str, int, str]]:
@@ -212,6 +216,7 @@ class ChatRequest:
             self.tags,
             self.tools_field if self.options else None,
             bool(self._parts) and any(part.get("type") == "input_audio" for part in self._parts),
+            self.tier if self.options else None,
         )
 
 

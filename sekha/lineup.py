@@ -333,12 +333,13 @@ class LineUp:
 
 def line_up(ask: Ask, registry: Registry) -> LineUp:
     """Who may serve asks of this form. Raises `UnknownModel` for a name that nothing carries."""
-    kind, model, task, preferred_model, vision, pictures, _, priced_apart, _, _, allowed, _, tools, audio = ask
+    kind, model, task, preferred_model, vision, pictures, _, priced_apart, _, _, allowed, _, tools, audio, tier = ask
     # Whose limits the images break is all that they have to do with it.
     seen_by = None if pictures is None else tuple(pictures.breach(each) is None for each in registry.vision_limits)
     form: tuple[Hashable, ...] = (
         *(kind, model, task, preferred_model, vision, tools is None, audio),
         *(priced_apart is None, allowed, seen_by),
+        *(() if tier is None else (priced_apart, tier)),
     )
     known: dict[Hashable, LineUp] = registry.worked_out
     found = known.get(form)
@@ -431,6 +432,7 @@ class _Field:
         # Whoever is of a later group ranks behind every sum.
         self._rank = np.array(groups if self._fits else [0] * len(models)) * _SUM
         prices = [model.price for model in models if model.price is not None]
+        self._tiered = any(price.tiers for price in prices)
         self._long_from = min((above for price in prices for above, _ in price.long_input), default=_NEVER)
         self._limit = np.array([model.max_output_tokens or LONGEST_REPLY for model in models])
         self._window = np.array([model.context_window or _NEVER for model in models])
@@ -513,10 +515,11 @@ class _Field:
     def _measured(self, estimates: Estimates) -> _Measured | None:
         """What a request is at each of the entrants.
 
-        None where machine words are too short for what it costs, or some have to think for so many tokens first.
+        None where machine words are too short for what it costs, some have to think for so many tokens first, or
+        some cost something else in its service tier.
         """
         size = estimates.size
-        if size.thinking and self._thinks_by_number:
+        if (size.thinking and self._thinks_by_number) or (size.ask.tier is not None and self._tiered):
             return None
         chats = size.ask.kind == "chat"
         ways, way = self._ways(estimates.counters)

@@ -24,6 +24,7 @@ __all__ = ["ModelLimits", "PriceMap"]
 
 _ABOVE = re.compile(r"input_cost_per_token_above_(\d+)k_tokens")
 _MAP = "model_prices_and_context_window_backup.json"
+_TIERS = ("flex", "priority")
 _MILLION = Decimal(1_000_000)
 _PRICED_BY_TOKEN = ("chat", "completion", "responses", "embedding")
 _LOCAL_PREFIXES = ("ollama/", "ollama_chat/")
@@ -166,24 +167,39 @@ def _price(entry: Mapping[str, Any]) -> Price | None:
         per_image=Decimal(repr(per_image)) if per_image else None,
         source="price map",
     )
-    return replace(price, long_input=tuple(_long_input(entry, price)))
+    price = replace(price, long_input=tuple(_long_input(entry, price)))
+    return replace(price, tiers=tuple(_tiers(entry, price)))
 
 
 def _long_input(entry: Mapping[str, Any], price: Price) -> Iterator[tuple[int, Price]]:
     """The prices of long inputs, from names such as `input_cost_per_token_above_200k_tokens`."""
     lengths = sorted(int(found[1]) for key in entry if (found := _ABOVE.fullmatch(key)))
     for thousands in lengths:
-        tail = f"_above_{thousands}k_tokens"
-        yield (
-            thousands * 1000,
-            replace(
-                price,
-                input=_per_million(entry[f"input_cost_per_token{tail}"]) or price.input,
-                output=_per_million(entry.get(f"output_cost_per_token{tail}")) or price.output,
-                cached_input=_per_million(entry.get(f"cache_read_input_token_cost{tail}")) or price.cached_input,
-                cache_write=_per_million(entry.get(f"cache_creation_input_token_cost{tail}")) or price.cache_write,
-            ),
-        )
+        yield thousands * 1000, _with_tail(entry, price, f"_above_{thousands}k_tokens")
+
+
+def _tiers(entry: Mapping[str, Any], price: Price) -> Iterator[tuple[str, Price]]:
+    """The prices of service tiers, from names such as `input_cost_per_token_flex`; half of one is none."""
+    for name in _TIERS:
+        tail = f"_{name}"
+        if entry.get(f"input_cost_per_token{tail}") and entry.get(f"output_cost_per_token{tail}"):
+            # Long input costs as ever where the map has no price for it: then it is not taken in that tier.
+            long_input = tuple(
+                (above, _with_tail(entry, dear, f"_above_{above // 1000}k_tokens{tail}"))
+                for above, dear in price.long_input
+            )
+            yield name, replace(_with_tail(entry, price, tail), long_input=long_input)
+
+
+def _with_tail(entry: Mapping[str, Any], price: Price, tail: str) -> Price:
+    """The price with whatever has one under a name with this tail."""
+    return replace(
+        price,
+        input=_per_million(entry.get(f"input_cost_per_token{tail}")) or price.input,
+        output=_per_million(entry.get(f"output_cost_per_token{tail}")) or price.output,
+        cached_input=_per_million(entry.get(f"cache_read_input_token_cost{tail}")) or price.cached_input,
+        cache_write=_per_million(entry.get(f"cache_creation_input_token_cost{tail}")) or price.cache_write,
+    )
 
 
 def _per_million(per_token: float | None) -> Decimal | None:

@@ -63,11 +63,17 @@ class Price:
     """US dollars for each input image, where a provider prices images apart from tokens."""
     long_input: tuple[tuple[int, Price], ...] = ()
     """Input longer than so many tokens costs another price, for all of its tokens and the reply's."""
+    tiers: tuple[tuple[str, Price], ...] = ()
+    """What it costs in service tiers with prices of their own: `flex`, `priority`."""
     source: Literal["configured", "price map", "local"] = "configured"
 
     @property
     def is_free(self) -> bool:
         return not (self.input or self.output or self.per_image)
+
+    def of_tier(self, tier: str | None) -> Price:
+        """The price of a service tier: this one, where the tier has none of its own."""
+        return next((price for name, price in self.tiers if name == tier), self) if tier else self
 
     def at(self, input_tokens: int) -> Price:
         """The price that holds for an input of this length."""
@@ -77,7 +83,7 @@ class Price:
 
     @cached_property
     def tariff(self) -> Tariff:
-        """This price, but for `long_input`, in whole numbers."""
+        """This price, but for `long_input` and `tiers`, in whole numbers."""
         cached = self.input if self.cached_input is None else self.cached_input
         written = self.input if self.cache_write is None else self.cache_write
         amounts = (self.input, cached, written, self.output, self.per_image or Decimal(0))
@@ -103,6 +109,8 @@ class Usage:
     images: int = 0
     counted: bool = False
     """True when the provider reported nothing and we counted."""
+    tier: str | None = None
+    """The service tier that the provider says it was served in; None where it says none."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -269,7 +277,7 @@ def most_of(tokens: int) -> int:
 
 def cost(usage: Usage, price: Price) -> Decimal:
     """Dollars for a call: input, cached input and input written to a cache at their prices, output, images."""
-    each = price.at(usage.input_tokens).tariff
+    each = price.of_tier(usage.tier).at(usage.input_tokens).tariff
     return cost_units(usage, each) * each.unit
 
 

@@ -402,7 +402,7 @@ class BegunAnswer(Shortened):
     def _go_on(self) -> None:
         lane, x = self._lane, self._x
         self._called_at = perf_counter()
-        usage = lane.provider.usage_of(self._sent)
+        usage = lane.provider.usage_of(self._sent, lane.tiers)
         if usage is None:
             x.hand_over()
         elif self._settle(usage):
@@ -482,7 +482,8 @@ class BegunStream(Shortened):
 
     def _end(self, stream: RelayStream) -> None:
         self._called_at = perf_counter()
-        if stream.usage is not None and self._settle(stream.usage):
+        usage = stream.usage
+        if usage is not None and usage.tier not in self._lane.tiers and self._settle(usage):
             self._x.end_now(self._last())
             stream.let_go()
             self._ended()

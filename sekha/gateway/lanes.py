@@ -47,6 +47,8 @@ class Lane:
         price = cast("Price", model.price)
         self.exact = exact or price.is_free
         self.tariff = price.tariff
+        self.tiers = tuple(name for name, _ in price.tiers)
+        """Service tiers in which an answer costs something else, and so is the line's."""
         self.picos = 10 ** (_PICO_PLACES - price.tariff.places)
         """In one unit of the tariff."""
         most = resources.rules.max_cost_per_request

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import takewhile
@@ -169,13 +169,18 @@ class RelayProvider:
         failed = self._failing(model, _no_texts)
         return RelayStream(begun.response, failed, timeout_seconds=timeout_seconds, hands_on_usage=hands_on_usage)
 
-    def usage_of(self, begun: Begun) -> Usage | None:
-        """What a call used that has ended; None for all that is not a whole answer with its usage."""
+    def usage_of(self, begun: Begun, tiers: Collection[str] = ()) -> Usage | None:
+        """What a call used that has ended; None for all that is not a whole answer with its usage.
+
+        Neither is one of these service tiers an answer as any other.
+        """
         response = begun.response
         if response.error is not None or response.status != 200:
             return None
         body = json_object(response.content)
         if body is None or body.get("error") or not _is_whole(body.get("choices")):
+            return None
+        if tiers and body.get("service_tier") in tiers:
             return None
         return _usage(body.get("usage"))
 
@@ -184,7 +189,7 @@ class RelayProvider:
         try:
             async for block in events:
                 for body in bodies(block):
-                    yield Chunk(body=body, usage=_usage(body.get("usage")))
+                    yield Chunk(body=body, usage=_usage(body.get("usage"), tier=body.get("service_tier")))
         finally:
             await events.aclose()
 
@@ -572,7 +577,7 @@ class RelayStream:
                 self._failure, self._refusal = self._failed.broken_off(error), payload
                 break
             if body is not None and isinstance(reported := body.get("usage"), dict):
-                self.usage = _usage(reported) or self.usage
+                self.usage = _usage(reported, tier=body.get("service_tier")) or self.usage
                 if not body.get("choices") and not self._hands_on_usage:
                     continue
             if event:
@@ -671,7 +676,7 @@ def _completion(response: Response, failed: _Failing) -> Completion:
     if not _is_whole(choices):
         with _used(_usage(body.get("usage"))):
             raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
-    return Completion(body=body, usage=_usage(body.get("usage")), raw=raw)
+    return Completion(body=body, usage=_usage(body.get("usage"), tier=body.get("service_tier")), raw=raw)
 
 
 @contextmanager
@@ -757,10 +762,11 @@ def _items(body: Mapping[str, Any], count: int, failed: _Failing) -> list[Any]:
     return items
 
 
-def _usage(reported: object, *, replies: bool = True) -> Usage | None:
+def _usage(reported: object, *, replies: bool = True, tier: object = None) -> Usage | None:
     """No real call takes no tokens, so zeros are no report; and none takes more than any model could.
 
-    What comes out may go unsaid where nothing needs to, as where there are no `replies`.
+    What comes out may go unsaid where nothing needs to, as where there are no `replies`. The `tier` is what the
+    answer names beside it.
     """
     if not isinstance(reported, dict):
         return None
@@ -785,6 +791,7 @@ def _usage(reported: object, *, replies: bool = True) -> Usage | None:
         output_tokens=came_out,
         cached_tokens=cached,
         cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
+        tier=tier if isinstance(tier, str) else None,
     )
 
 

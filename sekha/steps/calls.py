@@ -87,7 +87,7 @@ class Calls:
             completion, candidate, attempts, _ = answered
             model = candidate.model
             usage = completion.usage or await self._counted_usage(request, completion, model)
-            usage = _with_images(usage, request, model)
+            usage = _in_tier(_with_images(usage, request, model), request)
             reply = Reply(
                 text=completion.text,
                 body=completion.body,
@@ -182,7 +182,7 @@ class Calls:
             went_in = opened.events.went_in or Usage(input_tokens=await _went_in(request, model))
             came_out, _ = await count_embedding([opened.events.said()], model.id)
             usage = replace(went_in, output_tokens=came_out, counted=True)
-        usage = _with_images(usage, request, model)
+        usage = _in_tier(_with_images(usage, request, model), request)
         return Reply(
             text="",
             body={},
@@ -486,6 +486,11 @@ async def _went_in(request: ChatRequest, model: Model) -> int:
     if request.unbounded is None or model.context_window is None or (model.price and model.price.is_free):
         return counted
     return max(counted, model.context_window)
+
+
+def _in_tier(usage: Usage, request: ChatRequest) -> Usage:
+    """Usage in the service tier that was asked for, where the provider names none."""
+    return replace(usage, tier=request.tier) if usage.tier is None and request.options and request.tier else usage
 
 
 def _with_images(usage: Usage, request: ChatRequest, model: Model) -> Usage:

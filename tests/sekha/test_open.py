@@ -76,7 +76,7 @@ HEARD = ({"role": "user", "content": [{"type": "input_audio", "input_audio": {"d
 @pytest.mark.parametrize(
     ("messages", "options", "field"),
     [
-        (ORDINARY, {"service_tier": "priority"}, "service_tier"),
+        (ORDINARY, {"service_tier": "scale"}, "service_tier"),
         (ORDINARY, {"web_search_options": {}}, "web_search_options"),
         (ORDINARY, {"modalities": ["text", "audio"]}, "modalities"),
         (HEARD, {}, "input_audio"),
@@ -92,7 +92,8 @@ async def test_what_the_price_map_does_not_price_is_refused_until_the_file_does(
 
     file.write_text(f"providers: [{{id: a, provider_type: openai, models: [{{{model}}}]}}]")
     async with sekha.open(file) as s:
-        assert (await s.route(ChatRequest(messages=ORDINARY, options={"service_tier": "flex"}))).candidates
+        for tier in ("flex", "priority"):
+            assert (await s.route(ChatRequest(messages=ORDINARY, options={"service_tier": tier}))).candidates
         with pytest.raises(NoCandidate, match=f"its price with `{re.escape(field)}` is unknown"):
             await s.route(asked)
 

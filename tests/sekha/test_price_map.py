@@ -124,3 +124,42 @@ def test_litellm_is_not_imported() -> None:
     )
 
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_service_tier_has_the_price_that_the_map_has_for_it() -> None:
+    entry = {
+        "mode": "chat",
+        "litellm_provider": "openai",
+        "input_cost_per_token": 2e-6,
+        "output_cost_per_token": 8e-6,
+        "cache_read_input_token_cost": 1e-6,
+        "input_cost_per_token_above_272k_tokens": 4e-6,
+        "input_cost_per_token_flex": 1e-6,
+        "output_cost_per_token_flex": 4e-6,
+        "cache_read_input_token_cost_flex": 5e-7,
+        "input_cost_per_token_above_272k_tokens_flex": 2e-6,
+        "input_cost_per_token_priority": 3e-6,
+        "output_cost_per_token_priority": 12e-6,
+    }
+    price = PriceMap({"m": entry}).price("openai", "m")
+    assert price is not None
+    flex, priority = price.of_tier("flex"), price.of_tier("priority")
+
+    assert (flex.input, flex.output, flex.cached_input, flex.at(300_000).input) == (1, 4, Decimal("0.5"), 2)
+    # Long input is not taken in that tier, and costs what it costs without.
+    assert (priority.input, priority.output, priority.at(300_000).input) == (3, 12, 4)
+    assert price.of_tier("default") == price.of_tier(None) == price
+
+
+def test_half_of_a_tiers_price_is_none() -> None:
+    entry = {
+        "mode": "chat",
+        "litellm_provider": "openai",
+        "input_cost_per_token": 2e-6,
+        "output_cost_per_token": 8e-6,
+        "input_cost_per_token_priority": 3e-6,
+    }
+    price = PriceMap({"m": entry}).price("openai", "m")
+
+    assert price is not None
+    assert price.tiers == ()

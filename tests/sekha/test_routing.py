@@ -717,6 +717,7 @@ prices = st.builds(
     cache_write=st.none() | rates,
     per_image=st.none() | st.just(Decimal("0.001")),
     long_input=st.sampled_from([()] * 30 + [((above, Price(input=Decimal(3))),) for above in (50, 250)]),
+    tiers=st.sampled_from([(), (("priority", Price(input=Decimal(7), output=Decimal(9), source="price map")),)]),
     source=st.sampled_from(["configured", "price map"]),
 )
 
@@ -770,6 +771,7 @@ asks = anybody | st.builds(
     pictures=st.none(),
     max_cost=st.none() | amounts | tiny,
     priced_apart=st.none() | st.just("service_tier"),
+    tier=st.none() | st.just("priority"),
     bulk=st.booleans(),
     key=st.sampled_from([None, "k"]),
     allowed=st.none() | st.just(Allowed(models=frozenset({"m", "a/n"}))),

@@ -485,7 +485,8 @@ SOUND = {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}
     ("fields", "param"),
     [
         ({"web_search_options": {}}, "web_search_options"),
-        ({"service_tier": "priority"}, "service_tier"),
+        ({"service_tier": "scale"}, "service_tier"),
+        ({"service_tier": "priority", "web_search_options": {}}, "web_search_options"),
         ({"messages": [{"role": "user", "content": [SOUND]}]}, "messages"),
     ],
 )
@@ -500,6 +501,62 @@ async def test_what_nobody_knows_the_price_of_is_the_callers_to_leave_out(
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "price_unknown", param)
     assert "Leave" in error["message"]
     assert standin.requests == []
+
+
+TIERS = {"flex": (0.125, 1.0), "default": (0.25, 2.0), "priority": (0.45, 3.6)}
+"""What gpt-5-mini costs in each of them: input and output, per million."""
+
+
+@pytest.mark.parametrize("as_served", [False, True], ids=["line", "short way"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("asked", "served_in", "billed"),
+    [
+        ("flex", "flex", "flex"),
+        ("auto", "default", "default"),
+        (None, "priority", "priority"),
+        ("auto", "priority", "priority"),
+        ("priority", "priority", "priority"),
+        ("priority", "default", "default"),
+        ("priority", None, "priority"),
+    ],
+)
+async def test_an_answer_costs_what_the_tier_costs_that_it_names(
+    gateway: Opens, as_served: bool, stream: bool, asked: str | None, served_in: str | None, billed: str
+) -> None:
+    tier = {"service_tier": served_in} if served_in else {}
+    usage = {"prompt_tokens": 1_000_000, "completion_tokens": 100_000, "total_tokens": 1_100_000}
+    choice = {"index": 0, "finish_reason": "stop"}
+    body = {"id": "c", "model": "gpt-5-mini", "choices": [choice | {"message": {"content": "Hi"}}], "usage": usage}
+    said = {"id": "c", "choices": [choice | {"delta": {"content": "Hi"}}]}
+    pieces = [said, {"id": "c", "choices": [], "usage": usage}]
+    answer = with_length(orjson.dumps(body | tier))
+    if stream:
+        events = b"".join(b"data: %b\n\n" % orjson.dumps(piece | tier) for piece in pieces)
+        answer = with_length(events + b"data: [DONE]\n\n", "Content-Type: text/event-stream")
+    async with Upstream(answer) as upstream:
+        config = MAPPED.format(url=upstream.url).replace("gpt-4o-mini", "gpt-5-mini")
+        async with gateway(config=config, as_served=as_served) as served:
+            for _ in range(2):  # the first of its kind never takes the short way
+                fields = {"service_tier": asked} if asked else {}
+                answered = await served.chat(model="gpt-5-mini", stream=stream, **fields)
+                assert answered.status_code == 200
+            spent = await served.spent()
+
+    of_input, of_output = TIERS[billed]
+    assert float(spent) == pytest.approx(2 * (of_input + of_output / 10))
+
+
+async def test_a_dearer_tier_is_held_at_its_own_price(gateway: Opens) -> None:
+    async with StandIn() as standin:
+        config = MAPPED.format(url=standin.openai_url).replace("gpt-4o-mini", "gpt-5-mini")
+        async with gateway(config=config) as served:
+            ordinary, dear = [
+                (await served.chat(max_tokens=1000, service_tier=tier)).json()["sekha"]["estimated_cost"]
+                for tier in ("default", "priority")
+            ]
+
+    assert dear == pytest.approx(ordinary * 1.8)
 
 
 THINKER = """
