@@ -216,7 +216,7 @@ class Estimates:
         if length is None or price is None or size.ask.kind == "embedding":
             return estimate.expected
         length = min(length, size.reply_limit or model.max_output_tokens or LONGEST_REPLY)
-        each = price.at(estimate.input_tokens).tariff
+        each = price.of_tier(self.ask.tier).at(estimate.input_tokens).tariff
         return estimate.expected + (length * size.replies - estimate.output_tokens) * each.output * each.unit
 
     def priced(self, model: Model, most: Decimal | None, name: str) -> Estimate:
