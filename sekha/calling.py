@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from sekha.errors import CircuitOpen, ProviderError, ProviderTimeout, RateLimited
+from sekha.errors import CircuitOpen, FieldUnsupported, ProviderError, ProviderTimeout, RateLimited
 from sekha.registry import Model
 from sekha.routing import Candidate
 from sekha.values import value
@@ -123,7 +123,7 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     other had its turn, and as long as its `Retry-After` says; one whose error is not `retryable` is
     not asked again; an error that does not `falls_back` ends it at once, since no other provider
     would make the request right. Raises the last `ProviderError` of a candidate that may yet
-    succeed, else the last of all, with every attempt in its `attempts`.
+    succeed, else the last of those that were asked, else the last of all, with every attempt in its `attempts`.
 
     A 429 that says how long to wait is noted in `pauses`, and a candidate that is paused has its turn
     when the pause is over, whichever request was told of it.
@@ -221,7 +221,7 @@ class _Failed:
             self._pauses.note(name, error.retry_after_seconds)
         self.attempts = (*self.attempts, _attempt(model, seconds, error))
         worst = self._error
-        if worst is None or error.retryable or not worst.retryable or not error.falls_back:
+        if worst is None or isinstance(worst, FieldUnsupported) or _tells_more(error, worst):
             worst = self._error = error
         worst.attempts = self.attempts
         tried = self._tried[name] = self._tried.get(name, 0) + 1
@@ -270,6 +270,11 @@ class _Failed:
     def _cut_short(self, error: ProviderError) -> bool:
         """Whether it ran out of the little time that those before it had left, which says nothing about it."""
         return isinstance(error, ProviderTimeout) and bool(self.attempts) and self._clock.now() >= self._ends_at
+
+
+def _tells_more(error: ProviderError, worst: ProviderError) -> bool:
+    # Who was not asked says nothing of those who were and failed.
+    return not isinstance(error, FieldUnsupported) and (error.retryable or not worst.retryable or not error.falls_back)
 
 
 def _nobody(candidates: Sequence[Candidate], circuits: Gate | None) -> Exception:

@@ -17,6 +17,7 @@ from sekha.errors import (
     CircuitOpen,
     ContentRefused,
     DimensionMismatch,
+    FieldUnsupported,
     ProviderAuthFailed,
     ProviderError,
     ProviderTimeout,
@@ -172,6 +173,16 @@ async def test_the_error_of_who_may_yet_succeed_is_the_one_that_is_raised() -> N
 
     assert caught.value.retry_after_seconds == 3600
     assert [each.error for each in caught.value.attempts] == ["rate_limited", "provider_auth_failed"]
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+async def test_who_was_not_asked_does_not_hide_why_the_others_failed(order: str) -> None:
+    script = Script(FakeTime(), a=[ProviderAuthFailed(provider_id="a")], b=[FieldUnsupported(provider_id="b")])
+
+    with pytest.raises(ProviderAuthFailed) as caught:
+        await script.run(order)
+
+    assert len(caught.value.attempts) == 2
 
 
 async def test_retry_after_is_waited_for() -> None:
