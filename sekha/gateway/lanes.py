@@ -18,7 +18,7 @@ from sekha.providers.base import Provider
 from sekha.providers.relay import RelayProvider
 from sekha.registry import Model
 from sekha.routing import Plan, plan
-from sekha.steps.calls import TEXTS_PER_CALL
+from sekha.steps.calls import texts_per_call
 from sekha.steps.money import HOLD_SECONDS, Known
 from sekha.tokens import TokenizerName, count_each
 
@@ -58,7 +58,7 @@ class Lane:
         self.window = model.context_window
         self.timeout_seconds = resources.registry.provider_of(model).timeout_seconds
         self.hold_seconds = max(HOLD_SECONDS, 4 * self.timeout_seconds)
-        self.texts = TEXTS_PER_CALL.get(resources.registry.provider_of(model).kind, 0)
+        self.texts = texts_per_call(resources.registry.provider_of(model).kind)
         """That one call may embed."""
         self.usual = serving.runtime.money.usual
         self.counts = serving.metrics.counts_of(model.provider_id, model.id)
@@ -86,6 +86,9 @@ class Junction:
         self._known = known
         self._tokenizers = serving.runtime.money.tokenizers_of(known.counters)
         self._entrants = {entrant.name: entrant for entrant in known.lined_up.entrants}
+        registry = serving.resources.registry
+        self.texts = min(texts_per_call(registry.provider_of(each.model).kind) for each in known.lined_up.entrants)
+        """That one call may embed, whoever of them takes it over."""
         self._lanes: dict[str, Lane | None] = {}
         self._budgets: dict[str, tuple[Budget, ...]] = {}
 

@@ -135,6 +135,8 @@ class Shortcut:
         found = found or self._lane(x.authorization, asked, "embedding")
         if found is None:
             return False
+        if len(texts) > found.texts:
+            return False
         if isinstance(found, Lane):
             lane, fork = found, None
         else:
@@ -142,8 +144,6 @@ class Shortcut:
             if fork is None:
                 return False
             lane = fork.lane
-        if len(texts) > lane.texts:
-            return False
         counts = count_each(texts, lane.tokenizer)
         return BegunEmbedding(gateway, self._serving, x, lane, given, began, fork).embed(
             texts, counts, len(body) // BYTES_PER_TOKEN

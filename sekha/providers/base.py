@@ -121,6 +121,10 @@ class Embeddings:
     """Shape `(len(texts), dimension)`, float32, in the order of the texts."""
     usage: Usage | None
 
+    @property
+    def dimension(self) -> int:
+        return int(self.vectors.shape[1])
+
 
 @value
 class RawEmbeddings:

@@ -18,7 +18,7 @@ from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import FieldUnsupported, ProviderError
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage
-from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, RawEmbeddings, RawStream
+from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, Provider, RawEmbeddings, RawStream
 from sekha.providers.carrying import HINTS
 from sekha.providers.chunks import ChunkStream
 from sekha.rates import Taken
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from sekha.ingest import Batch, BatchEmbedded
     from sekha.providers.relay import Begun, RelayProvider
 
-__all__ = ["TEXTS_PER_CALL", "Calls", "Sent", "SentSteps"]
+__all__ = ["TEXTS_PER_CALL", "Calls", "Sent", "SentSteps", "texts_per_call"]
 
 T = TypeVar("T")
 
 TEXTS_PER_CALL: Mapping[ProviderKind, int] = {"builtin": 4096, "openai": 512, "ollama": 128, "openrouter": 96}
 """Texts sent to a provider at once. Others may reach any API through LiteLLM, so they get the least, 96."""
 CALLS_AT_ONCE = 4
-
+_FEWEST_TEXTS = 96
 
 _OPENAI_COMPATIBLE: frozenset[ProviderKind] = frozenset({"openai", "openrouter"})
 
@@ -64,6 +64,10 @@ class SentSteps:
     call: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Reply]]
     open: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Opened]]
     embed: Callable[[EmbedRequest, Plan, Hold, Sent], Awaitable[RawEmbedded]]
+
+
+def texts_per_call(kind: ProviderKind) -> int:
+    return TEXTS_PER_CALL.get(kind, _FEWEST_TEXTS)
 
 
 class Calls:
@@ -213,38 +217,40 @@ class Calls:
         return await self._embed(request.texts, chosen, hold, "")
 
     async def embed_raw(self, request: EmbedRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> RawEmbedded:
-        """Embed the texts, and leave the vectors in the bytes in which the provider wrote them where that can be."""
-        kinds = {self._open.registry.provider_of(each.model).kind for each in chosen.candidates}
-        most = min(TEXTS_PER_CALL.get(kind, 96) for kind in kinds)
-        compatible, field = kinds <= _OPENAI_COMPATIBLE, _only_theirs(request, chosen.first.model)
-        if field is not None and not compatible:
-            raise _placeless(field, chosen.first.model)
-        # What only a provider can heed goes to it in one piece.
-        if not compatible or (len(request.texts) > most and field is None):
-            return await self._written(request, await self._embed(request.texts, chosen, hold, ""))
+        """Embed the texts, and leave the vectors in the bytes in which a provider wrote them where that can be."""
+        # What was sent was all of it, and what only a provider can heed goes to it in one piece.
+        whole = sent is not None or any(_only_theirs(request, each.model) for each in chosen.candidates)
+        if not whole and len(request.texts) > self._texts_per_call(chosen):
+            embedded = await self._embed(request.texts, chosen, hold, "")
+            return _raw_of(embedded, await _written(request, embedded.vectors, embedded.model_id, embedded.usage))
         lost = Losses(self._open, chosen, hold, hold.id)
         texts = request.texts
         body = {"input": texts[0] if len(texts) == 1 else texts, **request.options}
         begun = [] if sent is None else [sent.begun]
 
-        def once(candidate: Candidate, seconds: float) -> Awaitable[RawEmbeddings]:
+        def once(candidate: Candidate, seconds: float) -> Awaitable[RawEmbeddings | Embeddings]:
             model = candidate.model
-            provider = cast("ByteProvider", self._open.provider(model.provider_id))
-            timeout_seconds = min(self._open.registry.provider_of(model).timeout_seconds, seconds)
+            spec, provider = self._open.registry.provider_of(model), self._open.provider(model.provider_id)
+            timeout_seconds = min(spec.timeout_seconds, seconds)
             if begun:
                 waited_for = cast("RelayProvider", provider).embed_begun
                 return lost.attempt(candidate, _worst_of, waited_for, model, body, begun.pop())
-            return lost.attempt(candidate, _worst_of, provider.embed_raw, model, body, timeout_seconds=timeout_seconds)
+            if spec.kind in _OPENAI_COMPATIBLE:
+                raw = cast("ByteProvider", provider).embed_raw
+                return lost.attempt(candidate, _worst_of, raw, model, body, timeout_seconds=timeout_seconds)
+            return lost.attempt(
+                candidate, _worst_of, _embed_elsewhere, provider, request, model, timeout_seconds=timeout_seconds
+            )
 
         try:
             answered = await self._in_turn(chosen, once, lost.affords, sent=sent)
-            model, raw = answered.candidate.model, answered.value
-            usage = raw.usage
+            model, answer = answered.candidate.model, answered.value
+            usage = answer.usage
             if usage is None:
                 usage = Usage(input_tokens=answered.candidate.estimate.input_tokens, counted=True)
-            embedded = RawEmbedded(
-                raw=raw.raw,
-                dimension=raw.dimension,
+            raw_embedded = RawEmbedded(
+                raw=answer.raw if isinstance(answer, RawEmbeddings) else b"",
+                dimension=answer.dimension,
                 provider_id=model.provider_id,
                 model_id=model.id,
                 usage=usage,
@@ -255,30 +261,14 @@ class Calls:
                 charged_to=chosen.ask.scope(model),
                 lost_cost=lost.cost,
             )
-            if embedded.cost > (worst := answered.candidate.estimate.worst_case):
-                self._open.worst_case_passed(model.provider_id, model.id, embedded.cost, worst)
-            await self._charge(hold, spend_of(embedded, identity=f"{hold.id}:0", at=self._open.now()))
+            if raw_embedded.cost > (worst := answered.candidate.estimate.worst_case):
+                self._open.worst_case_passed(model.provider_id, model.id, raw_embedded.cost, worst)
+            await self._charge(hold, spend_of(raw_embedded, identity=f"{hold.id}:0", at=self._open.now()))
         finally:
             await lost.free()
-        return embedded
-
-    async def _written(self, request: EmbedRequest, embedded: Embedded) -> RawEmbedded:
-        """Vectors that came as numbers, in OpenAI's JSON."""
-        packed = request.options.get("encoding_format") == "base64"
-        raw = await asyncio.to_thread(_as_openai_writes, embedded, packed=packed)
-        return RawEmbedded(
-            raw=raw,
-            dimension=embedded.dimension,
-            provider_id=embedded.provider_id,
-            model_id=embedded.model_id,
-            usage=embedded.usage,
-            estimated_cost=embedded.estimated_cost,
-            cost=embedded.cost,
-            attempts=embedded.attempts,
-            reason="",
-            charged_to=embedded.charged_to,
-            lost_cost=embedded.lost_cost,
-        )
+        if isinstance(answer, RawEmbeddings):
+            return raw_embedded
+        return replace(raw_embedded, raw=await _written(request, answer.vectors, model.id, usage))
 
     async def embed_batch(self, batch: Batch, chosen: Plan, hold: Hold) -> BatchEmbedded:
         """Embed one batch of an ingest, and charge it at once: a run that dies later has recorded it."""
@@ -297,7 +287,7 @@ class Calls:
         )
 
     async def _embed(self, texts: Sequence[str], chosen: Plan, hold: Hold, part: str) -> Embedded:
-        size = min(TEXTS_PER_CALL.get(self._open.registry.provider_of(c.model).kind, 96) for c in chosen.candidates)
+        size = self._texts_per_call(chosen)
         limit = asyncio.Semaphore(CALLS_AT_ONCE)
 
         failures: list[ProviderError] = []
@@ -342,6 +332,10 @@ class Calls:
             lost_cost=sum((each.lost_cost for each in done), Decimal(0)),
             attempts=tuple(attempt for each in done for attempt in each.attempts),
         )
+
+    def _texts_per_call(self, chosen: Plan) -> int:
+        """As many as each of those takes who may be asked."""
+        return min(texts_per_call(self._open.registry.provider_of(each.model).kind) for each in chosen.candidates)
 
     async def _charge(self, hold: Hold, spend: Spend) -> None:
         ledger = await self._open.ledger()
@@ -459,14 +453,44 @@ async def _worst_of(candidate: Candidate) -> tuple[Usage, Decimal]:
     return Usage(input_tokens=estimate.input_tokens, counted=True), estimate.worst_case
 
 
-def _as_openai_writes(embedded: Embedded, *, packed: bool) -> bytes:
+async def _embed_elsewhere(
+    provider: Provider, request: EmbedRequest, model: Model, *, timeout_seconds: float
+) -> Embeddings:
+    """Embed by another protocol than OpenAI's, which has a place for texts and for nothing else."""
+    if (field := _only_theirs(request, model)) is not None:
+        raise _placeless(field, model)
+    return await provider.embed(model, request.texts, timeout_seconds=timeout_seconds)
+
+
+def _raw_of(embedded: Embedded, raw: bytes) -> RawEmbedded:
+    return RawEmbedded(
+        raw=raw,
+        dimension=embedded.dimension,
+        provider_id=embedded.provider_id,
+        model_id=embedded.model_id,
+        usage=embedded.usage,
+        estimated_cost=embedded.estimated_cost,
+        cost=embedded.cost,
+        attempts=embedded.attempts,
+        reason="",
+        charged_to=embedded.charged_to,
+        lost_cost=embedded.lost_cost,
+    )
+
+
+async def _written(request: EmbedRequest, vectors: Vector, model_id: str, usage: Usage) -> bytes:
+    """Vectors that came as numbers, in OpenAI's JSON."""
+    packed = request.options.get("encoding_format") == "base64"
+    return await asyncio.to_thread(_as_openai_writes, vectors, model_id, usage.input_tokens, packed=packed)
+
+
+def _as_openai_writes(vectors: Vector, model_id: str, tokens: int, *, packed: bool) -> bytes:
     data = [
         {"object": "embedding", "index": index, "embedding": _packed(row) if packed else row}
-        for index, row in enumerate(embedded.vectors)
+        for index, row in enumerate(vectors)
     ]
-    tokens = embedded.usage.input_tokens
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    body = {"object": "list", "data": data, "model": embedded.model_id, "usage": usage}
+    body = {"object": "list", "data": data, "model": model_id, "usage": usage}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

@@ -31,7 +31,9 @@ from sekha.gateway.server import Server, bind
 from sekha.keys import hash_of, new_key
 from sekha.ledger import Budget
 from sekha.ledgers import open_leased
+from sekha.providers.litellm import begin_import
 from sekha.steps.counting import INLINE
+from sekha.testing import StandIn
 from tests.fixtures.full import room_for
 from tests.fixtures.gateway import config_for, wait_until
 from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
@@ -1848,6 +1850,86 @@ async def test_an_embedding_goes_the_short_way_though_another_has_its_model(tmp_
 
     assert [reply.status for reply in side.seen.replies] == [200, 200, 200, 400]
     assert [reply.named.get("x-sekha-provider") for reply in side.seen.replies] == ["first", "first", "second", None]
+
+
+TWO_PROTOCOLS = """
+providers:
+  - id: first
+    provider_type: openai
+    base_url: URL
+    priority: 1
+    models:
+      - {model_id: vectors, task: embedding, dimension: 8, price: {input_per_million: 1000}}
+  - id: second
+    provider_type: SECOND
+    base_url: ROOT
+    priority: 2
+    models:
+      - {model_id: vectors, task: embedding, dimension: 8, same_as: openai/vectors, price: {input_per_million: 1000}}
+budgets: [{name: all, limit: 1000}]
+routing: {circuit_breaker: {failure_threshold: 1000}}
+"""
+SILENT = {"prompt_tokens": 0}
+"""No usage that anybody could charge by."""
+OLLAMAS = with_length(orjson.dumps({"model": "vectors", "embeddings": [ROW], "prompt_eval_count": 3}), JSON)
+EMBEDDED_BY: dict[str, tuple[bytes, int, list[Answer | None], Way, str]] = {
+    "one": (texts(), 200, [vectors(ROW)], "short", "first"),
+    "no usage": (texts(), 200, [vectors(ROW, usage=SILENT)], "handed over", "first"),
+    "of another length": (texts(dimensions=4), 200, [vectors(ROW[:4])], "short", "first"),
+    "of another length, no usage": (
+        texts(dimensions=4),
+        200,
+        [vectors(ROW[:4], usage=SILENT)],
+        "handed over",
+        "first",
+    ),
+    "what only one knows": (texts(input_type="query"), 200, [vectors(ROW)], "line", "first"),
+    "the other takes over": (texts(), 200, [refusal(401), OLLAMAS], "handed over", "second"),
+    "the other cannot": (texts(dimensions=4), 502, [refusal(401)], "handed over", ""),
+    "the other can": (texts(dimensions=8), 200, [refusal(401), OLLAMAS], "handed over", "second"),
+    "the request is wrong": (texts(dimensions=4), 400, [refusal(400)], "handed over", ""),
+}
+
+
+async def test_an_embedding_is_made_by_who_can_whatever_stands_behind(tmp_path: Path) -> None:
+    await asyncio.wrap_future(begin_import())  # which may take longer than anybody waits here
+
+    async def asks(side: Side) -> None:
+        for name, (body, status, _, _, by) in EMBEDDED_BY.items():
+            await side.meet(texts(), path=EMBED)
+            reply = await side.ask(body, path=EMBED)
+            assert (reply.status, reply.named.get("x-sekha-provider", "")) == (status, by), (name, reply.body)
+            await side.settled()
+
+    answers = [answer for _, _, script, _, _ in EMBEDDED_BY.values() for answer in (vectors(ROW), *script)]
+    took = [way for _, _, _, way, _ in EMBEDDED_BY.values()]
+    config = TWO_PROTOCOLS.replace("SECOND", "ollama")
+
+    side = await both(tmp_path, lambda: Upstream(*answers), asks, took=took, config=config, waits=True)
+
+    assert len(side.seen.asked) == len(answers)
+
+
+@pytest.mark.parametrize(("second", "calls"), [("openrouter", 3), ("ollama", 2)])
+async def test_many_texts_whose_usage_nobody_reports_are_charged_call_by_call(
+    tmp_path: Path, second: str, calls: int
+) -> None:
+    async def asks(side: Side) -> None:
+        await side.meet(texts(), path=EMBED)
+        await side.ask(texts(["hello"] * 200), path=EMBED)
+
+    def makes() -> StandIn:
+        standin = StandIn(dimension=8)
+        standin.omit_usage(times=None)
+        return standin
+
+    config = TWO_PROTOCOLS.replace("SECOND", second)
+
+    side = await both(tmp_path, makes, asks, took=["line"], config=config)
+
+    assert side.seen.replies[0].status == 200
+    assert orjson.loads(side.seen.replies[0].body)["sekha"]["attempts"] == calls
+    assert len(side.seen.asked) == 1 + calls
 
 
 # --- by which name a limit goes ------------------------------------------------------------
