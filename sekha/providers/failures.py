@@ -152,6 +152,28 @@ _TRANSLATES = (
     ("tools", "mcp"),
 )
 """What the functions of LiteLLM that translate a field have in their names. The first that fits is taken."""
+_CONNECTS = (
+    "validate_environment",
+    "complete_url",
+    "azure_url",
+    "base_url",
+    "api_base",
+    "api_key",
+    "api_params",
+    "token_and_url",
+    "access_token",
+    "ad_token",
+    "credential",
+    "auth",
+    "aws_region",
+    "request_headers",
+)
+"""What the functions of LiteLLM that find a provider's address and key have in their names."""
+_SETTINGS = (
+    ("`base_url`", re.compile(r"api[ _]?base|base[ _]url|endpoint", re.IGNORECASE)),
+    ("`api_key`", re.compile(r"key|credential|token", re.IGNORECASE)),
+)
+_VARIABLE = re.compile(r"(?<![\w{])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b")
 # A line of Ollama's stream without a message is its failure; LiteLLM makes a 400 of it.
 _UNEXPECTED = re.compile(r"Got unexpected response from Ollama: (.*)")
 _NO_JSON = ("empty or invalid response", "unable to get json response")
@@ -175,11 +197,17 @@ def failure_of(
     """Say what an exception means. `streaming` once something of the answer has been handed on.
 
     With `sent` false the provider heard nothing of it, so it cost nothing. What then failed is mostly the translation
-    of the request, which says nothing of the provider, and which another protocol may not need.
+    of the request, which says nothing of the provider, and which another protocol may not need; or else LiteLLM was
+    not told where the provider is or by which key, whatever is asked.
 
     What was said never holds the secret. It may hold any part of the request, and so is in `said` alone.
     """
     chain = list(_chain(error))
+    if not sent and _lacks_configuration(chain):
+        words = _own_sentence(error)
+        return ProviderError(
+            _lacking(words), said=clean(words, secret, texts), provider_id=provider_id, model_id=model_id
+        )
     if not sent and (untranslated := _untranslated(chain)) is not None:
         return _untranslatable(untranslated, provider_id, model_id)
     response = next((found for link in chain if (found := _answered(link)) is not None), None)
@@ -372,6 +400,30 @@ def _kind_unanswered(chain: Sequence[BaseException]) -> type[ProviderError]:
             if decisive in below:
                 return decisive
     return top
+
+
+def _lacks_configuration(chain: Sequence[BaseException]) -> bool:
+    """Whether LiteLLM misses what it needs to reach a provider.
+
+    Told by where it was raised, since what it says may quote the request. Some of these functions look into that too,
+    and stumble over it, but do not complain of it.
+    """
+    last = chain[-1]
+    if isinstance(last, AttributeError | LookupError | OSError | TypeError):
+        return False
+    *_, raised_in = "", *_functions(last.__traceback__)
+    if any(part in raised_in for part in _CONNECTS):
+        return True
+    # OpenAI's own client says so itself.
+    return any("openai_client" in name for link in chain for name in _functions(link.__traceback__))
+
+
+def _lacking(words: str) -> str:
+    """What is missing, in our words: names alone, so that no address and no key is among them."""
+    settings = [name for name, pattern in _SETTINGS if pattern.search(words)]
+    variables = list(dict.fromkeys(_VARIABLE.findall(words)))[:4]
+    missing = f", for lack of {' or '.join([*settings, *variables])}" if settings or variables else ""
+    return f"LiteLLM cannot reach it as it is set up in sekha.yaml{missing}"
 
 
 def _untranslated(chain: Sequence[BaseException]) -> Collection[str] | None:

@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 from contextlib import aclosing
@@ -6,7 +7,7 @@ from contextlib import aclosing
 import pytest
 from pydantic import SecretStr
 
-from sekha.errors import BadReply, FieldUnsupported, ProviderRejected, StreamBroken
+from sekha.errors import BadReply, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
 from sekha.providers.base import ChatCall, Completion
 from sekha.providers.litellm import litellm_module
 from sekha.providers.opening import open_provider
@@ -159,6 +160,41 @@ async def test_what_cannot_be_translated_is_not_sent_and_costs_nothing(
     assert f"its protocol cannot carry the `{field}` of this request" in str(caught.value)
     assert not caught.value.may_be_billed
     assert standin.requests == []
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("model", "key", "missing"),
+    [
+        ("gemini/gemini-2.0-flash", None, "`api_key` or GEMINI_API_KEY or GOOGLE_API_KEY"),
+        ("azure/gpt-4o", None, "`api_key` or AZURE_OPENAI_API_KEY or AZURE_OPENAI_AD_TOKEN"),
+        ("azure/gpt-4o", "k", "`base_url`"),
+        ("azure_ai/x", "k", "`base_url`"),
+        ("snowflake/x", None, "`api_key`"),
+        ("cloudflare/@cf/x", None, "`api_key`"),
+        ("fireworks_ai/x", None, "`api_key` or FIREWORKS_API_KEY"),
+        ("watsonx/ibm/granite", None, "WX_PROJECT_ID or WX_SPACE_ID"),
+        ("databricks/dbrx", None, "`base_url` or `api_key`"),
+    ],
+)
+async def test_what_a_provider_lacks_in_the_file_is_no_fault_of_whoever_asks(
+    model: str, key: str | None, missing: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        if name.endswith(("_API_KEY", "_API_BASE", "_TOKEN")):
+            monkeypatch.delenv(name)
+    spec = ProviderSpec(id="one", kind="litellm", api_key=SecretStr(key) if key else None)
+
+    async with aclosing(open_provider(spec)) as provider:
+        request = call(model)
+        answer = anext(provider.stream(request)) if streamed else provider.complete(request)
+        with pytest.raises(ProviderError) as caught:
+            await answer
+
+    error = caught.value
+    assert f"as it is set up in sekha.yaml, for lack of {missing}" in str(error)
+    assert (error.code, error.health, error.retryable, error.falls_back) == ("provider_error", "failing", False, True)
+    assert not error.may_be_billed
 
 
 @pytest.mark.parametrize(
