@@ -41,6 +41,7 @@ _SWEEP_SECONDS = 0.1
 _STALE_SECONDS = 1.0
 _LEARNED = 8
 """Heads of answers that a connection remembers in vain before it stops: most providers never send one twice."""
+_STATUS = re.compile(rb"[\r\n]*HTTP/(?:0\.9|1\.[01]|2\.0) +\d")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -452,7 +453,7 @@ class _Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
             self._excess = True
             if not response.complete:
-                self._end(self._broken_by(error))
+                self._end(self._broken_by(error, response, data))
                 return
         if response.whole and response.size > self._limits.body_bytes:
             self._end(BadResponse(f"it is longer than {self._limits.body_bytes:,} bytes"))
@@ -470,12 +471,14 @@ class _Connection(asyncio.Protocol):
                 self._transport.pause_reading()
             response.wake()
 
-    def _broken_by(self, error: Exception) -> BadResponse:
+    def _broken_by(self, error: Exception, response: Response, data: bytes) -> BadResponse:
         ours = error.__context__  # what a callback raises comes wrapped
         if isinstance(ours, BadResponse):
             failure = ours
         else:
-            kind = BadResponse if self._parser.get_status_code() else NoAnswer
+            # Until this answer has come as far as its status, the parser has that of the last.
+            begun = response.headed or self._head_bytes >= len(b"HTTP/1.1 ") or _STATUS.match(data)
+            kind = BadResponse if begun and self._parser.get_status_code() else NoAnswer
             failure = kind("it is not HTTP/1.1")
         failure.__cause__ = error
         return failure

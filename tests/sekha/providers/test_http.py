@@ -15,7 +15,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NotSent, Response, Target
+from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NoAnswer, NotSent, Response, Target
 from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
 
 PATIENCE = 20.0
@@ -381,6 +381,28 @@ async def test_a_cancelled_request_closes_its_connection() -> None:
 async def test_an_answer_that_breaks_the_rules_is_refused(answer: bytes, says: str) -> None:
     with pytest.raises(BadResponse, match=f"^{says}$"):
         await answer_to(answer, HttpLimits(body_bytes=4000))
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers"),
+    [
+        (b"\x00garbage", False),
+        (b"HTTX", False),
+        (b"HTTP/9.9 500 OK\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nno header\r\n\r\n", True),
+        (chunked(b"x", end=False) + b"garbage", True),
+    ],
+)
+async def test_what_does_not_begin_as_http_answers_nothing_whatever_was_answered_before(
+    answer: bytes, answers: bool
+) -> None:
+    async with Upstream(with_length(b"one"), answer) as upstream, aclosing(HttpClient()) as client:
+        await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+        with pytest.raises(BadResponse) as caught:
+            await client.post(target(upstream), b"", timeout_seconds=PATIENCE)
+
+    assert isinstance(caught.value, NoAnswer) is not answers
+    assert upstream.connections == 1
 
 
 async def test_an_answer_to_no_request_is_never_taken_for_the_next_ones() -> None:
