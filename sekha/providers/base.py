@@ -167,6 +167,12 @@ class ByteProvider(Provider, Protocol):
         """Wait until something is said. Until then every failure is raised here, and another provider may be asked."""
         ...
 
+    async def embed(
+        self, model: Model, texts: Sequence[str], *, timeout_seconds: float, dimensions: int | None = None
+    ) -> Embeddings:
+        """Embed the texts in one call, in vectors of so many `dimensions` where some are asked for."""
+        ...
+
     async def embed_raw(self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float) -> RawEmbeddings:
         """Embed what `body` holds, `input` and OpenAI's other fields, in one call.
 

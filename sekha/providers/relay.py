@@ -199,12 +199,15 @@ class RelayProvider:
         asked = isinstance(options, Mapping) and bool(options.get("include_usage"))
         return await self._open(call, begun, hands_on_usage=asked)
 
-    async def embed(self, model: Model, texts: Sequence[str], *, timeout_seconds: float) -> Embeddings:
+    async def embed(
+        self, model: Model, texts: Sequence[str], *, timeout_seconds: float, dimensions: int | None = None
+    ) -> Embeddings:
         import numpy as np
 
         failed = self._failing(model, lambda: texts)
         # A quarter of the bytes of numbers written out, and far less work to read.
-        sent = self._json({"model": model.id, "input": list(texts), "encoding_format": "base64"}, failed)
+        asked: dict[str, Any] = {"model": model.id, "input": list(texts), "encoding_format": "base64"}
+        sent = self._json(asked if dimensions is None else asked | {"dimensions": dimensions}, failed)
         response = await self._answer(_EMBED, sent, timeout_seconds, failed)
         body = _parsed(response, response.content, failed)
         usage = _usage(body.get("usage"), replies=False)
@@ -217,7 +220,7 @@ class RelayProvider:
                 raise failed.bad(_NOT_VECTORS) from wordless(error)
             if vectors.ndim != 2 or not vectors.size:
                 raise failed.bad(_NOT_VECTORS)
-            failed.unless_as_long(vectors.shape[1], model.dimension)
+            failed.unless_as_long(vectors.shape[1], dimensions or model.dimension)
             if not np.isfinite(vectors).all():
                 raise failed.bad("a vector holds a number that is not finite")
         return Embeddings(vectors=vectors, usage=usage)

@@ -7,6 +7,7 @@ import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import orjson
@@ -221,7 +222,7 @@ class Calls:
         # What was sent was all of it, and what only a provider can heed goes to it in one piece.
         whole = sent is not None or any(_only_theirs(request, each.model) for each in chosen.candidates)
         if not whole and len(request.texts) > self._texts_per_call(chosen):
-            embedded = await self._embed(request.texts, chosen, hold, "")
+            embedded = await self._embed(request.texts, chosen, hold, "", request.options.get("dimensions"))
             return _raw_of(embedded, await _written(request, embedded.vectors, embedded.model_id, embedded.usage))
         lost = Losses(self._open, chosen, hold, hold.id)
         texts = request.texts
@@ -286,7 +287,10 @@ class Calls:
             model_id=embedded.model_id,
         )
 
-    async def _embed(self, texts: Sequence[str], chosen: Plan, hold: Hold, part: str) -> Embedded:
+    async def _embed(
+        self, texts: Sequence[str], chosen: Plan, hold: Hold, part: str, dimensions: int | None = None
+    ) -> Embedded:
+        """`dimensions` are the ones that the file declares, and go to those whose protocol has them."""
         size = self._texts_per_call(chosen)
         limit = asyncio.Semaphore(CALLS_AT_ONCE)
 
@@ -300,7 +304,7 @@ class Calls:
                     return None
                 lost = Losses(self._open, chosen, hold, identity, losses)
                 try:
-                    embedded = await self._embed_once(some, chosen, lost)
+                    embedded = await self._embed_once(some, chosen, lost, dimensions)
                 except ProviderError as error:
                     # The calls under way are let finish: they are paid for, and their cost has to be known.
                     failures.append(error)
@@ -388,7 +392,7 @@ class Calls:
                 rates.correct(model.provider_id, took, usage.input_tokens + usage.output_tokens)
         return answered
 
-    async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: Losses) -> Embedded:
+    async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: Losses, dimensions: int | None) -> Embedded:
         async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
             """Of these texts alone, since the plan's estimate is for all that are embedded under it."""
             total, _ = await count_embedding(texts, candidate.model.id)
@@ -397,9 +401,12 @@ class Calls:
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[Embeddings]:
             model = candidate.model
-            provider = self._open.provider(model.provider_id)
-            timeout_seconds = min(self._open.registry.provider_of(model).timeout_seconds, seconds)
-            return lost.attempt(candidate, at_worst, provider.embed, model, texts, timeout_seconds=timeout_seconds)
+            spec, provider = self._open.registry.provider_of(model), self._open.provider(model.provider_id)
+            timeout_seconds = min(spec.timeout_seconds, seconds)
+            embed = provider.embed
+            if dimensions is not None and spec.kind in _OPENAI_COMPATIBLE:
+                embed = partial(cast("ByteProvider", provider).embed, dimensions=dimensions)
+            return lost.attempt(candidate, at_worst, embed, model, texts, timeout_seconds=timeout_seconds)
 
         answered = await self._in_turn(chosen, once, lost.affords)
         model, embeddings = answered.candidate.model, answered.value

@@ -73,6 +73,18 @@ async def test_very_many_texts_are_shortened_by_who_can(gateway: Opens) -> None:
     assert (short.json()["dimension"], len(short.json()["data"])) == (4, 600)
 
 
+async def test_very_many_texts_have_the_length_that_is_asked_for_though_the_file_declares_the_same(
+    gateway: Opens,
+) -> None:
+    async with StandIn(dimension=16) as standin, gateway(standin) as served:
+        asked = {"model": "vectors", "input": ["one"] * 600, "dimensions": 8}
+        answered = await served.http.post("/v1/embeddings", json=asked)
+        sent = sorted((len(each.json["input"]), each.json["dimensions"]) for each in standin.requests)
+
+    assert (answered.status_code, sent) == (200, [(88, 8), (512, 8)])
+    assert (answered.json()["dimension"], len(answered.json()["data"])) == (8, 600)
+
+
 async def test_dimensions_and_user_reach_the_provider(gateway: Opens) -> None:
     async with StandIn(dimension=8) as standin, gateway(standin) as served:
         reply = await served.openai.embeddings.create(
