@@ -221,12 +221,13 @@ class UnderWay:
         self.said = None
 
     def _task(self) -> Sequence[str]:
-        """The tag of what the model was asked to do: what the caller said, else what it is listed for."""
-        request = self.request
-        if isinstance(request, ChatRequest) and request.task is not None:
-            return (f"task:{request.task}",)
+        """The tag of what the model was asked to do: the task that its calls are charged to."""
         models = self._serving.resources.registry.providers[str(self.provider_id)].models
-        return [f"task:{task}" for model in models if model.id == self.model_id for task in model.tasks[:1]]
+        asked = [model for model in models if model.id == self.model_id][:1]
+        if isinstance(self.request, SearchRequest):
+            return ["task:embedding" for _ in asked]
+        ask = self.request.ask()
+        return [f"task:{ask.scope(model).task}" for model in asked]
 
     def _content(self) -> Mapping[str, Any]:
         """Prompt and reply, for a configuration that says `content: true`."""

@@ -67,13 +67,7 @@ class Lane:
         named = [(b"x-sekha-provider", model.provider_id.encode()), (b"x-sekha-model", model.id.encode())]
         self.lines = lines_of([(b"content-type", b"application/json"), *named]) + b"x-sekha-cost: "
         """Of a whole answer's head, up to its cost."""
-        tasks = [task for each in _models_of(serving, model) for task in each.tasks[:1]]
-        self.tags = (f"provider:{model.provider_id}", f"model:{model.id}", *(f"task:{task}" for task in tasks))
-
-
-def _models_of(serving: Serving, model: Model) -> list[Model]:
-    """Every entry of the file for this model."""
-    return [each for each in serving.resources.registry.provider_of(model).models if each.id == model.id]
+        self.tags = (f"provider:{model.provider_id}", f"model:{model.id}", f"task:{self.scope.task}")
 
 
 class Junction:

@@ -1932,6 +1932,35 @@ async def test_many_texts_whose_usage_nobody_reports_are_charged_call_by_call(
     assert len(side.seen.asked) == 1 + calls
 
 
+TWO_TASKS = """
+providers:
+  - id: first
+    provider_type: openai
+    base_url: URL
+    models:
+      - {model_id: chat, task: chat_small, supports_vision: true, price: {input_per_million: 9, output_per_million: 9}}
+      - {model_id: chat, task: vision}
+"""
+
+
+async def test_a_run_is_tagged_with_the_task_that_it_is_charged_to(tmp_path: Path) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]
+
+    side = await both(
+        tmp_path,
+        lambda: Upstream(GOOD),
+        asking(body_of(), body_of(image), body_of(model="vision"), meets=[*MET, body_of(model="vision")]),
+        took=None,
+        config=TWO_TASKS,
+    )
+
+    tasks = [tag for run in side.seen.runs[-3:] for tag in run.tags if tag.startswith("task:")]
+    assert tasks == ["task:chat_small", "task:vision", "task:vision"]
+    charged = {line[1]: line[2] for line in side.seen.spent if line[0] == "task"}
+    met = [tag for run in side.seen.runs for tag in run.tags]
+    assert charged == {task: met.count(f"task:{task}") for task in ("chat_small", "vision")}
+
+
 # --- by which name a limit goes ------------------------------------------------------------
 
 NEWER = ("o3-mini", "gpt-5-mini", "ft:gpt-5-mini:us::x", "openai/o1", "gpt-4o-mini", "mine")
