@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -16,10 +17,11 @@ from sekha.errors import KeyLimited, KeyNotAllowed, OperatorsOnly, TooManyTokens
 from sekha.rates import Minutes, RateLimit, Taken
 from sekha.registry import TASKS, Registry, Task
 
-__all__ = ["EVERYBODY", "KEY_PREFIX", "Key", "Keyring", "Pass", "hash_of", "new_key"]
+__all__ = ["EVERYBODY", "KEY_PREFIX", "Key", "Keyring", "Pass", "hash_of", "new_key", "without_keys"]
 
 KEY_PREFIX = "sk-sekha-"
 """Every key that we make begins with it, so that one is known where it does not belong."""
+_KEYS = re.compile(KEY_PREFIX + r"[\w-]+")
 _HASH = "sha256:"
 _SEEN = 1024
 _SEEN_BYTES = 256
@@ -86,6 +88,11 @@ EVERYBODY = Pass()
 def new_key() -> str:
     """A new key: 256 bits of chance, shown once and kept by nobody but its owner."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def without_keys(text: str) -> str:
+    """Text that a caller wrote, for the records: whoever puts a key where it does not belong has made a mistake."""
+    return _KEYS.sub(KEY_PREFIX + "***", text)
 
 
 def hash_of(key: str) -> str:

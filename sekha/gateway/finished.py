@@ -16,7 +16,7 @@ from sekha.embedding import EmbedRequest
 from sekha.errors import BudgetExceeded, ProviderError, SekhaError
 from sekha.gateway.news import tell_of_budget
 from sekha.gateway.serving import Serving
-from sekha.keys import EVERYBODY, Pass
+from sekha.keys import EVERYBODY, Pass, without_keys
 from sekha.ledger import Spend
 from sekha.pricing import Usage
 from sekha.recording.run import Outcome, Run, new_run_id
@@ -309,16 +309,19 @@ def _without_data(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _name(asked: str) -> str:
-    """The model that was asked for, unless it is no name at all: then it may be anything, a prompt too."""
-    return asked if _NAME.fullmatch(asked) else "what is no model's name"
+    """The model that was asked for, unless it is no name at all: then it may be anything, a prompt too.
+
+    A key may look like a name.
+    """
+    return without_keys(asked) if _NAME.fullmatch(asked) else "what is no model's name"
 
 
 def _recorded(error: SekhaError, *, content: bool) -> str:
     """What a record may hold of an error: what repeats the request only where that is recorded too."""
     if content:
-        return error.told
+        return without_keys(error.told)
     if not error.quotes_request:
-        return error.message
+        return without_keys(error.message)
     field = getattr(error, "field", None)
     return f"`{field}` is refused." if field else "It names what is not configured."
 

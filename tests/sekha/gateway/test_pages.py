@@ -232,6 +232,27 @@ async def test_a_search_is_recorded_as_a_chat_is_and_without_its_question(gatewa
         assert "cats sleep" not in repr(found)
 
 
+@pytest.mark.parametrize("content", [False, True])
+async def test_a_key_that_is_sent_as_a_name_is_on_no_record(gateway: Opens, content: bool) -> None:
+    extra = COLLECTIONS + "\nrecording: {content: true}" if content else COLLECTIONS
+    key = new_key()
+    async with StandIn(dimension=8) as standin, gateway(standin, extra=extra) as served:
+        served.serving.recorder = kept = cast("Any", Kept())
+
+        messages = [{"role": "user", "content": "Hi"}]
+        for path, asked in (
+            ("/v1/chat/completions", {"messages": messages, "model": f"at/{key}"}),
+            ("/v1/chat/completions", {"messages": messages, "preferred_model": key}),
+            ("/v1/embeddings", {"input": "Hi", "model": key}),
+        ):
+            await served.http.post(path, json=asked)
+
+    assert len(kept.runs) == 3
+    assert key.removeprefix("sk-sekha-") not in repr(kept.runs)
+    assert kept.runs[0].name == "at/sk-sekha-*** → model_not_found"
+    assert kept.runs[0].parameters["model"] == "at/sk-sekha-***"
+
+
 async def test_a_search_is_narrowed(gateway: Opens) -> None:
     async with StandIn(dimension=8) as standin, gateway(standin, extra=COLLECTIONS) as served:
         await served.serving.runtime.ingest(DOCUMENTS)
