@@ -6,7 +6,9 @@ protocols have, or refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -85,16 +87,31 @@ def _call(call: object, where: str, named: str = "function") -> dict[str, Any]:
         arguments = orjson.dumps(arguments).decode()
     # A model that calls a function without arguments may write none.
     arguments = "{}" if arguments is None or arguments == "" else arguments
-    if not _is_object(arguments):
+    if (arguments := _object_in(arguments)) is None:
         raise Uncarried(f"{where}.{named}.arguments")
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 
-def _is_object(written: object) -> bool:
+def _object_in(written: object) -> str | None:
+    """The JSON of an object as UTF-8 can carry it; None for all else.
+
+    A model that is cut may write half of a character, `\\ud83d`, which is JSON, and nothing that can be sent:
+    it becomes the sign for what cannot be shown.
+    """
+    if not isinstance(written, str):
+        return None
+    with suppress(orjson.JSONDecodeError):
+        return written if isinstance(orjson.loads(written), dict) else None
     try:
-        return isinstance(written, str) and isinstance(orjson.loads(written), dict)
-    except orjson.JSONDecodeError:
-        return False
+        read = json.loads(written, parse_constant=_no_json)
+        plain = json.dumps(read, ensure_ascii=False, allow_nan=False) if isinstance(read, dict) else None
+    except (ValueError, RecursionError):
+        return None
+    return plain and plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _as_result(message: dict[str, Any], where: str, called: Mapping[str, str]) -> None:

@@ -74,6 +74,7 @@ def asked(*parts: object, role: str = "user") -> dict[str, Any]:
                 (asked({"type": "input_image", "image_url": IMAGE["image_url"]}), "messages[1].content[1]"),
                 (asked({"type": "text", "text": None}), "messages[1].content[1].text"),
                 (called('{"a'), "messages[1].tool_calls[0].function.arguments"),
+                (called('{"a": NaN, "b": "\\ud83d"}'), "messages[1].tool_calls[0].function.arguments"),
                 (called("[1]"), "messages[1].tool_calls[0].function.arguments"),
                 ({"role": "zzz", "content": "x"}, "messages[1].role"),
                 ({"role": "assistant", "audio": {"id": "audio_1"}}, "messages[1].audio"),
@@ -113,7 +114,17 @@ async def test_a_refusal_is_text(message: dict[str, Any]) -> None:
     assert to_ollama["content"] == "No."
 
 
-@pytest.mark.parametrize(("arguments", "given"), [("", {}), (None, {}), ({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1})])
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ("", {}),
+        (None, {}),
+        ({"a": 1}, {"a": 1}),
+        ('{"a": 1}', {"a": 1}),
+        (r'{"a": "\ud83d\ude00"}', {"a": "😀"}),
+        (r'{"a": "\ud83d", "\ude00": ["é\ud83d\ude00"]}', {"a": "\ufffd", "\ufffd": ["é😀"]}),
+    ],
+)
 async def test_arguments_of_a_call_are_an_object_however_they_were_written(arguments: object, given: object) -> None:
     result = {"role": "tool", "tool_call_id": "call_a", "content": "r"}
 
