@@ -502,12 +502,15 @@ class RelayStream:
 
     async def _first_event(self) -> tuple[bytes, bytes]:
         """The events until the first that is no comment, and what it carries; or no event, and the whole body."""
-        seen = b""
+        seen = head = start = b""
         while True:
             data = await self._response.block()
-            start = data.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
-            if not seen and start not in _EVENT_STARTS:
-                return b"", data + await self._response.body()
+            if not start:
+                # The first byte alone tells events from a body of another sort: one event may come in many pieces.
+                head += data
+                start = _first_byte(head)
+                if start not in _EVENT_STARTS:
+                    return b"", head + await self._response.body()
             seen += self._events.feed(data) if data else self._events.rest()
             if (first := next(payloads(seen), None)) is not None:
                 return seen, first
@@ -732,6 +735,11 @@ def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
     if body.get("error"):
         raise _said_to_have_failed(response, raw, failed)
     return body
+
+
+def _first_byte(head: bytes) -> bytes:
+    """The first byte of a body that is neither blank nor of a byte order mark; nothing where that is not there yet."""
+    return b"" if _BYTE_ORDER_MARK.startswith(head) else head.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
 
 
 def _is_chunk(body: Mapping[str, Any]) -> bool:

@@ -553,6 +553,7 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     "another field first": (200, [streamed(b"id: 5\n" + SAY, *HELLO_EVENTS[1:])], "handed over"),
     "no blank": (200, [streamed(SAY.replace(b"data: ", b"data:"), *HELLO_EVENTS[1:])], "handed over"),
     "half an event first": (200, [streamed(SAY[:9], SAY[9:], *HELLO_EVENTS[1:])], "short"),
+    "its first in three pieces": (200, [streamed(SAY[:6], SAY[6:-2], SAY[-2:], *HELLO_EVENTS[1:])], "short"),
     "a null for an error first": (200, [streamed(event("x", error=None), *HELLO_EVENTS)], "handed over"),
     "two lines for one event": (
         200,

@@ -33,6 +33,7 @@ from sekha.providers.relay import RelayProvider, RelayStream
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.testing import StandIn
 from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
+from tests.fixtures.ways import streamed as piece_by_piece
 
 SECRET = "sk-relay-0123456789abcdef"
 PROMPT = "Tell me about the confidential merger"
@@ -618,6 +619,20 @@ async def test_what_names_who_speaks_is_no_token_yet(
             await provider.open_stream(chat())
 
     assert caught.value.falls_back
+
+
+FILTERED = b'data: {"choices":[],"id":"","model":"","prompt_filter_results":[{"prompt_index":0}]}\n\n'
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("first", [ROLE, FILTERED, b": hello\n\n" + ROLE, b"\n\n" + ROLE, MARK + ROLE], ids=range(5))
+@pytest.mark.parametrize("cuts", [(1,), (2, 4), (6, -2), (10,), (60,), (-1,)], ids=str)
+async def test_the_first_event_may_come_in_pieces(first: bytes, cuts: tuple[int, ...]) -> None:
+    pieces = [first[start:end] for start, end in zip((None, *cuts), (*cuts, None), strict=True)]
+
+    handed_on, _ = await streamed(piece_by_piece(*pieces, WORD, STOP, DONE))
+
+    assert handed_on == first + WORD + STOP
 
 
 async def test_silence_before_the_first_token_leaves_room_for_another_provider() -> None:
