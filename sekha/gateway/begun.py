@@ -515,8 +515,7 @@ class BegunStream(Shortened):
     def _last(self) -> bytes:
         if not self._wants_usage:
             return end_of(self._note())
-        usage = None if self._held else self.usage
-        return end_with_usage(self._held, self._note(), self.model_id, self.run_id, usage=usage)
+        return end_with_usage(self._held, self._note(), self.model_id, self.run_id, usage=self.usage)
 
     async def _tell(self) -> None:
         cast("RelayStream", self._stream).let_go()

@@ -18,6 +18,7 @@ from sekha.gateway.weighing import weighed_chat
 from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, sekha_note
 from sekha.pricing import Usage
 from sekha.providers.base import openai_usage
+from sekha.providers.events import bodies
 from sekha.registry import Model
 
 __all__ = [
@@ -117,8 +118,7 @@ class Pipe:
         note = sekha_note(reply, run_id, reply.total_cost)
         said = end_of(note)
         if self._asked.wants_usage:
-            counted = reply.usage if reply.usage.counted or not self._held else None
-            said = end_with_usage(self._held, note, reply.model_id, run_id, usage=counted)
+            said = end_with_usage(self._held, note, reply.model_id, run_id, usage=reply.usage)
         if self._memory is not None:
             await self._memory.chat(self._under_way.run_id, self._asked.request, reply, b"".join(self._pieces))
         await self._x.end(said)
@@ -137,7 +137,7 @@ def without_usage_at_its_end(block: bytes) -> tuple[bytes, bytes]:
     before = block.rfind(b"\n\n", 0, -2)
     start = before + 2 if before >= 0 else 0
     last = block[start:]
-    if b'"usage"' in last and last.startswith(b"data:") and b'"usage":{' in last.replace(b" ", b""):
+    if b'"usage"' in last and b'"usage":{' in last.replace(b" ", b""):
         return block[:start], last
     return block, b""
 
@@ -147,17 +147,17 @@ def end_of(note: Mapping[str, object]) -> bytes:
     return b": sekha " + orjson.dumps(note) + b"\n\ndata: [DONE]\n\n"
 
 
-def end_with_usage(
-    held: bytes, note: Mapping[str, object], model_id: str, run_id: str, *, usage: Usage | None
-) -> bytes:
-    """The same with the usage, in the event that was `held` back for it; `usage` stands in place of what that says.
+def end_with_usage(held: bytes, note: Mapping[str, object], model_id: str, run_id: str, *, usage: Usage) -> bytes:
+    """The same with the usage, in the event that was `held` back for it: what that says stands unless we counted.
 
     Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
     """
-    last = orjson.loads(held[5:]) if held else _usage_chunk(model_id, run_id)
-    if usage is not None:
+    last = next(bodies(held), None)
+    before = b"" if last else held
+    last = last or _usage_chunk(model_id, run_id)
+    if usage.counted or not last.get("usage"):
         last["usage"] = openai_usage(usage)
-    return b"data: " + orjson.dumps(last | {"sekha": note}) + b"\n\ndata: [DONE]\n\n"
+    return before + b"data: " + orjson.dumps(last | {"sekha": note}) + b"\n\ndata: [DONE]\n\n"
 
 
 def _usage_chunk(model_id: str, run_id: str) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import orjson
@@ -16,6 +17,7 @@ __all__ = [
     "ERROR",
     "EventSplitter",
     "bodies",
+    "body_in",
     "endings",
     "error_in",
     "is_plain",
@@ -63,7 +65,7 @@ class EventSplitter:
         """What is left with no blank line after it, where it is an event all the same: some write none at the end."""
         left = self._take(b"").strip(b"\n")
         payload = next(payloads(left), b"")
-        return left + b"\n\n" if payload == DONE or json_object(payload) is not None else b""
+        return left + b"\n\n" if _carries(payload) else b""
 
     def _split(self, data: bytes) -> bytes:
         end = data.rfind(b"\n\n") + 2
@@ -157,13 +159,7 @@ def _names_an_error(event: bytes) -> bool:
 
 
 def _carries(payload: bytes) -> bool:
-    if json_object(payload) is not None or payload == DONE:
-        return True
-    try:
-        # Half of a pair of surrogates and a number that is none pass here, as they do in many a client.
-        return isinstance(json.loads(payload), dict)
-    except (ValueError, RecursionError):
-        return False
+    return payload == DONE or body_in(payload) is not None
 
 
 def json_object(payload: bytes) -> dict[str, Any] | None:
@@ -174,8 +170,34 @@ def json_object(payload: bytes) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
+def body_in(payload: bytes) -> dict[str, Any] | None:
+    """The object that an event carries, also where some clients take it and others do not; it can be written again.
+
+    So half of a pair of surrogates becomes a question mark, a number that is none becomes None, and a tab may stand
+    in a text as it is.
+    """
+    try:
+        body = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        body = _loosely_read(payload)
+    return body if isinstance(body, dict) else None
+
+
+def _loosely_read(payload: bytes) -> object:
+    try:
+        read = json.loads(payload.decode(), strict=False, parse_float=_number, parse_constant=_number)
+        return orjson.loads(json.dumps(read, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _number(written: str) -> float | None:
+    number = float(written)
+    return number if isfinite(number) else None
+
+
 def bodies(block: bytes) -> Iterator[dict[str, Any]]:
-    return (body for payload in payloads(block) if (body := json_object(payload)) is not None)
+    return (body for payload in payloads(block) if (body := body_in(payload)) is not None)
 
 
 def says_something(body: Mapping[str, Any]) -> bool:

@@ -38,6 +38,7 @@ from sekha.providers.events import (
     ERROR,
     EventSplitter,
     bodies,
+    body_in,
     endings,
     error_in,
     is_plain,
@@ -411,7 +412,7 @@ class RelayStream:
             return False
         start = self._looked_at
         while (end := seen.find(b"\n\n", start)) > 0:
-            body = json_object(seen[start + len(_DATA) : end]) if seen.startswith(_DATA, start) else None
+            body = body_in(seen[start + len(_DATA) : end]) if seen.startswith(_DATA, start) else None
             if body is None or "error" in body or not _is_chunk(body):
                 return False
             if says_something(body):
@@ -495,7 +496,9 @@ class RelayStream:
             self._response.close()
 
     def _says_something(self, first: bytes) -> bool:
-        body = _parsed(self._response, first, self._failed)
+        body = body_in(first)
+        if body is None:
+            raise self._failed.bad(_NOT_JSON)
         if not _is_chunk(body):
             raise self._failed.bad("it has no choices")
         return says_something(body)
@@ -578,7 +581,7 @@ class RelayStream:
             if payload == DONE:
                 self._done = True
                 break
-            body = json_object(payload)
+            body = body_in(payload)
             if (error := error_in(event, body)) is not None:
                 self._failure, self._refusal = self._failed.broken_off(error), payload
                 break
@@ -747,7 +750,7 @@ def _is_chunk(body: Mapping[str, Any]) -> bool:
 
 
 def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing) -> ProviderError:
-    body = json_object(raw) or {}
+    body = body_in(raw) or {}
     error = body.get("error") or body
     code = error.get("code") if isinstance(error, dict) else None
     failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)

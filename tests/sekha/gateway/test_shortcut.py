@@ -473,6 +473,14 @@ def crlf(piece: bytes) -> bytes:
     return piece.replace(b"\n", b"\r\n")
 
 
+def over_lines(piece: bytes) -> bytes:
+    """The same event with its JSON over several lines."""
+    said = orjson.dumps(orjson.loads(piece[5:]), option=orjson.OPT_INDENT_2)
+    return b"".join(b"data: %b\n" % line for line in said.splitlines()) + b"\n"
+
+
+INFINITE = SAY.replace(b'"finish_reason"', b'"logprobs":{"content":[{"logprob":-Infinity}]},"finish_reason"')
+HALF = event("x", finish="stop", usage=USAGE).replace(b'"x"', b'"\\ud83d"')
 STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     "usage with the last choice": (200, [streamed(SAY, event(finish="stop", usage=USAGE), DONE)], "short"),
     "usage before the last choice": (200, [streamed(SAY, event(usage=USAGE), STOP, DONE)], "short"),
@@ -513,6 +521,18 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
         "short",
     ),
     "an error that is none": (200, [streamed(SAY, event("x", error=None), STOP, COUNTED, DONE)], "short"),
+    "another field behind the usage": (200, [streamed(SAY, STOP, COUNTED[:-1] + b"id: 7\n\n", DONE)], "short"),
+    "another field before the usage": (200, [streamed(SAY, STOP, b"event: message\n" + COUNTED, DONE)], "short"),
+    "several lines for the usage": (200, [streamed(SAY, STOP, over_lines(COUNTED), DONE)], "short"),
+    "a number that is none in the usage": (
+        200,
+        [streamed(SAY, STOP, COUNTED.replace(b'"usage":{', b'"usage":{"cost":NaN,"saved":1e999,'), DONE)],
+        "short",
+    ),
+    "braces that are no usage": (200, [streamed(SAY, STOP, COUNTED, b'data: {"usage":{7}}\n\n', DONE)], "short"),
+    "numbers that are none": (200, [streamed(*[INFINITE] * 3, STOP, COUNTED, DONE)], "short"),
+    "numbers that are none, and no usage": (200, [streamed(*[INFINITE] * 3, STOP, DONE)], "handed over"),
+    "half a pair of surrogates with all the rest": (200, [streamed(event(""), HALF, DONE)], "short"),
     "what is said behind the end": (200, [streamed(SAY, STOP, COUNTED, DONE + MORE + WRONG_EVENT)], "short"),
     "tools": (
         200,
@@ -626,6 +646,30 @@ async def test_a_stream_or_what_comes_in_its_place_is_handled_as_in_the_line(
     side = await both(tmp_path, lambda: Upstream(*answers), asks, took=took, extra=PATIENT)
 
     assert len(side.seen.asked) == len(answers)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        COUNTED[:-1] + b"id: 7\n\n",
+        b"event: message\n" + COUNTED,
+        over_lines(COUNTED),
+        COUNTED.replace(b'"usage":{', b'"usage":{"cost":NaN,'),
+        HALF,
+    ],
+    ids=["a field behind", "a field before", "lines", "no number", "half a pair"],
+)
+async def test_a_stream_ends_with_its_usage_however_that_is_written(tmp_path: Path, last: bytes) -> None:
+    ask = asking(body_of(stream=True, stream_options={"include_usage": True}), meets=[body_of()])
+
+    side = await both(tmp_path, lambda: Upstream(GOOD, streamed(SAY, STOP, last, DONE)), ask)
+
+    *_, chunk, done = [piece for piece in side.seen.replies[0].body.split(b"\n\n") if piece]
+    assert done == b"data: [DONE]"
+    said = orjson.loads(chunk.removeprefix(b"data: "))
+    assert said["usage"]["completion_tokens"] == 3
+    assert said["sekha"]["cost"] > 0
+    assert side.seen.replies[0].body.count(b"completion_tokens") == 1
 
 
 # --- money ---------------------------------------------------------------------------------

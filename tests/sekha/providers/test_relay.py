@@ -705,6 +705,26 @@ async def test_any_line_of_events_and_any_language_is_handed_on() -> None:
     assert handed_on == ROLE + WORD + lines + halves + said + STOP
 
 
+async def test_what_only_some_clients_read_is_handed_on_as_it_comes_and_counted() -> None:
+    odd = WORD.replace(b'"finish_reason"', b'"logprobs":{"content":[{"logprob":-Infinity}]},"finish_reason"')
+    half = WORD.replace(b"word", b"\\ud83d")
+    tab = WORD.replace(b"word", b"{\t")
+    given = asyncio.Event()
+
+    async def waits(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(events(ROLE, odd, end=False))
+        await given.wait()
+        writer.write(events(odd, half, tab, STOP, DONE).partition(b"\r\n\r\n")[2])
+
+    async with relay_to(waits) as (provider, _):
+        stream = await provider.open_stream(chat())
+        assert await anext(stream) == ROLE + odd
+        given.set()
+        assert b"".join([block async for block in stream]) == odd + half + tab + STOP
+
+    assert stream.said() == "wordword?{\t"
+
+
 async def test_comments_alone_do_not_keep_a_caller_waiting_beyond_its_time() -> None:
     async def only_comments(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
