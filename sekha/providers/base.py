@@ -96,12 +96,12 @@ class RawStream(Protocol):
 
     @property
     def usage(self) -> Usage | None:
-        """What the provider reported; None before the end, and where it reported none."""
+        """What the provider reported of the whole; None before its end, and where more was said after it."""
         ...
 
     @property
     def went_in(self) -> Usage | None:
-        """What the provider said went in, where it said so at the beginning; nothing of what came out."""
+        """What the provider reported before the end, if it did: what went in, and the least that came out."""
         ...
 
     def said(self) -> str:

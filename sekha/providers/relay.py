@@ -359,8 +359,7 @@ class RelayStream:
     """A streamed answer in blocks of whole events, `[DONE]` left out: a `RawStream`."""
 
     def __init__(self, response: Response, failed: _Failing, *, timeout_seconds: float, hands_on_usage: bool) -> None:
-        self.usage: Usage | None = None
-        self.went_in: Usage | None = None
+        self._reported: Usage | None = None
         self._response = response
         self._failed = failed
         self._timeout_seconds = timeout_seconds
@@ -374,6 +373,10 @@ class RelayStream:
         self._failure: ProviderError | None = None
         self._kept: list[bytes] = []
         self._kept_bytes = 0
+        self._covered = 0
+        """So many of what is kept came before what was reported, or with it."""
+        self._outdated = False
+        """Whether something was said after what was reported, in what is not kept any more."""
         self._texts: list[str] = []
         self._endings: dict[str, bool] = {}
         """Of the choices in what is not kept any more."""
@@ -421,6 +424,17 @@ class RelayStream:
                 return True
             self._looked_at = start = end + 2
         return False if response.complete or len(seen) > _UNSAID_BYTES else None
+
+    @property
+    def usage(self) -> Usage | None:
+        """What was reported, once it is of the whole: all was said by then, and nothing more is to come."""
+        if self._reported is None or self._outdated or any(texts_in(self._kept[self._covered :])):
+            return None
+        return self._reported if self._done or self._has_all() else None
+
+    @property
+    def went_in(self) -> Usage | None:
+        return self._reported
 
     def said(self) -> str:
         """The text that arrived, of every choice, with the calls of tools."""
@@ -530,7 +544,7 @@ class RelayStream:
                     if any(map(says_something, bodies(block))):
                         break
                 elif self._done:
-                    if self.usage is None:
+                    if self._reported is None:
                         raise self._failed.bad(_NOTHING_SAID)
                     break
                 else:
@@ -539,7 +553,7 @@ class RelayStream:
             if self._refusal is not None:
                 raise _said_to_have_failed(self._response, self._refusal, self._failed) from None
             failure = self._failed.bad(error.detail)
-            failure.usage = self.usage
+            failure.usage = self._reported
             raise failure from None
         return b"".join(held)
 
@@ -560,7 +574,7 @@ class RelayStream:
     def _taken_apart(self, block: bytes) -> bytes:
         if found := [at for word in (DONE, ERROR, COUNTED, _NAMED) if (at := block.find(word)) >= 0]:
             untouched = block.rfind(b"\n\n", 0, min(found)) + 2
-            block = self._sifted(block, untouched if untouched > 1 else 0)
+            return self._sifted(block, untouched if untouched > 1 else 0)
         self._keep(block)
         return block
 
@@ -570,12 +584,15 @@ class RelayStream:
         if self._kept_bytes > _KEPT_BYTES:
             # Its text alone is a small part of it.
             self._endings = endings(self._kept, self._endings)
-            self._texts += texts_in(self._kept)
+            since = texts_in(self._kept[self._covered :])
+            self._texts += texts_in(self._kept[: self._covered]) + since
+            self._outdated = self._outdated or any(since)
             self._kept.clear()
-            self._kept_bytes = 0
+            self._kept_bytes = self._covered = 0
 
     def _sifted(self, block: bytes, untouched: int) -> bytes:
-        kept = [block[:untouched]]
+        handed_on = [block[:untouched]]
+        covered = 0
         for event in block[untouched:].split(b"\n\n"):
             payload = next(payloads(event), b"")
             if payload == DONE:
@@ -585,22 +602,31 @@ class RelayStream:
             if (error := error_in(event, body)) is not None:
                 self._failure, self._refusal = self._failed.broken_off(error), payload
                 break
-            if body is not None and isinstance(reported := body.get("usage"), dict):
-                self.usage = _usage(reported, tier=body.get("service_tier")) or self.usage
-                if not body.get("choices") and not self._hands_on_usage:
-                    continue
-            if event:
-                kept.append(event + b"\n\n")
-        return b"".join(kept)
+            reported = None if body is None else body.get("usage")
+            usage = None if body is None else _usage(reported, tier=body.get("service_tier"))
+            counts_alone = isinstance(reported, dict) and not (body and body.get("choices"))
+            if event and (self._hands_on_usage or not counts_alone):
+                handed_on.append(event + b"\n\n")
+            if usage is not None:
+                self._reported, covered = usage, len(handed_on)
+        if covered:
+            self._keep(b"".join(handed_on[:covered]))
+            self._covered, self._outdated = len(self._kept), False
+        self._keep(b"".join(handed_on[covered:]))
+        return b"".join(handed_on)
 
     def _end(self) -> None:
         """The answer ended. Some providers say why every choice ends, and never `[DONE]`."""
         if not self._done and self._failure is None:
-            ended = endings(self._kept, self._endings)
-            if ended and all(ended.values()):
+            if self._has_all():
                 self._done = True
             else:
                 self._failure = self._failed.broken("it ended without saying so")
+
+    def _has_all(self) -> bool:
+        """Whether every choice said why it ended."""
+        ended = endings(self._kept, self._endings)
+        return bool(ended) and all(ended.values())
 
 
 class _Failing(NamedTuple):

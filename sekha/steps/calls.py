@@ -186,7 +186,7 @@ class Calls:
         if usage is None:
             went_in = opened.events.went_in or Usage(input_tokens=await _went_in(request, model))
             came_out, _ = await count_embedding([opened.events.said()], model.id)
-            usage = replace(went_in, output_tokens=came_out, counted=True)
+            usage = replace(went_in, output_tokens=max(came_out, went_in.output_tokens), counted=True)
         usage = _in_tier(_with_images(usage, request, model), request)
         return Reply(
             text="",

@@ -513,8 +513,20 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
         ],
         "short",
     ),
-    "usage at the first": (200, [streamed(event("", usage=USAGE) + SAY, MORE, STOP, DONE)], "short"),
-    "usage alone at the first": (200, [streamed(COUNTED, SAY, STOP, DONE)], "short"),
+    "usage at the first": (200, [streamed(event("", usage=USAGE) + SAY, MORE, STOP, DONE)], "handed over"),
+    "usage at the first and at the end": (200, [streamed(event("", usage=USAGE), *HELLO_EVENTS)], "short"),
+    "usage at the first, and cut": (200, [streamed(event("", usage=USAGE), SAY, ends="never")], "handed over"),
+    "usage alone at the first": (200, [streamed(COUNTED, SAY, STOP, DONE)], "handed over"),
+    "usage all the time, and cut": (
+        200,
+        [streamed(event("Hel", usage=USAGE), event("lo.", usage=USAGE), ends="never")],
+        "handed over",
+    ),
+    "usage with the last choice, and cut": (
+        200,
+        [streamed(SAY, event(finish="stop", usage=USAGE), ends="never")],
+        "handed over",
+    ),
     "more usage than choices": (
         200,
         [streamed(SAY, STOP, COUNTED, event(usage=USAGE | {"prompt_tokens": 70}), DONE)],
@@ -670,6 +682,20 @@ async def test_a_stream_ends_with_its_usage_however_that_is_written(tmp_path: Pa
     assert said["usage"]["completion_tokens"] == 3
     assert said["sekha"]["cost"] > 0
     assert side.seen.replies[0].body.count(b"completion_tokens") == 1
+
+
+@pytest.mark.parametrize("ends", ["at once", "never"])
+async def test_words_are_paid_for_that_come_after_the_only_usage(tmp_path: Path, ends: Any) -> None:
+    pieces = [event("", usage={"prompt_tokens": 10, "completion_tokens": 0}), event("word " * 400)]
+    pieces += [STOP, DONE] if ends == "at once" else []
+    ask = asking(body_of(stream=True, max_tokens=500), meets=[body_of()])
+
+    side = await both(tmp_path, lambda: Upstream(GOOD, streamed(*pieces, ends=ends)), ask, took=["handed over"])
+
+    line = side.seen.lines[-1]
+    assert line["input_tokens"] == 10
+    assert line["output_tokens"] >= 400
+    assert line["cost"] == pytest.approx((10 + 2 * line["output_tokens"]) / 1000)
 
 
 # --- money ---------------------------------------------------------------------------------

@@ -459,6 +459,61 @@ async def test_usage_that_comes_with_a_choice_is_handed_on() -> None:
     assert stream.usage == Usage(input_tokens=6, output_tokens=2)
 
 
+def reporting(event: bytes, came_out: int) -> bytes:
+    usage = b'"usage":{"prompt_tokens":6,"completion_tokens":%d,"prompt_tokens_details":{"cached_tokens":4}}' % came_out
+    return event.replace(b',"usage":null', b"")[:-3] + b"," + usage + b"}\n\n"
+
+
+AT_FIRST, LONG_WORD = reporting(ROLE, 0), WORD.replace(b"word", b"word" * 750_000)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "came_out"),
+    [
+        ((AT_FIRST, WORD, STOP), None),
+        ((AT_FIRST + WORD + STOP,), None),
+        ((AT_FIRST, WORD, LONG_WORD, LONG_WORD, STOP), None),
+        ((reporting(WORD, 1), WORD, STOP), None),
+        ((AT_FIRST, WORD, STOP, reporting(STOP, 2)), 2),
+        ((AT_FIRST, WORD, LONG_WORD, LONG_WORD, reporting(STOP, 2)), 2),
+        ((reporting(ROLE, 0), reporting(WORD, 1), reporting(WORD, 2), STOP), 2),
+        ((ROLE, WORD, reporting(LONG_WORD, 2), STOP), 2),
+    ],
+)
+@pytest.mark.parametrize("last", [DONE, b""])
+async def test_what_is_reported_is_of_the_whole_where_nothing_is_said_after_it(
+    pieces: tuple[bytes, ...], came_out: int | None, last: bytes
+) -> None:
+    _, stream = await streamed(events(*pieces, *([last] if last else ())))
+
+    reported = None if came_out is None else Usage(input_tokens=6, output_tokens=came_out, cached_tokens=4)
+    assert stream.usage == reported
+    assert stream.went_in is not None
+    assert (stream.went_in.input_tokens, stream.went_in.cached_tokens) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "is_whole"),
+    [
+        ((AT_FIRST, WORD), False),
+        ((reporting(ROLE, 0), reporting(WORD, 1), reporting(WORD, 2)), False),
+        ((WORD, STOP, USAGE), True),
+        ((WORD, reporting(STOP, 2)), True),
+    ],
+)
+async def test_of_a_stream_that_is_cut_only_what_came_with_its_end_or_after_is_of_the_whole(
+    pieces: tuple[bytes, ...], is_whole: bool
+) -> None:
+    received: list[bytes] = []
+    async with relay_to(piece_by_piece(*pieces, ends="never")) as (provider, _):
+        stream = await provider.open_stream(chat())
+        with pytest.raises(StreamBroken):
+            await gather(stream, received)
+
+    assert (stream.usage is not None) is is_whole
+    assert stream.went_in is not None
+
+
 async def test_words_that_mean_something_mean_nothing_within_what_is_said() -> None:
     said = 'data: [DONE] {"error": {"message": "x"}} "usage": {"completion_tokens": 9}'
     tricky = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": {"content": said}}]}) + b"\n\n"
