@@ -384,21 +384,14 @@ class RelayStream:
     async def begin(self) -> None:
         """Wait until something is said. Raises what is wrong before, as for an answer that is not streamed.
 
-        What says nothing, as the chunk that names who speaks, is held back until then.
+        What says nothing, as the chunk that names who speaks or an event that is no chunk, is held back until then.
         """
         response, failed = self._response, self._failed
         if response.status != 200:
             raise failed.refused(response, await _what_came(response))
         try:
-            seen, first = await self._first_event()
-            if first == DONE:
-                raise failed.bad(_NOTHING_SAID)
-            if not seen:
-                _parsed(response, first, failed)
-                raise failed.bad("it is no stream of events")
-            self._first = self._sought(seen)
-            if self._failure is not None or not self._says_something(first):
-                self._first = await self._until_said()
+            self._first = self._sought(await self._first_events())
+            self._first = await self._until_said()
         except (OSError, BadResponse) as error:
             failure = failed.unanswered(error)
             failure.may_be_billed = True
@@ -418,7 +411,7 @@ class RelayStream:
             body = body_in(seen[start + len(_DATA) : end]) if seen.startswith(_DATA, start) else None
             if body is None or "error" in body or not _is_chunk(body):
                 return False
-            if says_something(body):
+            if says_something(body) and (self._hands_on_usage or body.get("choices")):
                 response.take()
                 self._first = self._sought(self._events.feed(seen))
                 return True
@@ -509,30 +502,24 @@ class RelayStream:
         else:
             self._response.close()
 
-    def _says_something(self, first: bytes) -> bool:
-        body = body_in(first)
-        if body is None:
-            raise self._failed.bad(_NOT_JSON)
-        if not _is_chunk(body):
-            raise self._failed.bad("it has no choices")
-        return says_something(body)
-
-    async def _first_event(self) -> tuple[bytes, bytes]:
-        """The events until the first that is no comment, and what it carries; or no event, and the whole body."""
+    async def _first_events(self) -> bytes:
+        """The events until the first that is no comment. Raises what is wrong with a body that has none."""
+        response, failed = self._response, self._failed
         seen = head = start = b""
         while True:
-            data = await self._response.block()
+            data = await response.block()
             if not start:
                 # The first byte alone tells events from a body of another sort: one event may come in many pieces.
                 head += data
                 start = _first_byte(head)
                 if start not in _EVENT_STARTS:
-                    return b"", head + await self._response.body()
+                    _parsed(response, head + await response.body(), failed)
+                    raise failed.bad("it is no stream of events")
             seen += self._events.feed(data) if data else self._events.rest()
-            if (first := next(payloads(seen), None)) is not None:
-                return seen, first
+            if next(payloads(seen), None) is not None:
+                return seen
             if not data:
-                return seen, DONE
+                raise failed.bad(_NOTHING_SAID)
 
     async def _until_said(self) -> bytes:
         """Everything until something is said, or the stream ends as it may."""

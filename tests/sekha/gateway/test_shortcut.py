@@ -466,6 +466,7 @@ async def test_a_whole_answer_or_what_comes_in_its_place_is_handled_as_in_the_li
 # --- what comes of a stream ----------------------------------------------------------------
 
 SAY, MORE, STOP, COUNTED, DONE = HELLO_EVENTS
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 WRONG_EVENT = b'data: {"error": {"message": "It went wrong.", "type": "x"}}\n\n'
 
 
@@ -615,7 +616,10 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     ),
     "an error by name later": (200, [streamed(SAY, b"event: error\ndata: {}\n\n", DONE)], "handed over"),
     "an error by name first": (502, [streamed(b"event: error\ndata: {}\n\n")] * 3, "handed over"),
-    "no chunk by its fields": (502, [streamed(b'data: {"type": "ping"}\n\n' + SAY, DONE)] * 3, "handed over"),
+    "no chunk first": (200, [streamed(PING, *HELLO_EVENTS)], "handed over"),
+    "no chunk within": (200, [streamed(SAY, PING, *HELLO_EVENTS[1:])], "short"),
+    "no chunk at all": (502, [streamed(PING, DONE)] * 3, "handed over"),
+    "no chunk, and cut": (200, [streamed(PING, ends="never"), streamed(*HELLO_EVENTS)], "handed over"),
     "an answer of nothing": (502, [streamed(event(""), DONE)] * 3, "handed over"),
     "nothing": (502, [streamed()] * 3, "handed over"),
     "nothing but the end": (502, [streamed(DONE)] * 3, "handed over"),
@@ -682,6 +686,19 @@ async def test_a_stream_ends_with_its_usage_however_that_is_written(tmp_path: Pa
     assert said["usage"]["completion_tokens"] == 3
     assert said["sekha"]["cost"] > 0
     assert side.seen.replies[0].body.count(b"completion_tokens") == 1
+
+
+@pytest.mark.parametrize(("wanted", "status"), [(False, 502), (True, 200)])
+async def test_usage_that_is_handed_on_begins_a_stream_and_other_does_not(
+    tmp_path: Path, wanted: bool, status: int
+) -> None:
+    ask = asking(body_of(stream=True, stream_options={"include_usage": wanted}), meets=[body_of()])
+
+    side = await both(
+        tmp_path, lambda: Upstream(GOOD, streamed(COUNTED, WRONG_EVENT)), ask, took=["handed over"], waits=True
+    )
+
+    assert side.seen.replies[0].status == status
 
 
 @pytest.mark.parametrize("ends", ["at once", "never"])

@@ -42,6 +42,7 @@ EVENT_STREAM = ("Content-Type: text/event-stream",)
 ROLE = b'data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
 WORD = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"word"},"finish_reason":null}],"usage":null}\n\n'
 STOP = b'data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":null}\n\n'
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":2,"total_tokens":8}}\n\n'
 DONE = b"data: [DONE]\n\n"
 NO_MAX_TOKENS = orjson.dumps(
@@ -634,7 +635,9 @@ async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() ->
         (events(DONE), BadReply),
         (events(b": waiting\n\n"), BadReply),
         (events(b"data: hello\n\n"), BadReply),
-        (events(b'data: {"type":"ping"}\n\n', WORD, STOP, DONE), BadReply),
+        (events(PING, DONE), BadReply),
+        (events(PING + ROLE, PING), BadReply),
+        (events(PING, b'data: {"error":{"code":429,"message":"Slow down"}}\n\n'), RateLimited),
         (events(ROLE, DONE), BadReply),
         (events(ROLE + DONE), BadReply),
         (events(b'data: {"choices":[{"del\n\n', WORD, STOP, DONE), BadReply),
@@ -688,6 +691,13 @@ async def test_the_first_event_may_come_in_pieces(first: bytes, cuts: tuple[int,
     handed_on, _ = await streamed(piece_by_piece(*pieces, WORD, STOP, DONE))
 
     assert handed_on == first + WORD + STOP
+
+
+@pytest.mark.parametrize("first", [(PING,), (PING, PING, ROLE), (b"data: {}\n\n",), (PING + ROLE,)])
+async def test_what_is_no_chunk_may_come_before_the_first(first: tuple[bytes, ...]) -> None:
+    handed_on, _ = await streamed(events(*first, WORD, PING, STOP, DONE))
+
+    assert handed_on == b"".join(first) + WORD + PING + STOP
 
 
 async def test_silence_before_the_first_token_leaves_room_for_another_provider() -> None:
