@@ -322,7 +322,13 @@ class RelayProvider:
             if self._learns(call.model.id, response, sent):
                 response, _ = await self._start(call, None, failed)
                 self._unlearns(call.model.id, response)
-        stream = RelayStream(response, failed, timeout_seconds=call.timeout_seconds, hands_on_usage=hands_on_usage)
+        stream = RelayStream(
+            response,
+            failed,
+            timeout_seconds=call.timeout_seconds,
+            hands_on_usage=hands_on_usage,
+            choices=_choices_asked(call.options),
+        )
         try:
             await stream.begin()
         except BaseException:
@@ -358,12 +364,21 @@ class RelayProvider:
 class RelayStream:
     """A streamed answer in blocks of whole events, `[DONE]` left out: a `RawStream`."""
 
-    def __init__(self, response: Response, failed: _Failing, *, timeout_seconds: float, hands_on_usage: bool) -> None:
+    def __init__(
+        self,
+        response: Response,
+        failed: _Failing,
+        *,
+        timeout_seconds: float,
+        hands_on_usage: bool,
+        choices: int = 1,
+    ) -> None:
         self._reported: Usage | None = None
         self._response = response
         self._failed = failed
         self._timeout_seconds = timeout_seconds
         self._hands_on_usage = hands_on_usage
+        self._choices = choices
         self._events = EventSplitter()
         self._first = b""
         self._looked_at = 0
@@ -611,9 +626,9 @@ class RelayStream:
                 self._failure = self._failed.broken("it ended without saying so")
 
     def _has_all(self) -> bool:
-        """Whether every choice said why it ended."""
+        """Whether every choice that was asked for said why it ended."""
         ended = endings(self._kept, self._endings)
-        return bool(ended) and all(ended.values())
+        return len(ended) >= self._choices and all(ended.values())
 
 
 class _Failing(NamedTuple):
@@ -751,6 +766,11 @@ def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
     if body.get("error"):
         raise _said_to_have_failed(response, raw, failed)
     return body
+
+
+def _choices_asked(options: Mapping[str, Any]) -> int:
+    asked = options.get("n")
+    return asked if type(asked) is int and asked > 1 else 1
 
 
 def _first_byte(head: bytes) -> bytes:

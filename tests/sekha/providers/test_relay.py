@@ -577,6 +577,23 @@ async def test_without_its_last_word_a_stream_is_whole_when_each_of_its_choices_
     assert b"".join(received) == b"".join(pieces + last)
 
 
+@pytest.mark.parametrize("n", [None, 1, 2, True, "2"])
+async def test_without_its_last_word_a_stream_is_whole_when_it_has_the_choices_that_were_asked_for(n: object) -> None:
+    async with relay_to(events(of_choice(0), of_choice(0, "stop"))) as (provider, _):
+        stream = await provider.open_stream(chat(n=n))
+        received: list[bytes] = []
+        if n == 2:
+            with pytest.raises(StreamBroken, match="it ended without saying so"):
+                await gather(stream, received)
+        else:
+            await gather(stream, received)
+    assert len(received) > 0
+
+    whole, _ = await streamed(events(of_choice(0, "stop"), of_choice(1, "stop")), n=n)
+    ended, _ = await streamed(events(of_choice(0, "stop"), DONE), n=n)
+    assert whole.startswith(ended)
+
+
 ERRORS = [
     b'event: error\ndata: {"message":"overloaded","type":"x"}\n\n',
     b'data: {"message":"overloaded"}\nevent:error\n\n',
