@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from math import isfinite
 from typing import Any
 
@@ -26,6 +28,7 @@ __all__ = [
     "payloads",
     "said_in",
     "says_something",
+    "sound_in",
     "texts_in",
 ]
 
@@ -36,7 +39,9 @@ COUNTED = b'_tokens"'
 _EVENT_BYTES = 8 * 1024 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOBODY: Mapping[str, bool] = {}
-_FIELDS = (b"data", b":", b"event", b"id", b"retry")
+# A field that nobody knows means nothing, but for the `error:` that some write in place of an event.
+_LINE = re.compile(rb"(?!error:)[a-z][a-z0-9_-]*:|:|(data|event|id|retry)?\s*$")
+_NOTHING = (b"", b"[]", b"null")
 
 
 class EventSplitter:
@@ -109,6 +114,13 @@ def is_sound(block: bytes) -> bool:
     return _is_text(block) and all(map(_is_event, block.removeprefix(_BYTE_ORDER_MARK).split(b"\n\n")))
 
 
+def sound_in(block: bytes) -> tuple[bytes, bool]:
+    """A block without its events of nothing, until the first that is not sound, and whether there is none such."""
+    events = [event for event in block.split(b"\n\n") if event and not _is_of_nothing(event)]
+    sound = list(takewhile(is_sound, events))
+    return b"".join(event + b"\n\n" for event in sound), len(sound) == len(events)
+
+
 def is_plain(block: bytes) -> bool:
     """Whether a block is sound and has neither an error nor usage in it, as nearly all are; False says nothing."""
     if not (block.startswith(b"data: {") and block.endswith(b"}\n\n") and _is_text(block)):
@@ -138,9 +150,15 @@ def _is_event(event: bytes) -> bool:
     if event.startswith(b"data:") and b"\n" not in event:
         payload = event[5:].strip()
         return (payload.startswith(b"{") and payload.endswith(b"}") and _is_closed(payload)) or _carries(payload)
-    if not all(not line or line.startswith(_FIELDS) for line in event.split(b"\n")):
+    if not all(map(_LINE.match, event.split(b"\n"))):
         return False
     return _names_an_error(event) or all(map(_carries, payloads(event)))
+
+
+def _is_of_nothing(event: bytes) -> bool:
+    """Whether an event carries nothing, as some do to keep a connection alive; clients stumble over it."""
+    payload = next(payloads(event), None)
+    return payload in _NOTHING and is_sound(event.replace(b"data:", b":")) and not _names_an_error(event)
 
 
 def error_in(event: bytes, body: Mapping[str, Any] | None) -> object:

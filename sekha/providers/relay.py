@@ -14,7 +14,6 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import orjson
@@ -46,6 +45,7 @@ from sekha.providers.events import (
     json_object,
     payloads,
     says_something,
+    sound_in,
     texts_in,
 )
 from sekha.providers.failures import clean, refusal_of, refuses_max_tokens, texts_of, wordless
@@ -62,7 +62,7 @@ _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
 _KEPT_BYTES = 4 * 1024 * 1024
 # From the provider's last word to the end of its answer, when its connection is free again.
 _TAIL_SECONDS = 1.0
-_EVENT_STARTS = b"d:eir"  # `data:`, a comment, `event:`, `id:`, `retry:`
+_EVENT_STARTS = b":abcdefghijklmnopqrstuvwxyz"  # a comment, `data:`, or another field
 _DATA = b"data: "
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAMED = b"event:"
@@ -566,8 +566,7 @@ class RelayStream:
             return block
         sound = is_sound(block)
         if not sound:
-            whole = iter(block.split(b"\n\n"))
-            block = b"".join(event + b"\n\n" for event in takewhile(is_sound, whole) if event)
+            block, sound = sound_in(block)
         block = self._taken_apart(block)
         if not sound and not self._done and self._failure is None:
             self._failure = self._failed.broken(_NO_EVENT)

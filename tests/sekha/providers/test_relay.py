@@ -760,8 +760,9 @@ async def test_any_token_begins_a_stream_and_what_was_held_back_goes_out_before_
         b'data: {"choices":[{"del\n\n',
         b'data: {"choices":[{"del}\n\n',
         b"data: hello\n\n",
-        b"data: []\n\n",
-        b"data:\n\n",
+        b"data: [1]\n\n",
+        b"hello\n\n",
+        b'error: {"message":"overloaded"}\n\n',
         b'id: 1\ndata: {"choices":\ndata: [{"del\n\n',
     ],
 )
@@ -785,6 +786,26 @@ async def test_any_line_of_events_and_any_language_is_handed_on() -> None:
     handed_on, _ = await streamed(events(ROLE, WORD, lines, halves, said[:50], said[50:], STOP, DONE))
 
     assert handed_on == ROLE + WORD + lines + halves + said + STOP
+
+
+@pytest.mark.parametrize(
+    "nothing", [b"data:\n\n", b"data: \n\n", b"event: keepalive\ndata:\n\n", b"data: []\n\n", b"data: null\nid: 7\n\n"]
+)
+@pytest.mark.parametrize("together", [False, True])
+async def test_an_event_of_nothing_is_left_out(nothing: bytes, together: bool) -> None:
+    pieces = (nothing, ROLE, nothing, WORD, nothing, STOP, nothing, USAGE, DONE)
+
+    handed_on, stream = await streamed(events(*([b"".join(pieces)] if together else pieces)))
+
+    assert handed_on == ROLE + WORD + STOP
+    assert stream.usage == Usage(input_tokens=6, output_tokens=2)
+
+
+@pytest.mark.parametrize("line", [b"time: 12\n", b" \n", b"data\n", b" \n\n"])
+async def test_a_line_that_means_nothing_is_handed_on(line: bytes) -> None:
+    handed_on, _ = await streamed(piece_by_piece(line + ROLE, line + WORD, line + STOP, DONE))
+
+    assert handed_on == line + ROLE + line + WORD + line + STOP
 
 
 async def test_what_only_some_clients_read_is_handed_on_as_it_comes_and_counted() -> None:
