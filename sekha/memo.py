@@ -142,6 +142,8 @@ async def streamed_in(events: bytes) -> str:
             texts.append(_text_of(delta.get("content")) or _text_of(delta.get("refusal")))
             for call in delta.get("tool_calls") or ():
                 tool = _tool_of(call)
+                if tool is None:
+                    continue  # some name the call first, and its tool in the next piece
                 name, given = tool.get("name"), _given_to(tool) or ""
                 calls.setdefault(call.get("index"), []).append(f"{name}({given}" if name else given)
         start += len(block)

@@ -300,7 +300,8 @@ async def test_calls_of_every_kind_of_tool_are_kept_alike_whole_and_streamed() -
         {"index": 0, "id": "c", "type": "custom", "custom": {"name": "run", "input": ""}},
         {"index": 0, "custom": {"input": "print"}},
         {"index": 0, "custom": {"input": "(1)"}},
-        {"index": 1, "id": "f", "type": "function", "function": {"name": "weather", "arguments": "{"}},
+        {"index": 1, "id": "f", "type": "function"},
+        {"index": 1, "function": {"name": "weather", "arguments": "{"}},
         {"index": 1, "function": {"arguments": "}"}},
     ]
     events = b"".join(
@@ -311,7 +312,7 @@ async def test_calls_of_every_kind_of_tool_are_kept_alike_whole_and_streamed() -
 
 
 async def test_an_event_that_is_none_of_openais_gives_up_its_answer(memory: Memory) -> None:
-    event = b'data: {"choices": [{"delta": {"tool_calls": [{"function": null}]}}]}\n\n'
+    event = b'data: {"choices": [{"delta": {"tool_calls": [{"function": "weather"}]}}]}\n\n'
 
     result = await memory.keep([chat("Odd.", said=event), chat("Plain.")])
 
