@@ -5,6 +5,7 @@ What LiteLLM makes up (usage that it counted itself, a `stop` for a stream that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,17 @@ from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.base import Chunk, openai_usage
 from sekha.registry import Model
 
-__all__ = ["choice_of", "chunk_of", "ended", "envelope_of", "finishes", "number_calls", "usage_of", "went_in_of"]
+__all__ = [
+    "Thoughts",
+    "choice_of",
+    "chunk_of",
+    "ended",
+    "envelope_of",
+    "finishes",
+    "number_calls",
+    "usage_of",
+    "went_in_of",
+]
 
 
 def envelope_of(reply: Any, model: Model, kind: str) -> dict[str, Any]:
@@ -60,6 +71,53 @@ def number_calls(chunk: Chunk, before: int) -> int:
             call["index"] = before
             before += 1
     return before
+
+
+class Thoughts:
+    """The blocks of thought in a stream, which go out whole beside what ends it.
+
+    LiteLLM hands them on in pieces. OpenAI's SDK for Python joins the pieces of such a list by an `index` in each, the
+    one for Node keeps the last list alone: only a list that is whole and comes once is right for both. What is thought
+    can be read as it comes all the same, in `reasoning_content`.
+    """
+
+    __slots__ = ("_blocks", "_open")
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[list[dict[str, Any]]]] = {}
+        """Choice → the pieces of each of its blocks."""
+        self._open: set[int] = set()
+        """Choices whose last block goes on."""
+
+    def gather(self, chunk: Chunk) -> None:
+        """Take the pieces out of a chunk, and put the blocks into the one that says why its choice ends."""
+        for choice in chunk.body["choices"]:
+            at, delta = choice["index"], choice["delta"]
+            for piece in delta.pop("thinking_blocks", ()):
+                self._add(at, piece)
+            if delta.get("content") or delta.get("tool_calls"):
+                # A block that nobody signed ends as something else is said.
+                self._open.discard(at)
+            if choice["finish_reason"] and at in self._blocks:
+                delta["thinking_blocks"] = [_joined(pieces) for pieces in self._blocks.pop(at)]
+
+    def _add(self, at: int, piece: dict[str, Any]) -> None:
+        blocks, thinks = self._blocks.setdefault(at, []), piece.get("type") == "thinking"
+        if thinks and at in self._open:
+            blocks[-1].append(piece)
+        else:
+            blocks.append([piece])
+        # A signature is the last of its block, and what was redacted comes in one piece.
+        if thinks and not piece.get("signature"):
+            self._open.add(at)
+        else:
+            self._open.discard(at)
+
+
+def _joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    block = {name: value for piece in pieces for name, value in piece.items()}
+    text = "".join(piece.get("thinking") or "" for piece in pieces)
+    return block | {"thinking": text} if "thinking" in block else block
 
 
 def _plain(value: Any) -> Any:

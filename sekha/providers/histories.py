@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from itertools import takewhile
 from typing import Any
 
 import orjson
@@ -44,6 +45,8 @@ def history_for(protocol: Protocol, messages: Sequence[Mapping[str, Any]]) -> li
         if protocol == "anthropic" and message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
             raise Uncarried(f"{where}.tool_call_id")
         _check_parts(protocol, message, where)
+        if protocol == "anthropic" and role == "assistant":
+            _as_thought(message, where)
         history.append(message)
     return history
 
@@ -126,6 +129,26 @@ def _check_thoughts(message: Mapping[str, Any], where: str) -> None:
     thoughts = message.get("thinking_blocks")
     if thoughts is not None and not (isinstance(thoughts, list) and all(isinstance(each, dict) for each in thoughts)):
         raise Uncarried(f"{where}.thinking_blocks")
+
+
+def _as_thought(message: dict[str, Any], where: str) -> None:
+    """The thoughts of a message as Anthropic wrote them, which it takes with no field more."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    for each in (*(message.get("thinking_blocks") or ()), *filter(_is_thought, parts)):
+        # Whoever adds a stream up may have numbered them.
+        each.pop("index", None)
+    redacted = next((at for at, part in enumerate(parts) if part["type"] == "redacted_thinking"), None)
+    if redacted is not None:
+        # LiteLLM forgets it among the parts.
+        thoughts = list(takewhile(_is_thought, parts))
+        message["thinking_blocks"], message["content"] = thoughts, parts[len(thoughts) :]
+        if any(map(_is_thought, message["content"])):
+            raise Uncarried(f"{where}.content[{redacted}]")
+
+
+def _is_thought(part: Mapping[str, Any]) -> bool:
+    return part.get("type") in _THOUGHTS
 
 
 def _check_parts(protocol: Protocol, message: dict[str, Any], where: str) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
 from sekha.providers.addresses import base_url_of
 from sekha.providers.answers import (
+    Thoughts,
     choice_of,
     chunk_of,
     ended,
@@ -135,7 +136,7 @@ class LiteLLMProvider:
             async with asyncio.timeout(call.timeout_seconds):
                 pieces = await litellm.acompletion(**arguments)
             envelope: dict[str, Any] | None = None
-            calls, heard = 0, False
+            calls, heard, thoughts = 0, False, Thoughts()
             while True:
                 try:
                     async with asyncio.timeout(call.timeout_seconds):
@@ -148,6 +149,7 @@ class LiteLLMProvider:
                 chunk = chunk_of(piece, pieces, envelope)
                 if chunk is None:
                     continue
+                thoughts.gather(chunk)
                 if self._spec.kind == "anthropic" and not heard:
                     chunk, heard = replace(chunk, went_in=went_in_of(pieces)), True
                 if self._spec.kind == "ollama":

@@ -17,6 +17,7 @@ import pytest
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens
 from tests.fixtures.missing import missing
+from tests.fixtures.upstream import Upstream, anthropic_stream
 
 # The last that runs on Node 20; 7 asks for 22.
 VERSION = "6.30.1"
@@ -48,6 +49,11 @@ const summed = client.chat.completions.stream({ model: "chat", messages, stream_
 const whole = await summed.finalChatCompletion();
 said.summed = [whole.choices[0].message.content, whole.usage.completion_tokens];
 
+const thought = await client.chat.completions.stream({
+  model: "claude-sonnet-4-5", messages, reasoning_effort: "low",
+}).finalChatCompletion();
+said.thought = thought.choices[0].message.thinking_blocks;
+
 const embedded = await client.embeddings.create({ model: "vectors", input: ["one", "two"] });
 said.lengths = embedded.data.map((item) => item.embedding.length);
 
@@ -77,8 +83,19 @@ providers:
   - {{id: first, provider_type: openai, base_url: {first}, models: [{chat}, {vectors}]}}
   - {{id: breaks, provider_type: openai, base_url: {breaks}, priority: 60, models: [{chat}]}}
   - {{id: limits, provider_type: openai, base_url: {limits}, priority: 60, models: [{chat}]}}
+  - {{id: thinks, provider_type: anthropic, base_url: {thinks}, models: [{claude}]}}
 budgets: [{{name: all, limit: 1000}}]
 """
+THOUGHT = anthropic_stream(
+    [
+        {"type": "thinking", "thinking": "", "signature": ""},
+        {"type": "thinking_delta", "thinking": "Let me "},
+        {"type": "thinking_delta", "thinking": "see."},
+        {"type": "signature_delta", "signature": "signed"},
+    ],
+    [{"type": "redacted_thinking", "data": "AAAA"}],
+    [{"type": "text", "text": ""}, {"type": "text_delta", "text": "Hi."}],
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +123,21 @@ def sdk() -> Path:
 
 
 async def test_the_node_sdk_works_as_it_does_with_openai(gateway: Opens, sdk: Path) -> None:
-    async with StandIn(dimension=8) as first, StandIn() as breaks, StandIn() as limits:
+    async with (
+        StandIn(dimension=8) as first,
+        StandIn() as breaks,
+        StandIn() as limits,
+        Upstream(THOUGHT) as thinks,
+    ):
         breaks.cut(after=3, times=None)
         limits.fail(429, retry_after="0.02", times=None)
         config = CONFIG.format(
             first=first.openai_url,
             breaks=breaks.openai_url,
             limits=limits.openai_url,
+            thinks=thinks.url,
             chat="{model_id: chat, task: chat_small, price: {input_per_million: 1000, output_per_million: 2000}}",
+            claude="{model_id: claude-sonnet-4-5, task: chat_smart, price: free}",
             vectors="{model_id: vectors, task: embedding, dimension: 8, price: free}",
         )
         async with gateway(config=config) as served:
@@ -127,6 +151,10 @@ async def test_the_node_sdk_works_as_it_does_with_openai(gateway: Opens, sdk: Pa
     assert "".join(said["pieces"]) == "You said: Hello there."
     assert said["usage"] == 4
     assert said["summed"] == ["You said: Hello there.", 4]
+    assert said["thought"] == [
+        {"type": "thinking", "thinking": "Let me see.", "signature": "signed"},
+        {"type": "redacted_thinking", "data": "AAAA"},
+    ]
     assert said["lengths"] == [8, 8]
     assert {"chat", "vectors", "first/chat"} <= set(said["models"])
     assert said["model"] == "first/chat"

@@ -6,14 +6,33 @@ import asyncio
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from pydantic import BaseModel
 
 from sekha.providers.litellm import litellm_module
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens
+from tests.fixtures.upstream import Upstream, anthropic_stream
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there."}]
+
+THINKS = """
+providers:
+  - id: thinks
+    provider_type: anthropic
+    base_url: {url}
+    models: [{{model_id: claude-sonnet-4-5, task: chat_small, price: free}}]
+"""
+THOUGHT = anthropic_stream(
+    [
+        {"type": "thinking", "thinking": "", "signature": ""},
+        {"type": "thinking_delta", "thinking": "Let me "},
+        {"type": "thinking_delta", "thinking": "see."},
+        {"type": "signature_delta", "signature": "signed"},
+    ],
+    [{"type": "text", "text": ""}, {"type": "text_delta", "text": "Hi."}],
+)
 
 
 class Weather(BaseModel):
@@ -108,3 +127,19 @@ async def test_litellm_takes_it_for_an_openai(gateway: Opens) -> None:
     assert chat.choices[0].message.content == "".join(pieces) == "You said: Hello there."
     assert (chat.usage.completion_tokens, usages[-1]) == (4, 4)
     assert len(embedded.data[0]["embedding"]) == 8
+
+
+async def test_what_a_stream_thought_is_summed_up_and_can_be_sent_back(gateway: Opens) -> None:
+    async with Upstream(THOUGHT) as upstream, gateway(config=THINKS.format(url=upstream.url)) as served:
+        async with served.openai.chat.completions.stream(
+            model="claude-sonnet-4-5", messages=HELLO, reasoning_effort="low"
+        ) as stream:
+            whole = await stream.get_final_completion()
+        said: Any = whole.choices[0].message.to_dict()
+        await served.chat(model="claude-sonnet-4-5", messages=[*HELLO, said, *HELLO])
+
+    sent = orjson.loads(upstream.requests[-1].partition(b"\r\n\r\n")[2])
+    thought = {"type": "thinking", "thinking": "Let me see.", "signature": "signed"}
+    assert said["thinking_blocks"] == [thought]
+    assert (said["reasoning_content"], said["content"]) == ("Let me see.", "Hi.")
+    assert sent["messages"][1] == {"role": "assistant", "content": [thought, {"type": "text", "text": "Hi."}]}

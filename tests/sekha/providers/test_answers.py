@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from sekha.providers.base import ChatCall, Chunk
 from sekha.providers.litellm import LiteLLMProvider
 from sekha.registry import Model, ProviderKind, ProviderSpec
+from tests.fixtures.upstream import anthropic_events
 
 FULL = "model_context_window_exceeded"
 
@@ -132,3 +133,52 @@ async def test_half_of_a_usage_is_none_at_anthropic(half: dict[str, object]) -> 
         whole = await provider.complete(call("anthropic"))
 
     assert (whole.text, whole.usage) == ("Hi", None)
+
+
+THINKING = {"type": "thinking", "thinking": "", "signature": ""}
+HIDDEN = {"type": "redacted_thinking", "data": "AAAA"}
+
+
+def thought(*texts: str, signature: str | None = None) -> list[dict[str, Any]]:
+    """The deltas of a block of thought."""
+    said: list[dict[str, Any]] = [{"type": "thinking_delta", "thinking": text} for text in texts]
+    return [*said, {"type": "signature_delta", "signature": signature}] if signature else said
+
+
+TEXT = ({"type": "text", "text": ""}, {"type": "text_delta", "text": "Hi"})
+
+
+@pytest.mark.parametrize(
+    ("written", "whole"),
+    [
+        (
+            [(THINKING, *thought("a ", "b", signature="s")), TEXT],
+            [{"type": "thinking", "thinking": "a b", "signature": "s"}],
+        ),
+        ([(THINKING, *thought(signature="s")), TEXT], [{"type": "thinking", "thinking": "", "signature": "s"}]),
+        ([(HIDDEN,), TEXT], [HIDDEN]),
+        (
+            [(THINKING, *thought("a", signature="s")), (HIDDEN,), (THINKING, *thought("b", signature="t")), TEXT],
+            [
+                {"type": "thinking", "thinking": "a", "signature": "s"},
+                HIDDEN,
+                {"type": "thinking", "thinking": "b", "signature": "t"},
+            ],
+        ),
+        (
+            [(THINKING, *thought("a", "b")), TEXT, (THINKING, *thought("c"))],
+            [{"type": "thinking", "thinking": "ab"}, {"type": "thinking", "thinking": "c"}],
+        ),
+    ],
+    ids=["one", "left out", "redacted", "several", "unsigned"],
+)
+async def test_what_was_thought_comes_whole_at_the_end_of_a_stream(
+    written: list[tuple[dict[str, Any], ...]], whole: list[dict[str, Any]]
+) -> None:
+    chunks = await streamed("anthropic", *anthropic_events(*written))
+
+    choices = [choice for chunk in chunks for choice in chunk.body["choices"]]
+    read = "".join(choice["delta"].get("reasoning_content", "") for choice in choices)
+    assert [choice["finish_reason"] for choice in choices if "thinking_blocks" in choice["delta"]] == ["stop"]
+    assert choices[-1]["delta"]["thinking_blocks"] == whole
+    assert read == "".join(block.get("thinking", "") for block in whole)

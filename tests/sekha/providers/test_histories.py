@@ -19,6 +19,9 @@ IMAGE = {
 }
 PDF = {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA", "filename": "a.pdf"}}
 VIDEO = {"type": "video_url", "video_url": {"url": "https://host/film.mp4"}}
+THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "signed"}
+HIDDEN = {"type": "redacted_thinking", "data": "AAAA"}
+TEXT = {"type": "text", "text": "Hi"}
 SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
@@ -64,6 +67,7 @@ def asked(*parts: object, role: str = "user") -> dict[str, Any]:
         ("anthropic", asked(IMAGE, role="assistant"), "messages[1].content[1]"),
         ("anthropic", called("{}", type="custom"), "messages[1].tool_calls[0]"),
         ("anthropic", {"role": "assistant", "content": "a", "thinking_blocks": "x"}, "messages[1].thinking_blocks"),
+        ("anthropic", {"role": "assistant", "content": [THOUGHT, TEXT, HIDDEN]}, "messages[1].content[2]"),
         ("anthropic", {"role": "function", "name": "g", "content": "r"}, "messages[1].name"),
         *[
             (kind, message, field)
@@ -152,3 +156,24 @@ async def test_a_scheme_in_capitals_is_one(as_text: bool) -> None:
     (message,) = await sent("anthropic", asked({"type": "image_url", "image_url": url if as_text else {"url": url}}))
 
     assert message["content"][1]["source"] == {"type": "url", "url": "https://host/Cat.png"}
+
+
+def numbered(*thoughts: dict[str, Any]) -> list[dict[str, Any]]:
+    """As whoever adds a stream up may have numbered them."""
+    return [each | {"index": at} for at, each in enumerate(thoughts)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "Hi", "thinking_blocks": [THOUGHT, HIDDEN]},
+        {"content": "Hi", "thinking_blocks": numbered(THOUGHT, HIDDEN)},
+        {"content": [THOUGHT, HIDDEN, TEXT]},
+        {"content": [*numbered(THOUGHT, HIDDEN), TEXT]},
+    ],
+    ids=["field", "field, numbered", "parts", "parts, numbered"],
+)
+async def test_thoughts_reach_anthropic_as_it_wrote_them(message: dict[str, Any]) -> None:
+    _, answer, _ = await sent("anthropic", USER, {"role": "assistant", **message}, USER)
+
+    assert answer["content"] == [THOUGHT, HIDDEN, TEXT]
