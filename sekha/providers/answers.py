@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.base import Chunk, openai_usage
@@ -62,13 +63,15 @@ def went_in_of(pieces: Any) -> Usage | None:
 
 
 def number_calls(chunk: Chunk, before: int) -> int:
-    """Give each call of a tool the next index, and return how many there were by now.
+    """Give each call of a tool the next index, and an id if it has none; return how many there were by now.
 
     Ollama writes a call whole and none twice, but LiteLLM counts anew in each chunk; what has one index is one call.
+    Nor does it give an id to a call without arguments, whose result then could not be sent back.
     """
     for choice in chunk.body["choices"]:
         for call in choice["delta"].get("tool_calls") or ():
             call["index"] = before
+            call["id"] = call.get("id") or f"call_{uuid4()}"
             before += 1
     return before
 

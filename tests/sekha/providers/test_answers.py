@@ -1,6 +1,6 @@
 """What answers in other protocols than OpenAI's mean in OpenAI's words."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -79,6 +79,11 @@ async def streamed(kind: ProviderKind, *parts: Mapping[str, Any]) -> list[Chunk]
         return [chunk async for chunk in provider.stream(call(kind))]
 
 
+def calls_in(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
+    choices = (choice for chunk in chunks for choice in chunk.body["choices"])
+    return [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
 async def test_calls_that_ollama_streams_are_told_apart(together: bool) -> None:
     f, g = ({"function": {"name": name, "arguments": {"a": 1}}} for name in "fg")
@@ -86,10 +91,18 @@ async def test_calls_that_ollama_streams_are_told_apart(together: bool) -> None:
 
     chunks = await streamed("ollama", *lines, line("stop"))
 
-    calls = [
-        each for chunk in chunks for choice in chunk.body["choices"] for each in choice["delta"].get("tool_calls", ())
-    ]
-    assert [(each["index"], each["function"]["name"]) for each in calls] == [(0, "f"), (1, "g")]
+    assert [(each["index"], each["function"]["name"]) for each in calls_in(chunks)] == [(0, "f"), (1, "g")]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"a": 1}], ids=["without arguments", "with some"])
+async def test_every_call_that_ollama_streams_has_an_id_of_its_own(arguments: dict[str, int]) -> None:
+    f, g = ({"function": {"name": name, "arguments": arguments}} for name in "fg")
+
+    chunks = await streamed("ollama", line(tool_calls=[f]), line(tool_calls=[g, f]), line("stop"))
+
+    ids = [each["id"] for each in calls_in(chunks)]
+    assert all(ids)
+    assert len(set(ids)) == 3
 
 
 async def test_a_full_context_is_a_length_at_anthropic() -> None:
