@@ -114,9 +114,10 @@ def changes_nothing(name: str, value: object) -> bool:
 class Uncarried(Exception):
     """A field, or a place in one, for which a protocol has none."""
 
-    def __init__(self, field: str) -> None:
+    def __init__(self, field: str, lacks: str | None = None) -> None:
         super().__init__(field)
         self.field = field
+        self.lacks = lacks or f"its protocol has no place for `{field}`"
 
 
 def fields_for(protocol: Protocol, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The messages of a chat as Anthropic's and Ollama's protocols can carry them.
 
-LiteLLM leaves out what it does not know, and nobody is told. So whatever means something is put in words that these
-protocols have, or refused.
+LiteLLM leaves out what it does not know, and says what nobody wrote where a protocol has no place for a message as it
+is. So whatever means something is put in words that these protocols have, or refused.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ def history_for(protocol: Protocol, messages: Sequence[Mapping[str, Any]]) -> li
         if protocol == "anthropic" and message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
             raise Uncarried(f"{where}.tool_call_id")
         _check_parts(protocol, message, where)
-        if protocol == "anthropic" and role == "assistant":
-            _as_thought(message, where)
+        if protocol == "anthropic":
+            if role == "assistant":
+                _as_thought(message, where)
+            _leave_out_blanks(message, where)
         history.append(message)
-    return history
+    return _system_first(history) if protocol == "anthropic" else history
 
 
 def _as_spoken(message: dict[str, Any], where: str, called: dict[str, str]) -> None:
@@ -166,6 +168,24 @@ def _check_parts(protocol: Protocol, message: dict[str, Any], where: str) -> Non
             raise Uncarried(f"{where}.content[{at}].text")
         elif kind == "file" and not _is_file(part.get("file")):
             raise Uncarried(f"{where}.content[{at}].file")
+
+
+def _leave_out_blanks(message: dict[str, Any], where: str) -> None:
+    """Leave out text that says nothing. Anthropic refuses it, and LiteLLM writes words of its own in its place."""
+    role, content = message["role"], message.get("content")
+    if isinstance(content, list):
+        content = [part for part in content if part["type"] != "text" or part["text"].strip()]
+    elif isinstance(content, str) and role != "tool":
+        content = content if content.strip() else None
+    if role == "user" and not content:
+        raise Uncarried(f"{where}.content", f"it takes no message that says nothing, as `{where}` does")
+    message["content"] = content
+
+
+def _system_first(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What Anthropic has one place for, ahead of the conversation. LiteLLM would say a later one in the user's name."""
+    system = [message | {"role": "system"} for message in history if message["role"] in _SYSTEM and message["content"]]
+    return [*system, *(message for message in history if message["role"] not in _SYSTEM)]
 
 
 def _has_place(protocol: Protocol, role: str, kind: str) -> bool:

@@ -224,7 +224,7 @@ class LiteLLMProvider:
                 # Copied, since LiteLLM rewrites them in place for some providers.
                 messages = deepcopy([dict(message) for message in call.messages])
         except Uncarried as error:
-            raise self._placeless(call.model, error.field) from None
+            raise self._placeless(call.model, error) from None
         self._refuse_fetching(call)
         for image in images(messages):
             call_by_its_format(image)
@@ -267,11 +267,10 @@ class LiteLLMProvider:
         error.field = names[0]
         return error
 
-    def _placeless(self, model: Model, field: str) -> FieldUnsupported:
+    def _placeless(self, model: Model, uncarried: Uncarried) -> FieldUnsupported:
         """Refuse what the protocol has no place for, by its path in the request, which has no words of the caller's."""
-        lacks = f"its protocol has no place for `{field}`"
-        error = FieldUnsupported(lacks, provider_id=self._spec.id, model_id=model.id)
-        error.field = field
+        error = FieldUnsupported(uncarried.lacks, provider_id=self._spec.id, model_id=model.id)
+        error.field = uncarried.field
         return error
 
     def _connection(self, timeout_seconds: float) -> dict[str, Any]:

@@ -25,8 +25,8 @@ TEXT = {"type": "text", "text": "Hi"}
 SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
-async def sent(kind: ProviderKind, *messages: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a provider is sent of these messages."""
+async def request(kind: ProviderKind, *messages: dict[str, Any]) -> dict[str, Any]:
+    """What a provider is sent with these messages."""
     model = Model(id="claude-sonnet-4-5" if kind == "anthropic" else "llava", provider_id="one", tasks=("vision",))
     async with StandIn() as standin:
         spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
@@ -36,8 +36,14 @@ async def sent(kind: ProviderKind, *messages: dict[str, Any]) -> list[dict[str, 
         except FieldUnsupported:
             assert standin.requests == []
             raise
-    messages_sent: list[dict[str, Any]] = standin.requests[0].json["messages"]
-    return messages_sent
+    body: dict[str, Any] = standin.requests[0].json
+    return body
+
+
+async def sent(kind: ProviderKind, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a provider is sent of these messages."""
+    history: list[dict[str, Any]] = (await request(kind, *messages))["messages"]
+    return history
 
 
 def called(arguments: object, **more: object) -> dict[str, Any]:
@@ -177,3 +183,65 @@ async def test_thoughts_reach_anthropic_as_it_wrote_them(message: dict[str, Any]
     _, answer, _ = await sent("anthropic", USER, {"role": "assistant", **message}, USER)
 
     assert answer["content"] == [THOUGHT, HIDDEN, TEXT]
+
+
+USE = {"type": "tool_use", "id": "call_a", "name": "f", "input": {}}
+BLANK = {"type": "text", "text": " \n"}
+
+
+@pytest.mark.parametrize("content", ["", " \n", [], [BLANK], None])
+async def test_empty_text_beside_a_call_is_left_out_at_anthropic(content: object) -> None:
+    result = {"role": "tool", "tool_call_id": "call_a", "content": "r"}
+
+    _, answer, _ = await sent("anthropic", USER, called("{}") | {"content": content}, result)
+
+    assert answer == {"role": "assistant", "content": [USE]}
+
+
+async def test_empty_text_beside_other_parts_is_left_out_at_anthropic() -> None:
+    question, answer = await sent(
+        "anthropic",
+        {"role": "user", "content": [BLANK, IMAGE, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": [BLANK, TEXT]},
+    )
+
+    assert [part["type"] for part in question["content"]] == ["image"]
+    assert answer["content"] == [TEXT]
+
+
+@pytest.mark.parametrize("content", ["", " ", [], [BLANK], None])
+async def test_a_user_who_says_nothing_is_refused_at_anthropic_in_no_words_of_ours(content: object) -> None:
+    with pytest.raises(FieldUnsupported) as caught:
+        await sent("anthropic", USER, {"role": "user", "content": content})
+
+    assert caught.value.field == "messages[1].content"
+    assert "it takes no message that says nothing, as `messages[1]` does" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", " ", [], [BLANK], None])
+async def test_an_answer_that_says_nothing_is_left_out_at_anthropic(content: object) -> None:
+    history = await sent("anthropic", USER, {"role": "assistant", "content": content}, USER)
+
+    assert history == [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}] * 2
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+async def test_instructions_in_between_are_system_at_anthropic_in_no_words_but_their_own(role: str) -> None:
+    result = {"role": "tool", "tool_call_id": "call_a", "content": "r"}
+    between = {"role": role, "content": "Be brief."}
+
+    body = await request(
+        "anthropic",
+        {"role": "system", "content": "Be kind."},
+        USER,
+        called("{}"),
+        between,
+        result,
+        {"role": role, "content": [TEXT, BLANK]},
+        {"role": role, "content": " "},
+    )
+
+    assert [part["text"] for part in body["system"]] == ["Be kind.", "Be brief.", "Hi"]
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+    assert [part["type"] for part in body["messages"][-1]["content"]] == ["tool_result"]
+    assert "Operator" not in str(body)
