@@ -67,7 +67,12 @@ def kind_of(value: object) -> str:
 
 
 def _check_part(part: Mapping[str, Any], where: str) -> None:
+    # Some servers go by what else is in a part, and would be sent an image that nobody here saw as one.
+    if not isinstance(part.get("type"), str):
+        raise InvalidRequest(
+            f"`{where}.type` must say what the part is: `text`, `image_url` or another.", field=f"{where}.type"
+        )
     if (said := part.get("text")) is not None and not isinstance(said, str):
         raise InvalidRequest(f"`{where}.text` must be text, not {kind_of(said)}.", field=f"{where}.text")
-    if part.get("type") == "image_url" or "image_url" in part:
+    if part["type"] == "image_url" or "image_url" in part:
         url_of(part.get("image_url"), f"{where}.image_url")

@@ -14,6 +14,7 @@ from sekha.errors import InvalidRequest
 from sekha.steps.counting import count_chat
 
 HELLO = ({"role": "user", "content": "Hello"},)
+SHOWN = {"type": "x", "image_url": 5}
 CALLED = {"role": "assistant", "tool_calls": [{"function": 5}]}
 
 
@@ -27,7 +28,18 @@ CALLED = {"role": "assistant", "tool_calls": [{"function": 5}]}
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "user", "content": [{"image_url": 5}]}]}, "messages[0].content[0].image_url"),
+        *[
+            ({"messages": [{"role": "user", "content": [part]}]}, "messages[0].content[0].type")
+            for part in [
+                {"image_url": {"url": "data:image/png;base64,AAAA"}},
+                {"type": None, "image_url": {"url": "data:image/png;base64,AAAA"}},
+                {"input_audio": {"data": "AAAA", "format": "wav"}},
+                {"text": "x"},
+                {"type": 5, "text": "x"},
+                {},
+            ]
+        ],
+        ({"messages": [{"role": "user", "content": [SHOWN]}]}, "messages[0].content[0].image_url"),
         ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "messages[0].tool_calls[0]"),
         ({"messages": [CALLED]}, "messages[0].tool_calls[0].function"),
