@@ -32,7 +32,7 @@
     │   ├── ProviderAuthFailed      the provider refuses our key
     │   ├── ModelNotFound           the provider does not have the model
     │   ├── BadReply                the answer is not what the protocol promises
-    │   ├── DimensionMismatch       vectors of another length than declared
+    │   ├── DimensionMismatch       vectors of another length than declared or asked for
     │   └── ProviderRejected        the provider calls the request wrong: the caller's to fix
     │       ├── ContentRefused      its content policy said no
     │       ├── ContextExceeded     longer than the model's context window
@@ -662,14 +662,18 @@ class DimensionMismatch(ProviderError):
     health = "alive"
     _says = "returned vectors of another length"
 
-    def __init__(self, *, declared: int, returned: int, provider_id: str, model_id: str) -> None:
+    def __init__(self, *, wanted: int, returned: int, provider_id: str, model_id: str, declared: bool = True) -> None:
+        """`declared` is whether the file has them so, and not the caller alone in `dimensions`."""
+        if declared:
+            why = f"sekha.yaml declares `dimension: {wanted}`. Write `dimension: {returned}` for this model"
+        else:
+            why = f"the request asked for `dimensions: {wanted}`. Leave that out"
         super().__init__(
-            f"{returned} numbers, and sekha.yaml declares `dimension: {declared}`. Write `dimension: "
-            f"{returned}` for this model, or name the model that has {declared}",
+            f"{returned} numbers, and {why}, or name the model that has {wanted}",
             provider_id=provider_id,
             model_id=model_id,
         )
-        self.declared = declared
+        self.wanted = wanted
         self.returned = returned
 
 

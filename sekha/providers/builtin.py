@@ -93,7 +93,7 @@ class BuiltinProvider:
             raise self._unknown(model)
         if model.dimension not in (None, int(name)):
             raise DimensionMismatch(
-                declared=model.dimension, returned=int(name), provider_id=self._spec.id, model_id=model.id
+                wanted=model.dimension, returned=int(name), provider_id=self._spec.id, model_id=model.id
             )
         return int(name)
 

@@ -204,7 +204,7 @@ class LiteLLMProvider:
             raise self._bad(model, "its vectors are not lists of numbers of one length")
         if model.dimension is not None and vectors.shape[1] != model.dimension:
             raise DimensionMismatch(
-                declared=model.dimension, returned=vectors.shape[1], provider_id=self._spec.id, model_id=model.id
+                wanted=model.dimension, returned=vectors.shape[1], provider_id=self._spec.id, model_id=model.id
             )
         if not np.isfinite(vectors).all():
             raise self._bad(model, "a vector holds a number that is not finite")

@@ -235,13 +235,13 @@ class RelayProvider:
         inputs, failed = self._inputs(model, body)
         sent = self._json({**body, "model": model.id}, failed)
         response = await self._answer(_EMBED, sent, timeout_seconds, failed)
-        return _embeddings(response, len(inputs), body.get("dimensions") or model.dimension, failed)
+        return _embeddings(response, len(inputs), model, body.get("dimensions"), failed)
 
     async def embed_begun(self, model: Model, body: Mapping[str, Any], begun: Begun) -> RawEmbeddings:
         """`embed_raw`, where `begin_embedding` has sent this very call."""
         inputs, failed = self._inputs(model, body)
         response = await _answered(self._http.take_over(*begun), failed)
-        return _embeddings(response, len(inputs), body.get("dimensions") or model.dimension, failed)
+        return _embeddings(response, len(inputs), model, body.get("dimensions"), failed)
 
     def begin_embedding(
         self, model: Model, body: Mapping[str, Any], *, timeout_seconds: float, told: Callable[[], None]
@@ -263,7 +263,7 @@ class RelayProvider:
         if response.error is not None or response.status != 200:
             return None
         try:
-            return _embeddings(response, count, dimensions or model.dimension, self._failing(model, _no_texts))
+            return _embeddings(response, count, model, dimensions, self._failing(model, _no_texts))
         except ProviderError:
             return None
 
@@ -688,10 +688,15 @@ class _Failing(NamedTuple):
         kind = ProviderAuthFailed if "authorization" in why else ProviderUnavailable
         return kind(why, provider_id=self.provider_id, model_id=self.model_id)
 
-    def unless_as_long(self, returned: int, declared: object) -> None:
-        if isinstance(declared, int) and returned != declared:
+    def unless_as_long(self, returned: int, declared: int | None, asked: object = None) -> None:
+        wanted = asked or declared
+        if isinstance(wanted, int) and returned != wanted:
             raise DimensionMismatch(
-                declared=declared, returned=returned, provider_id=self.provider_id, model_id=self.model_id
+                wanted=wanted,
+                returned=returned,
+                declared=wanted == declared,
+                provider_id=self.provider_id,
+                model_id=self.model_id,
             )
 
 
@@ -735,7 +740,7 @@ def _is_whole(choices: object) -> bool:
     return True
 
 
-def _embeddings(response: Response, count: int, declared: object, failed: _Failing) -> RawEmbeddings:
+def _embeddings(response: Response, count: int, model: Model, asked: object, failed: _Failing) -> RawEmbeddings:
     raw = response.content
     without, written_out = _without_vectors(raw)
     answer = _parsed(response, without, failed)
@@ -749,7 +754,7 @@ def _embeddings(response: Response, count: int, declared: object, failed: _Faili
         lengths = packed + written_out
         if len(lengths) != len(items) or len(set(lengths)) != 1 or not lengths[0]:
             raise failed.bad(_NOT_VECTORS)
-        failed.unless_as_long(lengths[0], declared)
+        failed.unless_as_long(lengths[0], model.dimension, asked)
     return RawEmbeddings(raw=raw, usage=usage, count=len(items), dimension=lengths[0])
 
 

@@ -777,7 +777,7 @@ async def test_vectors_of_another_length_are_refused(subject: Subject) -> None:
         await subject.embed("one", "two")
 
     assert caught.value.returned == 12
-    assert caught.value.declared == DIMENSIONS[subject.kind]
+    assert caught.value.wanted == DIMENSIONS[subject.kind]
 
 
 @every("builtin", *REMOTE)

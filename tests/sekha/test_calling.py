@@ -135,7 +135,7 @@ async def test_waits_grow_and_are_drawn_by_chance_up_to_the_longest() -> None:
     [
         ContentRefused(provider_id="a"),
         StreamBroken(provider_id="a"),
-        DimensionMismatch(declared=1, returned=2, provider_id="a", model_id="m"),
+        DimensionMismatch(wanted=1, returned=2, provider_id="a", model_id="m"),
     ],
 )
 async def test_an_error_that_no_other_provider_would_mend_asks_nobody_else(error: ProviderError) -> None:

@@ -106,7 +106,7 @@ def example(kind: type[SekhaError]) -> SekhaError:
         BodyTooSlow: BodyTooSlow(30.0),
         NoSuchPage: NoSuchPage("GET", "/v1/chat", known=["/v1/chat/completions"]),
         DocumentRefused: DocumentRefused([("a.md", "it is empty")]),
-        DimensionMismatch: DimensionMismatch(declared=8, returned=4, provider_id="a", model_id="m"),
+        DimensionMismatch: DimensionMismatch(wanted=8, returned=4, provider_id="a", model_id="m"),
         CollectionMissing: CollectionMissing("Docs", ["Docs_8"]),
         CollectionConflict: CollectionConflict("Docs_8", field="dimension", exists=8, wanted=4),
         VectorRefused: VectorRefused("Docs_8", "u", "it is zero"),

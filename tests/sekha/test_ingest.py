@@ -220,7 +220,7 @@ async def test_a_provider_that_is_down_is_not_asked_for_every_batch(pipeline: Op
 
 
 async def test_a_dimension_that_differs_stops_it_before_it_costs_more(pipeline: Opens) -> None:
-    wrong = DimensionMismatch(declared=8, returned=4, provider_id="first", model_id="vectors")
+    wrong = DimensionMismatch(wanted=8, returned=4, provider_id="first", model_id="vectors")
 
     async with pipeline() as opened:
         opened.actors["first"].acts = [wrong] * 99

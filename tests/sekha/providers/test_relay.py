@@ -905,7 +905,23 @@ async def test_the_dimensions_asked_for_are_the_ones_that_must_come() -> None:
             await provider.embed_raw(embedder(), {"input": "a"}, timeout_seconds=PATIENCE)
 
     assert shorter.dimension == 2
-    assert (caught.value.declared, caught.value.returned) == (3, 2)
+    assert (caught.value.wanted, caught.value.returned) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "2 numbers, and sekha.yaml declares `dimension: 3`. Write `dimension: 2`"),
+        ({"dimensions": 3}, "2 numbers, and sekha.yaml declares `dimension: 3`. Write `dimension: 2`"),
+        ({"dimensions": 1}, "2 numbers, and the request asked for `dimensions: 1`. Leave that out"),
+    ],
+)
+async def test_vectors_of_another_length_are_told_by_whoever_wanted_it(asked: dict[str, int], said: str) -> None:
+    async with relay_to(vectors(packed(1, 2))) as (provider, _):
+        with pytest.raises(DimensionMismatch) as caught:
+            await provider.embed_raw(embedder(), {"input": "a", **asked}, timeout_seconds=PATIENCE)
+
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
