@@ -39,7 +39,7 @@ class EmbedRequest:
 
     def __post_init__(self) -> None:
         for at, text in enumerate(self.texts):
-            if not text or text.isspace():
+            if not text:
                 raise InvalidRequest(f"Text {at} is empty, and nothing has no meaning to embed.", field=f"input[{at}]")
 
     def ask(self) -> Ask:

@@ -203,7 +203,7 @@ def _are_plain(texts: object) -> TypeGuard[list[str]]:
         return False
     characters = 0
     for text in texts:
-        if type(text) is not str or not text or text.isspace():
+        if type(text) is not str or not text:
             return False
         characters += len(text)
     return characters <= INLINE

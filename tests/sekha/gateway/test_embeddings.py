@@ -138,6 +138,14 @@ async def test_another_provider_of_the_model_is_asked_when_one_fails(gateway: Op
     assert answered.headers["x-sekha-provider"] == "second"
 
 
+@pytest.mark.parametrize("kind", ["openai", "ollama"])
+async def test_a_blank_text_is_embedded_as_any_other(gateway: Opens, kind: str) -> None:
+    async with StandIn(dimension=8) as standin, gateway(standin, kind=kind) as served:
+        reply = await served.openai.embeddings.create(model="vectors", input=["one", " ", "\n"])
+
+    assert [len(item.embedding) for item in reply.data] == [8, 8, 8]
+
+
 async def test_vectors_of_another_length_are_no_answer(gateway: Opens) -> None:
     async with StandIn(dimension=8) as one, StandIn(dimension=8) as two, gateway(one, two) as served:
         one.wrong_dimension(5)
