@@ -25,14 +25,14 @@ TEXT = {"type": "text", "text": "Hi"}
 SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
-async def request(kind: ProviderKind, *messages: dict[str, Any]) -> dict[str, Any]:
+async def request(kind: ProviderKind, *messages: dict[str, Any], **options: object) -> dict[str, Any]:
     """What a provider is sent with these messages."""
     model = Model(id="claude-sonnet-4-5" if kind == "anthropic" else "llava", provider_id="one", tasks=("vision",))
     async with StandIn() as standin:
         spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
         try:
             async with aclosing(open_provider(spec)) as provider:
-                await provider.complete(ChatCall(model=model, messages=messages, timeout_seconds=20))
+                await provider.complete(ChatCall(model=model, messages=messages, options=options, timeout_seconds=20))
         except FieldUnsupported:
             assert standin.requests == []
             raise
@@ -245,3 +245,18 @@ async def test_instructions_in_between_are_system_at_anthropic_in_no_words_but_t
     assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
     assert [part["type"] for part in body["messages"][-1]["content"]] == ["tool_result"]
     assert "Operator" not in str(body)
+
+
+async def test_names_and_strict_tools_are_hints_at_anthropic() -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+
+    plain = await request("anthropic", USER, tools=[{"type": "function", "function": function}])
+    hinted = await request(
+        "anthropic", USER | {"name": "bob"}, tools=[{"type": "function", "function": function | {"strict": True}}]
+    )
+
+    assert hinted == plain
+
+
+async def test_a_name_is_a_hint_at_ollama() -> None:
+    assert await request("ollama", USER | {"name": "bob"}) == await request("ollama", USER)
