@@ -107,17 +107,21 @@ class Shortened(ABC):
         """Estimate, select, reserve and call, for a request that counts as `size` against its key's limits."""
         lane = self._lane
         model = lane.model
-        units = self._units = chat_units(
-            lane.tariff,
-            lane.tariff,
-            tokens,
-            tokens if lane.exact else most_of(tokens),
-            requested,
-            model.max_output_tokens,
-            lane.usual.tokens.get(lane.name),
-            lane.limited,
-            lane.window,
-        )
+        if self._fork is not None:
+            units = self._fork.units
+        else:
+            units = chat_units(
+                lane.tariff,
+                lane.tariff,
+                tokens,
+                tokens if lane.exact else most_of(tokens),
+                requested,
+                model.max_output_tokens,
+                lane.usual.tokens.get(lane.name),
+                lane.limited,
+                lane.window,
+            )
+        self._units = units
         self._requested, self._tokens = requested, tokens
         self._estimated_at = perf_counter()
         if (lane.window and tokens + (requested or 0) > lane.window) or not self._reserve(units.worst_case, size):

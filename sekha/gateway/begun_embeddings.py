@@ -33,8 +33,11 @@ class BegunEmbedding(Shortened):
     def embed(self, texts: list[str], counts: list[int], size: int) -> bool:
         """Estimate, select, reserve and call, for texts of so many tokens each."""
         lane, tokens, longest = self._lane, sum(counts), max(counts)
-        most = tokens if lane.exact else most_of(tokens)
-        self._units = ChatUnits(tokens * lane.tariff.input, most * lane.tariff.input, 0, None, "no reply")
+        if self._fork is not None:
+            self._units = self._fork.units
+        else:
+            most = tokens if lane.exact else most_of(tokens)
+            self._units = ChatUnits(tokens * lane.tariff.input, most * lane.tariff.input, 0, None, "no reply")
         self._texts, self._tokens, self._requested = texts, tokens, None
         self._estimated_at = perf_counter()
         if (lane.window and longest > lane.window) or not self._reserve(self._units.worst_case, size):

@@ -13,7 +13,7 @@ from sekha.keys import Pass
 from sekha.ledger import Budget
 from sekha.ledgers.encoding import picos
 from sekha.lineup import Entrant
-from sekha.pricing import Price
+from sekha.pricing import ChatUnits, Price
 from sekha.providers.base import Provider
 from sekha.providers.relay import RelayProvider
 from sekha.registry import Model
@@ -139,6 +139,13 @@ class Fork(NamedTuple):
     junction: Junction
     lane: Lane
     plan: Plan
+
+    @property
+    def units(self) -> ChatUnits:
+        """What the plan says of the first call: it is sent as it is held, and the hold may be cut to a budget."""
+        expected, worst, _, length, _, limit, basis = self.plan.first.estimate
+        places = self.lane.tariff.places
+        return ChatUnits(int(expected.scaleb(places)), int(worst.scaleb(places)), length, limit, basis)
 
     @property
     def amounts(self) -> tuple[tuple[Budget, ...], tuple[int, ...]]:

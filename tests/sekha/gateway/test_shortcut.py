@@ -1886,6 +1886,55 @@ async def test_the_same_one_is_chosen_and_the_same_is_held_as_in_the_line(tmp_pa
     assert {reply.status for reply in side.seen.replies} == {200}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 429])
+async def test_what_is_sent_costs_no_more_than_what_is_held_of_a_small_budget(
+    tmp_path: Path, status: int, stream: bool
+) -> None:
+    """Nobody limits the reply, and at its longest it costs ten times what the budget has, of which nothing is spent."""
+    config = """
+    providers:
+      - id: first
+        provider_type: openai
+        base_url: URL
+        models:
+          - model_id: one
+            task: chat_smart
+            max_output_tokens: 16384
+            price: {input_per_million: 10, output_per_million: 30}
+          - model_id: other
+            task: chat_smart
+            max_output_tokens: 16384
+            price: {input_per_million: 11, output_per_million: 31}
+    budgets: [{name: all, limit: 100}, {name: little, limit: 0.05, period: total}]
+    routing: {circuit_breaker: {failure_threshold: 1000}}
+    """
+    body = body_of(model="chat_smart", stream=stream)
+
+    async def longest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = orjson.loads(upstreams[-1].requests[-1].partition(b"\r\n\r\n")[2])
+        usage = {"prompt_tokens": 9, "completion_tokens": asked["max_tokens"]}
+        answer = streamed(SAY, STOP, event(usage=usage), DONE) if stream else whole(usage=usage)
+        await slowly(answer, 0)(reader, writer)
+
+    async def asks(side: Side) -> None:
+        await side.meet(body, statuses=(status,))
+        await asyncio.sleep(0.06)  # nobody is left alone any more
+        await side.ask(body)
+
+    upstreams: list[Upstream] = []
+
+    def makes() -> Upstream:
+        refused: list[Answer] = [refusal(status, "Retry-After: 0.05")] * (1 if status == 400 else 2)
+        upstreams.append(Upstream(*refused, longest))
+        return upstreams[-1]
+
+    side = await both(tmp_path, makes, asks, config=config, retries=Retries(rounds=1), waits=True)
+
+    assert Decimal("0.045") < side.seen.budgets["little"] <= Decimal("0.05")
+    assert not [name for name in side.seen.counts if name.startswith("sekha_worst_case_passed")]
+
+
 async def test_a_circuit_that_opens_has_another_go_first_on_the_short_way(tmp_path: Path) -> None:
     async def asks(side: Side) -> None:
         await side.meet()
