@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sekha.circuits import Circuits
 from sekha.circuits_shared import SharedCircuits
-from sekha.errors import ConfigError, Problem, UnknownModel
+from sekha.errors import ConfigError, LedgerError, Problem, UnknownModel
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.news import tell_of_circuit
 from sekha.gateway.serving import Serving
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["open_serving", "state_folder"]
 
+log = logging.getLogger("sekha.gateway")
+
 PUBLISH_AFTER_SECONDS = 1.0
 """The first callers need the core more: until then what is recorded waits in the spool."""
 
@@ -36,7 +39,7 @@ def state_folder(loaded: Loaded) -> Path:
 async def open_serving(
     loaded: Loaded, metrics: Metrics, *, workers: int = 1, minutes: Minutes | None = None
 ) -> Serving:
-    """Open what the configuration declares. Providers and store connect with their first use.
+    """Open what the configuration declares. Providers and store connect with their first use, the ledger behind.
 
     `minutes` have what passed of every limit under the configuration before.
     """
@@ -61,6 +64,11 @@ async def open_serving(
     serving = Serving(resources, metrics, recorder=recorder, memory=memory, leased=ledger, minutes=minutes)
     if memory is not None:
         memory.start(serving)
+    try:
+        ledger.start()
+    except LedgerError as error:
+        # Whoever asks for what costs money is told, and it is tried again for each.
+        log.warning("%s", error)
     return serving
 
 

@@ -240,6 +240,13 @@ class LeasedLedger:
         self._syncing: Future[None] | None = None
         self._synced_size = 0
 
+    def start(self) -> None:
+        """Begin to finish what processes that died left behind. Left out, the first call does.
+
+        Neither waits for the shared ledger nor fails with it: that is tried behind, again and again.
+        """
+        self._start()
+
     # --- what callers await ------------------------------------------------------------------
 
     async def reserve(
@@ -989,6 +996,10 @@ class LeasedLedger:
     async def _hand_over(self, journal: Journal) -> None:
         if self._syncing is not None:
             await asyncio.wait([self._syncing])
+        if not self._pools and not self._scopes_known:
+            # Nothing was held or spent, and so the shared ledger, which may be away, knows nothing of this process.
+            journal.remove()
+            return
         if self._down is not None and monotonic() < self._retry_at:
             # Just now it failed, and whoever ends this process may have little patience.
             self._leave(journal, self._down)

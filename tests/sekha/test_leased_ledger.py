@@ -375,6 +375,37 @@ async def test_what_a_killed_process_spent_is_recorded_and_its_calls_are_charged
         await ledger.aclose()
 
 
+async def test_what_a_killed_process_left_is_recorded_by_one_that_nobody_asks_once_the_ledger_is_there(
+    tmp_path: Path, journals: Path, shared: Ledger
+) -> None:
+    path = tmp_path / "ledger.db"
+    with spender(f"sqlite:///{path}", "hold", journals) as process:
+        assert [line_of(process), line_of(process)] == ["charged", "charged"]
+        os.kill(process.pid, signal.SIGKILL)
+
+    survivor = leased(impatient(path), journals)
+    with away(path):
+        survivor.start()
+        async with asyncio.timeout(10):
+            while survivor.away is None:  # noqa: ASYNC110 - nobody is told
+                await asyncio.sleep(0.01)
+
+    await until(shared, "1.00", "0")
+    await survivor.aclose()
+
+
+async def test_one_that_nobody_asked_ends_without_the_shared_ledger_and_leaves_nothing(
+    tmp_path: Path, journals: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = leased(SqliteDatabase(str(tmp_path)), journals)  # a folder, which is no database
+    ledger.start()
+    await asyncio.sleep(0)
+
+    await ledger.aclose()
+
+    assert (listed(journals), caplog.messages) == ([], [])
+
+
 async def test_the_worst_case_is_charged_where_the_call_was_made_and_marked(
     url: str, journals: Path, opened: Open, tmp_path: Path
 ) -> None:

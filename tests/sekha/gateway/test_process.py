@@ -137,6 +137,17 @@ async def test_a_silent_server_stops_spending_after_a_while_and_does_not_keep_th
     assert report["total"]["calls"] == calls
 
 
+async def test_a_ledger_that_is_away_keeps_no_gateway_from_starting_or_ending(serving: Serves) -> None:
+    async with StandIn() as standin:
+        config = config_for(standin, extra="ledger: {url: 'postgresql://nobody@127.0.0.1:1/nothing'}")
+        async with serving(config) as gate:
+            assert (await gate.http.get("/health/live")).status_code == 200
+            gate.tell(signal.SIGTERM)
+            assert await gate.ended() == 0
+
+    assert not [line for line in gate.logged if line["level"] == "error" or "journal" in line["event"]]
+
+
 # --- another configuration -----------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from sekha.gateway.begun import Shortened
 from sekha.gateway.server import Server, bind
 from sekha.keys import hash_of, new_key
 from sekha.ledger import Budget
-from sekha.ledgers import open_leased
+from sekha.ledgers import open_leased, open_ledger
 from sekha.providers.litellm import begin_import
 from sekha.steps.counting import INLINE
 from sekha.testing import StandIn
@@ -1445,6 +1445,35 @@ async def test_what_was_under_way_in_a_process_that_was_killed_is_charged_at_its
     # Two that were answered, and a worst case: 8 words count as 10, and 100 tokens may come back.
     assert (spent, held) == (2 * Decimal("0.013") + Decimal("0.21") + Decimal("0.003"), 0)
     assert recovered == {"chat": (3, spent)}
+
+
+async def test_what_was_under_way_in_a_process_that_was_killed_is_charged_by_the_next_though_nobody_asks_it_anything(
+    tmp_path: Path,
+) -> None:
+    script = [sys.executable, "-m", "tests.fixtures.short_way", str(tmp_path)]
+    async with Upstream(hang) as upstream:
+        process = await asyncio.create_subprocess_exec(
+            *script, upstream.openai_url, cwd=Path(__file__).parents[3], stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            port = int(await process.stdout.readline())
+        caller = Caller(*await asyncio.open_connection("127.0.0.1", port))
+        caller.send(body_of())
+        await upstream.arrived.wait()
+        process.kill()
+        await process.wait()
+        caller.leave()
+
+        async with opened(tmp_path, upstream) as side:
+            ledger = open_ledger(f"sqlite:///{tmp_path}/.sekha/ledger.db")
+
+            async def is_charged() -> bool:
+                spent, held = await ledger.spent(side.serving.resources.budgets[0], at=datetime.now(UTC))
+                return held == 0 and spent == Decimal("0.213")
+
+            await wait_until(is_charged, seconds=20)
+            await ledger.aclose()
 
 
 # --- what must be on record ----------------------------------------------------------------
