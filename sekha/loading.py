@@ -448,11 +448,21 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
     yield from _twice(("budgets",), [budget.get("name") for budget in budgets], "name")
     yield from _twice(("keys",), [key.get("name") for key in keys], "name")
     yield from _in_keys(keys, models)
+    yield from _in_budgets(budgets, [key.get("name") for key in keys], providers, models)
+    store = _dict(data.get("store"))
+    if store.get("kind") == "weaviate" and not store.get("url"):
+        yield ("store",), "a Weaviate store needs `url:`, such as http://localhost:8080."
+
+
+def _in_budgets(
+    budgets: list[dict[str, Any]], keys: list[Any], providers: list[dict[str, Any]], models: Mapping[str, set[str]]
+) -> Found:
+    """Check what the budgets match."""
     known: dict[str, list[str]] = {
         "provider": [str(provider.get("id")) for provider in providers],
         "model": list(models),
         "task": list(TASKS),
-        "key": [str(key.get("name")) for key in keys],
+        "key": [str(key) for key in keys],
     }
     for at, budget in enumerate(budgets):
         match = _dict(budget.get("match"))
@@ -462,20 +472,36 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
         asked, named = match.get("provider"), match.get("model")
         if asked in known["provider"] and named in models and named not in _names_at(providers, str(asked)):
             yield ("budgets", at, "match"), f"{asked!r} has no model {named!r}, so no call would ever match."
-    store = _dict(data.get("store"))
-    if store.get("kind") == "weaviate" and not store.get("url"):
-        yield ("store",), "a Weaviate store needs `url:`, such as http://localhost:8080."
+        elif isinstance(named, str):
+            yield from _of_two(("budgets", at, "match", "model"), named, asked, providers)
 
 
 def _names_at(providers: list[dict[str, Any]], provider_id: str) -> set[str]:
     """What a provider's own models may be called: by their ids, and with the provider's before them."""
-    ids = [
-        str(_dict(model).get("model_id"))
+    ids = [model for provider, model in _models_of(providers) if provider == provider_id]
+    return {*ids, *(f"{provider_id}/{each}" for each in ids)}
+
+
+def _of_two(place: Place, named: str, asked: object, providers: list[dict[str, Any]]) -> Found:
+    """Refuse a budget for a name that is one model's id and another's `provider/model`: it can count one of them."""
+    whose = [each for each in _models_of(providers) if asked in (None, each[0])]
+    by_id = [each for each in whose if each[1] == named]
+    by_name = [each for each in whose if "/".join(each) == named]
+    if by_id and by_name:
+        (one, model), (other, _) = by_name[0], by_id[0]
+        either = f"`provider: {one}, model: {model}`"
+        if one != other:
+            either += f" or `provider: {other}, model: {named}`"
+        yield place, f"{named!r} is {model!r} at {one!r}, and the id of another at {other!r}. Write {either}."
+
+
+def _models_of(providers: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Every provider's id with the id of each of its models."""
+    return [
+        (str(provider.get("id")), str(_dict(model).get("model_id")))
         for provider in providers
-        if provider.get("id") == provider_id
         for model in _list(provider.get("models"))
     ]
-    return {*ids, *(f"{provider_id}/{each}" for each in ids)}
 
 
 def _in_models(at: int, provider: Mapping[str, Any], models: dict[str, set[str]]) -> Found:

@@ -174,9 +174,11 @@ def _budgets(config: Config, registry: Registry) -> tuple[Budget, ...]:
 def _charged_to(match: Mapping[Any, str], registry: Registry) -> dict[str, str]:
     """The match in the ledger's words, which has a provider and its model apart."""
     found = {str(what): wanted for what, wanted in match.items()}
-    named = found.get("model")
-    if named is not None and all(model.id != named for model in registry.models):
-        for model in registry.models:
+    asked, named = found.get("provider"), found.get("model")
+    models = [model for model in registry.models if asked in (None, model.provider_id)]
+    # One that is an id as well is refused when the file is read.
+    if named is not None and all(model.id != named for model in models):
+        for model in models:
             if model.name == named:
                 return {**found, "provider": model.provider_id, "model": model.id}
     return found

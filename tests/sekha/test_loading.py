@@ -448,6 +448,20 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
             "line 5: budgets[0].match: 'a' has no model 'b/n', so no call would ever match.",
         ),
         (
+            "providers:\n"
+            "- {id: a, provider_type: ollama, models: [{model_id: m, task: vision}]}\n"
+            "- {id: b, provider_type: ollama, models: [{model_id: a/m, task: vision}]}\n"
+            "budgets:\n- {name: x, limit: 1, match: {model: a/m}}\n",
+            "line 5: budgets[0].match.model: 'a/m' is 'm' at 'a', and the id of another at 'b'. "
+            "Write `provider: a, model: m` or `provider: b, model: a/m`.",
+        ),
+        (
+            "providers:\n- {id: a, provider_type: ollama, models: "
+            "[{model_id: m, task: vision}, {model_id: a/m, task: vision}]}\n"
+            "budgets:\n- {name: x, limit: 1, match: {provider: a, model: a/m}}\n",
+            "budgets[0].match.model: 'a/m' is 'm' at 'a', and the id of another at 'a'. Write `provider: a, model: m`.",
+        ),
+        (
             "collections: {docs: {model: nomic}}\n",
             "collections.docs.model: no model 'nomic'. Models are listed under `providers:`.",
         ),

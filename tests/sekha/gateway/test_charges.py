@@ -265,3 +265,28 @@ async def test_what_failed_and_is_not_billed_costs_nothing_and_names_who_was_ask
     assert (line["provider"], line["cost"], line["error"]) == ("second", 0, "provider_unavailable")
     assert refused["error"] == "cost_refused"
     assert refused.keys().isdisjoint({"provider", "cost"}), "nobody was asked"
+
+
+@BOTH
+async def test_a_budget_that_names_a_provider_counts_its_model_by_either_name_and_not_another_by_the_same(
+    gateway: Opens, as_served: bool
+) -> None:
+    config = """
+    providers:
+    - {{id: a, provider_type: openai, base_url: "{url}", models: [{{model_id: m, task: chat_smart, price: {price}}}]}}
+    - {{id: b, provider_type: openai, base_url: "{url}", models: [{{model_id: a/m, task: chat_small, price: {price}}}]}}
+    budgets:
+    - {{name: one, limit: 1000, match: {{provider: a, model: m}}}}
+    - {{name: the same, limit: 1000, match: {{provider: a, model: a/m}}}}
+    - {{name: other, limit: 1000, match: {{provider: b, model: a/m}}}}
+    - {{name: other by name, limit: 1000, match: {{model: b/a/m}}}}
+    """
+    async with StandIn() as standin:
+        text = config.format(url=standin.openai_url, price="{input_per_million: 1000, output_per_million: 1000}")
+        async with gateway(config=text, as_served=as_served) as served:
+            for model in ("chat_smart", "chat_smart", "chat_small"):
+                assert (await served.chat(model=model, max_tokens=9)).status_code == 200
+            ledger, resources = await served.serving.resources.ledger(), served.serving.resources
+            spent = {each.name: (await ledger.spent(each, at=resources.now()))[0] for each in resources.budgets}
+
+    assert spent["one"] == spent["the same"] == 2 * spent["other"] == 2 * spent["other by name"] > 0
