@@ -463,7 +463,7 @@ def _refusal(
     soon = [wait for wait in waits if not math.isinf(wait)]
     of_money = [*by_rule.get("cost", ()), *by_rule.get("budget", ())]
     unpriced = _unpriced_by(by_rule.get("price", ()), estimates)
-    if not soon and "circuit" not in by_rule and of_money and ("price" not in by_rule or unpriced):
+    if not soon and "circuit" not in by_rule and of_money:
         # Of equals the first that was considered.
         return _too_dear(min((each for each in dropped if each[1] in ("cost", "budget")), key=_costs)[0], estimates)
     reasons = [(model.name, _why(model, rule, estimates, conditions)) for model, rule, _ in dropped[:MOST_REASONS]]

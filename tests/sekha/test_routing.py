@@ -596,6 +596,16 @@ def test_models_that_never_could_do_not_hide_that_it_is_the_money() -> None:
         route(Ask(kind="chat", vision=True, max_cost=Decimal(1)), known)
 
 
+def test_models_without_a_price_do_not_hide_that_it_is_the_money() -> None:
+    known = registry(model("a/m"), model("b/unpriced", price=None), model("c/n", price=price("3")))
+    spent = Budget(name="small", limit=Decimal("0.5"), period="day")
+
+    above, over = refused(CHAT._replace(max_cost=Decimal(1)), known), refused(CHAT, known, budgets=(spent,))
+
+    assert (type(above), getattr(above, "cheapest", None)) == (CostRefused, "a/m")
+    assert type(over) is BudgetExceeded
+
+
 def test_a_budget_with_too_little_left_is_named() -> None:
     budget = Budget(name="team", limit=Decimal(10), period="day", match={"provider": "a"})
 
