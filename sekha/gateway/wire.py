@@ -158,10 +158,21 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
 
 def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:
     """The provider's own vectors, with ours beside them, and the reply's headers."""
-    said = with_note(
-        embedded.raw, sekha_note(embedded, run_id, embedded.total_cost), b',"dimension":%d' % embedded.dimension
-    )
+    note, more = sekha_note(embedded, run_id, embedded.total_cost), b',"dimension":%d' % embedded.dimension
+    raw = _with_counted_usage(embedded) if embedded.usage.counted else embedded.raw
+    said = with_note(raw, note, more)
     return said, answer_headers(embedded.provider_id, embedded.model_id, embedded.total_cost)
+
+
+def _with_counted_usage(embedded: RawEmbedded) -> bytes:
+    """The vectors with what was counted, in place of what was no usage: `null`, zeros, or nothing at all."""
+    raw, tokens = embedded.raw.rstrip(), embedded.usage.input_tokens
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    written = b'"usage":' + orjson.dumps(usage)
+    if b'"usage"' not in raw:
+        return b"%b,%b}" % (raw[:-1], written)
+    # What was written here ends with it, and need not be read for that.
+    return raw if raw.endswith(written + b"}") else orjson.dumps(orjson.loads(raw) | {"usage": usage})
 
 
 def answer_headers(provider_id: str, model_id: str, cost: Decimal) -> Headers:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import httpx
 import numpy as np
 import openai
+import orjson
 import pytest
 
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, config_for
+from tests.fixtures.upstream import Upstream, with_length
 
 # As `cl100k_base` counts, which is taken for a model that nobody knows.
 HELLO_THERE = [9906, 1070, 13]
@@ -28,6 +30,32 @@ async def test_a_text_becomes_a_vector_and_the_reply_says_of_which_length(gatewa
     assert reply.model_extra["sekha"]["cost"] == float(answered.headers["x-sekha-cost"]) == float(spent) == 0.002
     assert (answered.headers["x-sekha-provider"], answered.headers["x-sekha-model"]) == ("first", "vectors")
     assert held == 0
+
+
+@pytest.mark.parametrize("as_served", [False, True], ids=["line", "short way"])
+@pytest.mark.parametrize(
+    "reported",
+    [{}, {"usage": None}, {"usage": {}}, {"usage": {"prompt_tokens": 0, "total_tokens": 0}}],
+    ids=["nothing", "null", "empty", "zeros"],
+)
+async def test_tokens_that_were_counted_are_the_replys_own_usage(
+    gateway: Opens, as_served: bool, reported: dict[str, object]
+) -> None:
+    data = [{"object": "embedding", "index": 0, "embedding": [0.5, -0.25, 1e-7, 0.1, 1, 0, 0, 0]}]
+    answer = orjson.dumps({"object": "list", **reported, "data": data, "model": "usage"})
+    async with (
+        Upstream(with_length(answer, "Content-Type: application/json")) as upstream,
+        gateway(upstream, as_served=as_served) as served,
+    ):
+        for _ in range(2):
+            said = await served.http.post("/v1/embeddings", json={"model": "vectors", "input": "Hello there."})
+            parsed = await served.openai.embeddings.create(model="vectors", input="Hi", encoding_format="float")
+
+    reply = said.json()
+    assert reply["sekha"]["usage"] == "counted"
+    assert (reply["usage"], said.text.count('"usage":{')) == ({"prompt_tokens": 3, "total_tokens": 3}, 1)
+    assert reply["data"] == data
+    assert parsed.usage.prompt_tokens == 1
 
 
 async def test_numbers_and_base64_say_the_same(gateway: Opens) -> None:
