@@ -441,9 +441,24 @@ class HttpConnection(asyncio.Protocol):
         return data[missing:]
 
     def _parse(self, data: bytes) -> None:
-        arriving = self._arriving
-        if arriving is None or not arriving.headed:
-            self._head_bytes += len(data)
+        while data:
+            arriving, rest = self._arriving, b""
+            if arriving is None or not arriving.headed:
+                room = HEAD_BYTES - self._head_bytes
+                if len(data) > room:
+                    # So that a head is not measured together with what follows it.
+                    data, rest = data[:room], data[room:]
+                self._head_bytes += len(data)
+            self._feed(data)
+            if self._unusable:
+                break
+            if rest and self._head_bytes == HEAD_BYTES:  # no head ended in there
+                self._refuse(431, InvalidRequest(_LONG_HEAD))
+                break
+            data = rest
+        self._raw = b""
+
+    def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -451,10 +466,6 @@ class HttpConnection(asyncio.Protocol):
             self._last()
         except httptools.HttpParserError as error:
             self._refuse(400, InvalidRequest(f"What was sent is not HTTP/1.1: {error}. Nothing more is read of it."))
-        else:
-            if self._head_bytes > HEAD_BYTES:
-                self._refuse(431, InvalidRequest(_LONG_HEAD))
-        self._raw = b""
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - nobody is there to be told why
         self._unusable = True

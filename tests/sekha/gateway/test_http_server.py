@@ -411,6 +411,34 @@ async def test_headers_beyond_all_measure_are_refused() -> None:
     assert answered.startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize("beyond", [1, 1_000, 40_000, 3 * HEAD_BYTES])
+@pytest.mark.parametrize("first", [0, 20, 30_000, -3])
+@pytest.mark.parametrize("where", ["url", "header"])
+async def test_a_head_above_the_limit_is_refused_however_it_comes(beyond: int, first: int, where: str) -> None:
+    url, rest = (b"/?", b"") if where == "url" else (b"/", b"x: ")
+    bare = len(b"GET %b HTTP/1.1\r\n%b\r\n\r\n" % (url, rest))
+    filled = b"x" * (HEAD_BYTES - bare + beyond)
+    head = b"GET %b HTTP/1.1\r\n%b\r\n\r\n" % ((url + filled, b"y:") if where == "url" else (url, rest + filled))
+
+    answered = await until_the_end(*(part for part in (head[:first], head[first:]) if part))
+
+    assert answered.startswith(b"HTTP/1.1 431 ")
+    assert answered.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("first", [0, 1, 30_000, HEAD_BYTES - 1, HEAD_BYTES, HEAD_BYTES + 1])
+async def test_a_head_of_just_the_limit_is_taken_with_all_that_follows_it(first: int) -> None:
+    head = b"POST / HTTP/1.1\r\ncontent-length: 100000\r\nx: "
+    head += b"x" * (HEAD_BYTES - len(head) - 4) + b"\r\n\r\n"
+    sent = head + b"b" * 100_000 + b"POST /next HTTP/1.1\r\nconnection: close\r\ncontent-length: 1\r\n\r\nc"
+
+    answered = await until_the_end(*(part for part in (sent[:first], sent[first:]) if part))
+
+    assert answered.count(b"HTTP/1.1 200 OK") == 2
+    assert b"\r\n\r\nPOST / ? %bHTTP/1.1" % (b"b" * 100_000) in answered
+    assert answered.endswith(b"POST /next ? c")
+
+
 async def test_an_upgrade_is_answered_as_what_it_would_be_without_and_nothing_follows() -> None:
     answered = await until_the_end(
         b"GET /chat HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nGET / HTTP/1.1\r\n\r\n"
