@@ -5,7 +5,13 @@ from __future__ import annotations
 from ipaddress import ip_address
 from urllib.parse import urlsplit, urlunsplit
 
-__all__ = ["is_loopback", "without_secrets"]
+__all__ = ["WRONG_PORT", "has_wrong_port", "is_loopback", "without_secrets"]
+
+WRONG_PORT = (
+    "names a port that is no number from 1 to 65535. Write `postgresql://user@host:5432/database`, and in a password "
+    "`%3A`, `%2F` and `%40` for `:`, `/` and `@`."
+)
+"""Said of a ledger's address. The port stays out of it: it may be half of a password."""
 
 
 def is_loopback(host: str) -> bool:
@@ -14,6 +20,16 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def has_wrong_port(url: str) -> bool:
+    """Whether a database's address, which may name several hosts, has something for a port that is none."""
+    try:
+        hosts = urlsplit(url).netloc.rpartition("@")[2].split(",")
+    except ValueError:
+        return True
+    ports = [host.rpartition("]")[2].partition(":")[2] for host in hosts]
+    return not all(not port or (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65_535) for port in ports)
 
 
 def without_secrets(url: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from sekha import yaml_file
-from sekha.address import is_loopback
+from sekha.address import WRONG_PORT, has_wrong_port, is_loopback
 from sekha.config import ALSO_ACCEPTED, NOT_NEEDED, Config
 from sekha.errors import ConfigError, ConfigMissing, Problem, did_you_mean
 from sekha.registry import COLLECTION_NAME, TASKS
@@ -449,6 +449,9 @@ def _contradictions(data: Mapping[str, Any]) -> Found:
     yield from _twice(("keys",), [key.get("name") for key in keys], "name")
     yield from _in_keys(keys, models)
     yield from _in_budgets(budgets, [key.get("name") for key in keys], providers, models)
+    ledger = str(_dict(data.get("ledger")).get("url"))
+    if ledger.startswith("postgres") and has_wrong_port(ledger):
+        yield ("ledger", "url"), WRONG_PORT
     store = _dict(data.get("store"))
     if store.get("kind") == "weaviate" and not store.get("url"):
         yield ("store",), "a Weaviate store needs `url:`, such as http://localhost:8080."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from sekha.address import WRONG_PORT, has_wrong_port
 from sekha.errors import ConfigError, Problem
 from sekha.ledger import Ledger
 from sekha.ledgers.database import Database
@@ -51,6 +52,8 @@ def open_database(url: str) -> Database:
             from sekha.ledgers.sqlite import SqliteDatabase
 
             return SqliteDatabase(rest[1:])
+        case "postgresql" | "postgres" if separator and has_wrong_port(url):
+            raise ConfigError("sekha.yaml", [Problem("ledger.url", WRONG_PORT)])
         case "postgresql" | "postgres" if separator:
             # psycopg costs every command its import, and most ledgers are files.
             from sekha.ledgers.postgres import PostgresDatabase
@@ -74,5 +77,7 @@ def _fingerprint(url: str) -> str:
     if split.scheme == "sqlite":
         place = str(Path(split.path[1:]).resolve())
     else:
-        place = f"{split.hostname}:{split.port or 5432}{split.path}?{options}"
+        hosts = split.netloc.rpartition("@")[2]
+        hosts = hosts if "," in hosts else f"{split.hostname}:{split.port or 5432}"
+        place = f"{hosts}{split.path}?{options}"
     return hashlib.sha256(place.encode()).hexdigest()[:16]

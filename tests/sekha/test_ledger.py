@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from sekha.errors import ConfigError, LedgerError, LedgerUnavailable
 from sekha.ledger import Budget, GroupBy, Hold, Ledger, Period, Scope, Spend, period_end, period_start, remaining
-from sekha.ledgers import open_ledger
+from sekha.ledgers import open_leased, open_ledger
 from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.sqlite import SqliteDatabase
 from sekha.pricing import Usage
@@ -152,6 +153,19 @@ def test_a_malformed_postgresql_url_is_refused_without_its_password() -> None:
 
     assert "hunter2" not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize("port", ["abc", "99999", "0", "hunter2/x"])
+def test_a_port_that_is_none_is_refused_without_being_shown(port: str, tmp_path: Path) -> None:
+    for opens in (open_ledger, partial(open_leased, folder=tmp_path)):
+        with pytest.raises(ConfigError, match="names a port that is no number") as caught:
+            opens(f"postgresql://user:hunter2@host:{port}/db")
+        assert "hunter2" not in str(caught.value)
+
+
+async def test_several_hosts_may_be_named(tmp_path: Path) -> None:
+    ledger = open_leased("postgresql://user@a.invalid:5432,b.invalid:5433/db", tmp_path)
+    await ledger.aclose()
 
 
 async def test_a_postgresql_server_that_is_away_is_unavailable_and_its_password_is_not_shown(tmp_path: Path) -> None:
