@@ -259,7 +259,7 @@ def refusal_of(
         retry_after_seconds=retry_after_seconds(headers),
     )
     if isinstance(failure, ProviderRejected):
-        failure.field = _field_in(body)
+        failure.field = _field_in(body, secret)
     if status in _NO_CONTENT:
         failure.may_be_billed = False  # there is nothing that anybody could charge for
     return failure
@@ -482,10 +482,10 @@ def _said(body: bytes) -> str:
     return " ".join(str(error).split())
 
 
-def _field_in(body: bytes) -> str | None:
+def _field_in(body: bytes, secret: str | None) -> str | None:
     error = _error_of(body)
     field = error.get("param") if isinstance(error, dict) else None
-    return field if isinstance(field, str) and _FIELD.fullmatch(field) else None
+    return clean(field, secret, ()) if isinstance(field, str) and _FIELD.fullmatch(field) else None
 
 
 def _error_of(body: bytes) -> object:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import httpx
 import openai
+import orjson
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from sekha.errors import (
     StreamBroken,
 )
 from sekha.gateway.problems import answer_to
-from sekha.providers.failures import BY_CLASS, failure_of, retry_after_seconds, wordless
+from sekha.providers.failures import BY_CLASS, failure_of, refusal_of, retry_after_seconds, wordless
 from sekha.providers.litellm import litellm_module
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
@@ -163,6 +164,18 @@ def test_a_key_never_shows() -> None:
     for piece in ("my-own-secret-key", "abcd", "wxyz", "0123456789"):
         assert piece not in error.told
     assert "Incorrect API key provided" in error.said
+
+
+@pytest.mark.parametrize(
+    ("param", "field"), [("my-own-secret-key", "***"), ("messages[0].content", "messages[0].content")]
+)
+def test_the_field_that_a_provider_names_is_never_its_key(param: str, field: str) -> None:
+    body = orjson.dumps({"error": {"message": "no", "param": param}})
+
+    error = refusal_of(400, {}, body, provider_id="a", model_id="m", secret="my-own-secret-key")
+
+    assert error.field == field
+    assert b"my-own-secret-key" not in answer_to(error)[1]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500])
