@@ -45,7 +45,6 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/openapi.json": {"GET": pages.openapi},
     "/docs": {"GET": pages.docs},
 }
-_PATH_LENGTH = 200
 WATCH_AFTER_SECONDS = 0.05
 """Who leaves earlier is not noticed: a watch is a task, and most answers are quick."""
 
@@ -153,7 +152,8 @@ class Gateway:
         serving.metrics.under_way -= 1
         serving.metrics.request(page, x.status, seconds)
         if self._access is not None:
-            _note(self._access, x, seconds, refused)
+            # The rest of a path, where it has one, is a word of the caller's: any, be it a key or half a prompt.
+            _note(self._access, x, x.path if x.path in self._routes else page, seconds, refused)
         serving.under_way -= 1
         if not serving.under_way and serving is not self.serving:
             self._idle.set()
@@ -205,9 +205,8 @@ class _Watch:
             self._watching.cancel()
 
 
-def _note(access: AccessLog, x: Exchange, seconds: float, refused: str | None) -> None:
-    request_id, path = x.request_id.decode(), x.path[:_PATH_LENGTH]
-    under_way = x.under_way
+def _note(access: AccessLog, x: Exchange, path: str, seconds: float, refused: str | None) -> None:
+    request_id, under_way = x.request_id.decode(), x.under_way
     if under_way is None:
         access.note(request_id=request_id, method=x.method, path=path, status=x.status, seconds=seconds, error=refused)
         return

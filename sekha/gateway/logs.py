@@ -17,8 +17,6 @@ from typing import Literal, Protocol, TypeAlias
 
 import orjson
 
-from sekha.keys import KEY_PREFIX
-
 __all__ = ["AccessLog", "Level", "Lines", "Stream", "configure"]
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -115,12 +113,13 @@ class AccessLog:
         outcome: str | None = None,
         error: str | None = None,
     ) -> None:
-        """Log one request. `outcome` is as in Prefect: answered, fallback, failed, refused, cancelled."""
+        """Log one request.
+
+        `path` is a route, with nothing in it of the caller's; `outcome` is as in Prefect: answered, fallback, failed,
+        refused, cancelled.
+        """
         if not self.shown:
             return
-        if KEY_PREFIX in path:
-            # Whoever puts a key into an address has made a mistake, and the log is no place to keep it.
-            path = path.partition(KEY_PREFIX)[0] + KEY_PREFIX + "***"
         said: dict[str, object] = {
             "ts": _now(),
             "level": "info",

@@ -290,3 +290,27 @@ async def test_a_budget_that_names_a_provider_counts_its_model_by_either_name_an
             spent = {each.name: (await ledger.spent(each, at=resources.now()))[0] for each in resources.budgets}
 
     assert spent["one"] == spent["the same"] == 2 * spent["other"] == 2 * spent["other by name"] > 0
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("path", "status", "shown"),
+    [
+        ("/v1/models/first/chat", 200, "/v1/models/{model}"),
+        ("/v1/models/secret", 404, "/v1/models/{model}"),
+        ("/v1/models/sk-sekha-secret", 404, "/v1/models/{model}"),
+        ("/v1/secret", 404, "other"),
+        ("/secret", 404, "other"),
+        ("/v1/embeddings", 405, "/v1/embeddings"),
+    ],
+)
+async def test_nothing_that_a_caller_put_into_a_path_is_logged(
+    gateway: Opens, as_served: bool, path: str, status: int, shown: str
+) -> None:
+    async with StandIn() as standin, gateway(standin, as_served=as_served) as served, logged(served) as (http, lines):
+        answered = await http.get(path)
+        await wait_until(lines)
+        (line,) = lines()
+
+    assert (answered.status_code, line["status"], line["path"]) == (status, status, shown)
+    assert "secret" not in json.dumps(line)
