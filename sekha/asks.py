@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -30,8 +30,14 @@ class Allowed(NamedTuple):
 
     def covers(self, model: Model) -> bool:
         """Whether the model is among them, and does one of the tasks."""
-        named = not self.models or model.id in self.models or model.name in self.models
-        return named and (not self.tasks or not self.tasks.isdisjoint(model.tasks))
+        return self._names(model) and (not self.tasks or not self.tasks.isdisjoint(model.tasks))
+
+    def instead_of(self, models: Iterable[Model]) -> list[str]:
+        """What may be used where none of these may: models, or tasks where those are what leaves them out."""
+        return sorted(self.tasks if any(map(self._names, models)) else self.models)
+
+    def _names(self, model: Model) -> bool:
+        return not self.models or model.id in self.models or model.name in self.models
 
 
 # What is made anew for each request is a named tuple: a frozen dataclass takes four times as long to make.

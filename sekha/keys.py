@@ -73,13 +73,13 @@ class Pass(NamedTuple):
         """Raise `KeyNotAllowed` for a model or task that was asked for by name and is not this key's to use."""
         if self.allowed is None or self.key is None:
             return
-        models, tasks = self.allowed
+        tasks = self.allowed.tasks
         asked = task or (model if model in TASKS else None)
         if asked is not None:
             if tasks and asked not in tasks:
                 raise KeyNotAllowed(self.key, asked, sorted(tasks))
         elif model not in (None, "auto") and not any(map(self.allowed.covers, registry.named(model))):
-            raise KeyNotAllowed(self.key, model, sorted(models or tasks))
+            raise KeyNotAllowed(self.key, model, self.allowed.instead_of(registry.named(model)))
 
 
 EVERYBODY = Pass()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from sekha.cli.invocation import Invocation, json_option
@@ -32,6 +34,8 @@ def create(invocation: Invocation, name: str) -> None:
     """
     from sekha.keys import hash_of, new_key
 
+    if not name:
+        raise click.UsageError("NAME is empty: name whoever is to use the key, such as `research`.")
     key = new_key()
     if invocation.as_json:
         return write_json({"name": name, "key": key, "hash": hash_of(key)})
@@ -39,7 +43,8 @@ def create(invocation: Invocation, name: str) -> None:
     note("Give it to whoever is to use it: it is not shown again. Add to sekha.yaml:")
     note("")
     note("keys:")
-    note(f'  - {{name: "{name}", hash: "{hash_of(key)}"}}')
+    # JSON's text is YAML's, whatever is in it.
+    note(f'  - {{name: {json.dumps(name, ensure_ascii=False)}, hash: "{hash_of(key)}"}}')
     note("")
     return note(
         "Beside them: models, tasks, requests_per_minute, tokens_per_minute, reads, operator; under `budgets:`, "

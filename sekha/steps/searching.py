@@ -152,7 +152,7 @@ class Searching:
         allowed = request.allowed
         if allowed is None or any(map(allowed.covers, self._open.registry.named(model))):
             return None
-        return KeyNotAllowed(request.key or "", model, sorted(allowed.models or allowed.tasks))
+        return KeyNotAllowed(request.key or "", model, allowed.instead_of(self._open.registry.named(model)))
 
     def _asked_as(self, collection: str, index: Collection, model_id: str) -> str:
         """Any provider that has the model may embed, unless the file names one for the collection."""

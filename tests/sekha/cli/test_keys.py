@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import pytest
+import yaml
+
 from tests.fixtures.process import Serves
 from tests.sekha.cli.conftest import Command
 
@@ -18,6 +21,21 @@ async def test_the_key_is_all_of_stdout_and_never_the_line_for_the_file(sekha: C
     assert re.fullmatch(r"sk-sekha-[\w-]{43}", key)
     assert key not in made.err
     assert 'name: "research", hash: "sha256:' in made.err
+
+
+@pytest.mark.parametrize("name", ['x"y', "a: b", "back\\slash", "é 👋", "two\nlines"])
+async def test_any_name_is_printed_as_the_file_takes_it(sekha: Command, name: str) -> None:
+    made = await sekha("keys", "create", name)
+
+    (line,) = (line for line in made.err.splitlines() if "hash:" in line)
+    assert yaml.safe_load(line)[0]["name"] == name
+
+
+async def test_a_key_has_a_name(sekha: Command) -> None:
+    made = await sekha("keys", "create", "")
+
+    assert (made.code, made.out) == (2, "")
+    assert "NAME is empty" in made.err
 
 
 async def test_two_keys_have_nothing_in_common(sekha: Command) -> None:

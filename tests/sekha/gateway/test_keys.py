@@ -147,6 +147,19 @@ async def test_a_key_is_told_what_it_may_not_use(gateway: Opens) -> None:
     assert [each["model_id"] for each in routed.get("candidates", []) if each.get("kept")] in ([], ["chat"])
 
 
+async def test_a_key_is_told_its_tasks_where_those_keep_it_from_a_model_that_it_names(gateway: Opens) -> None:
+    key = new_key()
+    allowed = (
+        f"keys:\n  - {{name: research, hash: '{hash_of(key)}', models: [chat, eyes], tasks: [chat_small, embedding]}}"
+    )
+    async with StandIn() as standin, gateway(standin, extra=allowed) as served:
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        other_task, no_name = [await served.chat(model=model) for model in ("eyes", "vectors")]
+
+    assert "may not use 'eyes', but chat_small, embedding:" in other_task.json()["error"]["message"]
+    assert "may not use 'vectors', but chat, eyes:" in no_name.json()["error"]["message"]
+
+
 async def test_a_key_may_be_kept_to_tasks(gateway: Opens) -> None:
     key = new_key()
     allowed = f"keys:\n  - {{name: research, hash: '{hash_of(key)}', tasks: [embedding]}}"
