@@ -40,6 +40,24 @@ async def test_deploying_twice_is_deploying_once(prefect: Server) -> None:
     assert [schedule["active"] for schedule in twice["retention"]["schedules"]] == [True]
 
 
+async def scheduled(prefect: Server, name: str) -> list[dict[str, Any]]:
+    deployment = (await deployments(prefect))[name]
+    wanted = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+    return list((await prefect.ask("POST", "/flow_runs/filter", {"flow_runs": wanted})).json())
+
+
+@pytest.mark.prefect
+async def test_prefect_makes_runs_of_a_schedule_that_is_on_and_of_no_other(prefect: Server) -> None:
+    await deploy(prefect.local.environment)
+
+    async with asyncio.timeout(90):
+        while not (runs := await scheduled(prefect, "retention")):  # noqa: ASYNC110 - a server tells nobody
+            await asyncio.sleep(0.5)
+
+    assert {run["expected_start_time"][11:16] for run in runs} == {"03:30"}
+    assert [await scheduled(prefect, name) for name in ("backup", "doctor", "ingest")] == [[], [], []]
+
+
 @pytest.mark.prefect
 @pytest.mark.timeout(180)
 async def test_a_run_started_over_the_api_is_run_by_a_worker_and_read_back(
