@@ -120,7 +120,9 @@ class Pipe:
         if self._asked.wants_usage:
             said = end_with_usage(self._held, note, reply.model_id, run_id, usage=reply.usage)
         if self._memory is not None:
-            await self._memory.chat(self._under_way.run_id, self._asked.request, reply, b"".join(self._pieces))
+            # The last may say something too: some providers write all of an answer into the event with its usage.
+            events = b"".join([*self._pieces, self._held])
+            await self._memory.chat(self._under_way.run_id, self._asked.request, reply, events)
         await self._x.end(said)
 
     async def broken(self, error: SekhaError) -> None:

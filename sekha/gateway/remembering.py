@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -142,55 +142,67 @@ class Remembering:
     # --- before the answer goes out ---
 
     async def chat(self, run_id: str, request: ChatRequest, reply: Reply, events: bytes = b"") -> None:
-        """Take an exchange; of a streamed answer `events` is what went out. Never raises but when cancelled."""
-        texts = [question_in(request.messages)]
-        if not events:
-            texts.append(reply.text[:TEXT_BYTES] or answer_in(reply.body["choices"][0]["message"]))
-        memo = Memo(
-            id=run_id,
-            kind="chat",
-            at=self._wall(),
-            provider_id=reply.provider_id,
-            model_id=reply.model_id,
-            collection=self._collection,
-            key=request.key,
-            tags=tuple(sorted(request.tags)),
-            texts=tuple(texts),
-            said=events,
-        )
-        await self._take(self._chats.outbox, memo)
+        """Take an exchange; of a streamed answer `events` is what it said. Never raises but when cancelled."""
+        with self._sparing_the_answer():
+            texts = [question_in(request.messages)]
+            if not events:
+                choices = reply.body.get("choices")
+                texts.append(reply.text[:TEXT_BYTES] or (answer_in(choices[0]["message"]) if choices else ""))
+            memo = Memo(
+                id=run_id,
+                kind="chat",
+                at=self._wall(),
+                provider_id=reply.provider_id,
+                model_id=reply.model_id,
+                collection=self._collection,
+                key=request.key,
+                tags=tuple(sorted(request.tags)),
+                texts=tuple(texts),
+                said=events,
+            )
+            await self._take(self._chats.outbox, memo)
 
     async def vectors(self, run_id: str, request: EmbedRequest, embedded: RawEmbedded) -> None:
         """Take texts and their vectors. Never raises but when cancelled."""
-        memo = Memo(
-            id=run_id,
-            kind="embedding",
-            at=self._wall(),
-            provider_id=embedded.provider_id,
-            model_id=embedded.model_id,
-            collection=self._collection,
-            key=request.key,
-            tags=tuple(sorted(request.tags)),
-            texts=request.texts,
-            said=embedded.raw,
-        )
-        await self._take(self._vectors.outbox, memo)
+        with self._sparing_the_answer():
+            memo = Memo(
+                id=run_id,
+                kind="embedding",
+                at=self._wall(),
+                provider_id=embedded.provider_id,
+                model_id=embedded.model_id,
+                collection=self._collection,
+                key=request.key,
+                tags=tuple(sorted(request.tags)),
+                texts=request.texts,
+                said=embedded.raw,
+            )
+            await self._take(self._vectors.outbox, memo)
 
     async def _take(self, outbox: Outbox, memo: Memo) -> None:
         item = encode(memo)
+        if len(item.head) + len(item.attachment) > APART_BYTES:
+            await asyncio.to_thread(outbox.put_apart, [item])
+        else:
+            outbox.put(item)
+        self._counts["accepted"] += 1
+        self._full = False
+
+    @contextlib.contextmanager
+    def _sparing_the_answer(self) -> Iterator[None]:
+        """Whatever fails in here is lost to the memory, and to nobody else: the answer is paid for."""
         try:
-            if len(item.head) + len(item.attachment) > APART_BYTES:
-                await asyncio.to_thread(outbox.put_apart, [item])
-            else:
-                outbox.put(item)
+            yield
         except OSError as error:
             self._counts["lost"] += 1
             if not self._full:
                 log.warning("Nothing is remembered at the moment, since the outbox takes nothing: %s", error.strerror)
             self._full = True
-        else:
-            self._counts["accepted"] += 1
-            self._full = False
+        except Exception as error:
+            self._counts["lost"] += 1
+            # Its message and the traceback may quote what was asked.
+            log.error("An answer is not remembered: %s, which nobody foresaw", type(error).__name__)  # noqa: TRY400
+            log.debug("an answer is not remembered", exc_info=True)
 
     # --- behind it ---
 

@@ -41,6 +41,7 @@ from sekha.resources import WALL, Resources
 from sekha.testing import StandIn
 from sekha.vectors.base import Record
 from tests.fixtures.gateway import wait_until
+from tests.fixtures.upstream import Upstream, chunked
 from tests.fixtures.weaviate import WeaviateServer
 
 SPACE = "Conversations_16"
@@ -48,7 +49,7 @@ LIMIT = 32_000
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def config(chats: StandIn, embedder: StandIn, *, extra: str = "") -> str:
+def config(chats: StandIn | Upstream, embedder: StandIn, *, extra: str = "") -> str:
     """One provider that chats and another that embeds, so that each may fail alone."""
     return f"""
 providers:
@@ -187,6 +188,48 @@ async def test_a_streamed_exchange_is_remembered(gate: Remembers, chats: StandIn
         await served.kept(2)
 
         assert await served.texts() == Counter([exchange("Tell me slowly."), exchange("Tell me all.")])
+
+
+@pytest.mark.parametrize("before", [[], ["First part. "]])
+async def test_what_comes_with_the_usage_reaches_the_caller_and_the_memory(
+    gate: Remembers, embedder: StandIn, before: list[str]
+) -> None:
+    def event(text: str, **fields: Any) -> bytes:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": "stop" if fields else None}
+        return b"data: %s\n\n" % json.dumps({"id": "a", "choices": [choice], **fields}).encode()
+
+    last = event("Last part.", usage={"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5})
+    stream = chunked(*map(event, before), last, b"data: [DONE]\n\n", headers=("Content-Type: text/event-stream",))
+    async with Upstream(stream) as chats, gate(config(chats, embedder)) as served:
+        answered = await served.chat("Hello?", stream=True, stream_options={"include_usage": True})
+        await served.kept(1)
+        texts = await served.texts()
+
+    text = "".join([*before, "Last part."])
+    events = [json.loads(line[6:]) for line in answered.text.split("\n\n") if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"]["content"] for event in events) == text
+    assert events[-1]["usage"]["completion_tokens"] == 2
+    assert answered.text.endswith("data: [DONE]\n\n")
+    assert texts == Counter([f"User: Hello?\n\nAssistant: {text}"])
+
+
+async def test_what_cannot_be_remembered_costs_the_memory_and_not_the_answer(
+    gate: Remembers, chats: StandIn, embedder: StandIn
+) -> None:
+    def no_time() -> float:
+        raise OverflowError("the clock has stopped")
+
+    async with gate(config(chats, embedder), wall=no_time) as served:
+        answers = [
+            await served.chat("Hello?"),
+            await served.chat("Hello?", stream=True),
+            await served.embed("Hello?"),
+        ]
+        stats = served.memory.stats
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert answers[1].text.endswith("data: [DONE]\n\n")
+    assert (stats.accepted, stats.lost) == (0, 3)
 
 
 async def test_a_call_of_a_tool_is_remembered_alike_whole_and_streamed(
