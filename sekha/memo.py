@@ -100,8 +100,7 @@ def answer_in(message: object) -> str:
     if not isinstance(message, Mapping):
         return ""
     text = _text_of(message.get("content")) or _text_of(message.get("refusal"))
-    calls = message.get("tool_calls")
-    tools = [_tool_of(call) for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+    tools = [_tool_of(call) for call in _mappings(message.get("tool_calls"))]
     called = [f"{each.get('name')}({_given_to(each)})" for each in tools if isinstance(each, Mapping)]
     return _with_calls(text, called)
 
@@ -133,22 +132,40 @@ def _part(part: Mapping[str, Any]) -> str:
 async def streamed_in(events: bytes) -> str:
     """What a streamed answer says in its first choice, read in turns with whatever else is to be done."""
     texts: list[str] = []
-    calls: dict[object, list[str]] = {}
+    calls: dict[str, _Called] = {}
     start = 0
     while start < len(events):
         end = events.find(b"\n\n", start + EVENTS_AT_ONCE) + 2
         block = events[start:end] if end > 1 else events[start:]
         for delta in _deltas(block):
             texts.append(_text_of(delta.get("content")) or _text_of(delta.get("refusal")))
-            for call in delta.get("tool_calls") or ():
-                tool = _tool_of(call)
-                if tool is None:
-                    continue  # some name the call first, and its tool in the next piece
-                name, given = tool.get("name"), _given_to(tool) or ""
-                calls.setdefault(call.get("index"), []).append(f"{name}({given}" if name else given)
+            for call in _mappings(delta.get("tool_calls")):
+                if isinstance(tool := _tool_of(call), Mapping):
+                    calls.setdefault(str(call.get("index")), _Called()).add(tool)
         start += len(block)
         await asyncio.sleep(0)
-    return _with_calls("".join(texts), ["".join(parts) + ")" for parts in calls.values()])
+    return _with_calls("".join(texts), [str(called) for called in calls.values()])
+
+
+@dataclass(slots=True)
+class _Called:
+    """A call of a tool, as it comes in pieces."""
+
+    name: str = ""
+    given: list[str] = field(default_factory=list)
+
+    def add(self, tool: Mapping[str, Any]) -> None:
+        # Its first piece alone has its name, and there are providers of which each has it.
+        self.name = self.name or str(tool.get("name") or "")
+        self.given.append(str(_given_to(tool) or ""))
+
+    def __str__(self) -> str:
+        return f"{self.name}({''.join(self.given)})"
+
+
+def _mappings(value: object) -> Iterator[Mapping[str, Any]]:
+    """What of a list can be read: a provider may write anything where a list of objects belongs."""
+    return (each for each in value if isinstance(each, Mapping)) if isinstance(value, list) else iter(())
 
 
 def _with_calls(text: str, calls: Sequence[str]) -> str:
@@ -157,9 +174,9 @@ def _with_calls(text: str, calls: Sequence[str]) -> str:
 
 def _deltas(block: bytes) -> Iterator[Mapping[str, Any]]:
     for body in bodies(block):
-        for choice in body.get("choices") or ():
-            if not choice.get("index"):
-                yield choice.get("delta") or {}
+        for choice in _mappings(body.get("choices")):
+            if not choice.get("index") and isinstance(delta := choice.get("delta"), Mapping):
+                yield delta
 
 
 def exchange(question: str, answer: str, limit: int) -> tuple[str, bool]:

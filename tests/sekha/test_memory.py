@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -290,8 +291,14 @@ async def test_vectors_are_told_apart_by_their_index(memory: Memory, store: Embe
     assert first.text == "One."
 
 
+EAST = np.eye(16, dtype=np.float32)[0]
 CUSTOM = {"type": "custom", "custom": {"name": "run", "input": "print(1)"}}
 FUNCTION = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def calling(*pieces: Any) -> bytes:
+    """A stream's events, each with its `tool_calls`."""
+    return b"".join(b"data: %b\n\n" % orjson.dumps({"choices": [{"delta": {"tool_calls": each}}]}) for each in pieces)
 
 
 async def test_calls_of_every_kind_of_tool_are_kept_alike_whole_and_streamed() -> None:
@@ -304,20 +311,46 @@ async def test_calls_of_every_kind_of_tool_are_kept_alike_whole_and_streamed() -
         {"index": 1, "function": {"name": "weather", "arguments": "{"}},
         {"index": 1, "function": {"arguments": "}"}},
     ]
-    events = b"".join(
-        b"data: %b\n\n" % orjson.dumps({"choices": [{"delta": {"tool_calls": [call]}}]}) for call in streamed
+
+    assert (
+        answer_in(whole) == await streamed_in(calling(*([call] for call in streamed))) == "run(print(1))\nweather({})"
     )
 
-    assert answer_in(whole) == await streamed_in(events) == "run(print(1))\nweather({})"
+
+ODD_CALLS = {
+    "nothing in a later piece": [{"index": 0, "function": {}}],
+    "an id alone in a later piece": [{"index": 0, "id": "call_1"}],
+    "nothing at all": [{"index": 0, "function": None}],
+    "what is no call": ["call", 1, None],
+    "no list": {"index": 0},
+}
 
 
-async def test_an_event_that_is_none_of_openais_gives_up_its_answer(memory: Memory) -> None:
-    event = b'data: {"choices": [{"delta": {"tool_calls": [{"function": "weather"}]}}]}\n\n'
+@pytest.mark.parametrize("odd", ODD_CALLS.values(), ids=ODD_CALLS)
+async def test_pieces_that_say_nothing_of_a_call_are_passed_over(
+    memory: Memory, store: EmbeddedStore, odd: Any
+) -> None:
+    first = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{"}}
+    rest = {"index": 0, "function": {"name": None, "arguments": "}"}}
 
-    result = await memory.keep([chat("Odd.", said=event), chat("Plain.")])
+    result = await memory.keep([chat("Rain?", said=calling([first], odd, [rest]))])
 
-    assert result.kept == 1
-    assert [failed.error for failed in result.failed] == ["provider_bad_reply"]
+    assert (result.kept, result.failed) == (1, [])
+    assert (await store.search("Conversations_16", EAST, 1))[0].text == "User: Rain?\n\nAssistant: weather({})"
+
+
+async def test_choices_that_are_none_of_openais_are_passed_over(memory: Memory, store: EmbeddedStore) -> None:
+    odd = b'data: {"choices": ["text", {"delta": "text"}, {"delta": {"content": "Yes."}}]}\n\ndata: {"choices": 1}\n\n'
+
+    await memory.keep([chat("Odd?", said=odd)])
+
+    assert (await store.search("Conversations_16", EAST, 1))[0].text == "User: Odd?\n\nAssistant: Yes."
+
+
+async def test_a_name_that_every_piece_of_a_call_repeats_is_kept_once() -> None:
+    pieces = [[{"index": 0, "function": {"name": "f", "arguments": given}}] for given in ('{"a":', "1", "}")]
+
+    assert await streamed_in(calling(*pieces)) == 'f({"a":1})'
 
 
 async def test_while_the_store_is_down_nobody_is_asked(tmp_path: Path, embedder: Embedder) -> None:
