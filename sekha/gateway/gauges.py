@@ -45,7 +45,9 @@ LEFT = Family(
 LEDGER = Family(name="sekha_ledger_up", says="1 when the ledger answers.", kind="gauge")
 QUEUE = Family(name="sekha_recorder_queue_bytes", says="Recorded runs that are not published yet.", kind="gauge")
 PUBLISHED = Family(name="sekha_recorder_published_total", says="Recorded runs that Prefect has, of all processes.")
-REFUSED = Family(name="sekha_recorder_refused_total", says="Recorded runs that Prefect refused, of all processes.")
+REFUSED = Family(
+    name="sekha_recorder_refused_total", says="Recorded runs and events that Prefect did not take, of all processes."
+)
 
 
 async def standing(serving: Serving) -> list[str]:

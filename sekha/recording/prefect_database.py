@@ -87,8 +87,9 @@ class DatabaseSink:
         return self._flow_ids[name]
 
     def emit(self, events: Sequence[Event]) -> None:
-        if self._events is not None:
-            self._events.emit(events)
+        if self._events is None:
+            raise RecordError("Prefect hears of events through its API alone, and PREFECT_API_URL names none.")
+        self._events.emit(events)
 
     def close(self) -> None:
         self._database.close()

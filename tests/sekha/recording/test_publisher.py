@@ -160,6 +160,21 @@ def test_a_run_that_no_table_can_hold_is_refused_and_keeps_no_other_out(
     assert (report.published, report.refused) == (2, 1)
 
 
+def test_events_without_an_api_are_counted_and_keep_no_run_out(
+    tmp_path: Path, make_run: Makes, tables: Tables, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run()
+    spooled(tmp_path / "spool", run, *[Event(id=new_run_id(), occurred_at=1.0, name="n", resource="r")] * 2)
+
+    Publisher(tmp_path / "spool", lambda: DatabaseSink(SqliteTables(tables.file), None), wait=Waits()).run()
+
+    report = read_report(tmp_path / "spool")
+    assert tables.run_ids() == [run.id]
+    assert (report.published, report.refused) == (1, 2)
+    assert SpoolReader(tmp_path / "spool").ready() == []
+    assert "PREFECT_API_URL names none. 2 left out." in caplog.text
+
+
 def test_a_sink_that_bears_little_is_given_one_run_at_a_time(tmp_path: Path, make_run: Makes) -> None:
     spooled(tmp_path, *[make_run() for _ in range(8)])
     waits = Waits(left=100)
