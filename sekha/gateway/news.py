@@ -36,7 +36,7 @@ def tell_of_circuit(
 
 
 def tell_of_budget(recorder: Recorder, error: BudgetExceeded) -> None:
-    """Tell that a budget refused a request, at most once a minute."""
+    """Tell that a budget refused a request, at most once a minute: each process for itself."""
     recorder.event(
         "sekha.budget.exhausted",
         f"sekha.budget.{error.budget}",
