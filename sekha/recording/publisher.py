@@ -28,7 +28,7 @@ from sekha.recording.run import Run
 from sekha.recording.sink import Sink
 from sekha.recording.spool import Segment, SpoolReader
 
-__all__ = ["NOWHERE", "Publisher", "Report", "read_report"]
+__all__ = ["NOWHERE", "Publisher", "Report", "forget_sink", "read_report"]
 
 log = logging.getLogger("sekha.recording")
 
@@ -64,6 +64,23 @@ def read_report(folder: Path) -> Report:
         return Report(**json.loads((folder / REPORT).read_bytes()))
     except (OSError, ValueError, TypeError):
         return Report()
+
+
+def forget_sink(folder: Path) -> None:
+    """Let what the last publisher said of its sink hold no longer, once it has ended; its counts go on.
+
+    The next one may have other settings, and takes seconds to say where it goes.
+    """
+    report = read_report(folder)
+    if report.sink or report.waits_for:
+        _write(folder, replace(report, process_id=0, sink="", runs_per_second=None, waits_for=""))
+
+
+def _write(folder: Path, report: Report) -> None:
+    new = folder / f"{REPORT}.new"
+    with contextlib.suppress(OSError):
+        new.write_text(json.dumps(asdict(report)), encoding="utf-8")
+        new.replace(folder / REPORT)
 
 
 @dataclass(slots=True)
@@ -179,10 +196,7 @@ class Publisher:
 
     def _tell(self, **changes: Any) -> None:
         self._report = replace(self._report, **changes)
-        new = self._folder / f"{REPORT}.new"
-        with contextlib.suppress(OSError):
-            new.write_text(json.dumps(asdict(self._report)), encoding="utf-8")
-            new.replace(self._folder / REPORT)
+        _write(self._folder, self._report)
 
     def _close(self) -> None:
         if self._sink is not None:

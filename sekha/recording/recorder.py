@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from sekha.config import RecordingSection
 from sekha.recording.policy import Policy
-from sekha.recording.publisher import NOWHERE, Report, read_report
+from sekha.recording.publisher import NOWHERE, Report, forget_sink, read_report
 from sekha.recording.run import Event, Outcome, Run, encode
 from sekha.segments import SegmentWriter, waiting_in
 
@@ -266,14 +266,16 @@ class Recorder:
         """Start the publisher if nobody's runs on this folder. Whoever gets the lock hands it on to a new one."""
         if self._publisher is not None and self._publisher.poll() is None:
             return
-        if time.monotonic() < self._start_at:
-            return
         # Not from the folder it is started in, where `types/` or `trace.py` may lie.
         command = [sys.executable, "-P", "-m", "sekha.recording.publisher", str(self._folder.resolve()), self._steps]
         with contextlib.ExitStack() as opened:
             try:
                 lock = opened.enter_context((self._folder / "publisher.lock").open("ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Nobody publishes now, and nothing is left out because the last one had nowhere to go.
+                forget_sink(self._folder)
+                if time.monotonic() < self._start_at:
+                    return
                 output = opened.enter_context(_log_file(self._folder).open("ab"))
                 publisher = subprocess.Popen(  # noqa: S603 - the command line is ours
                     command,

@@ -29,6 +29,7 @@ Until: TypeAlias = Callable[..., Any]
 
 EVERYTHING = RecordingSection(max_per_second=1e9)
 NOBODY = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_API_DATABASE_CONNECTION_URL": ""}
+NOWHERE = {"PREFECT_API_URL": "", "PREFECT_API_DATABASE_CONNECTION_URL": ""}
 
 
 async def test_what_is_recorded_is_published_with_its_own_id(
@@ -225,12 +226,32 @@ async def test_what_json_cannot_say_is_dropped_and_counted(tmp_path: Path, make_
 
 
 async def test_without_a_prefect_server_nothing_is_kept(tmp_path: Path, make_run: Makes, until: Until) -> None:
-    nowhere = {"PREFECT_API_URL": "", "PREFECT_API_DATABASE_CONNECTION_URL": ""}
-    async with Recorder(EVERYTHING, tmp_path / "spool", environment=nowhere) as recorder:
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=NOWHERE) as recorder:
         await until(recorder, lambda stats: stats.sink == "nowhere")
 
         assert not recorder.wants(outcome="failed", seconds=1.0)
         assert recorder.stats.sampled_out == 1
+
+
+@pytest.mark.parametrize("publish_after_seconds", [0.0, 1.0])
+async def test_a_server_that_is_named_anew_is_told_all_from_the_start_on(
+    tables: Any, tmp_path: Path, make_run: Makes, until: Until, publish_after_seconds: float
+) -> None:
+    spool = tmp_path / "spool"
+    async with Recorder(EVERYTHING, spool, environment=NOWHERE) as before:
+        await until(before, lambda stats: stats.sink == "nowhere")
+    runs: list[Run] = []
+    named = Recorder(EVERYTHING, spool, environment=tables.environment, publish_after_seconds=publish_after_seconds)
+    async with named, asyncio.timeout(90):
+        while not named.stats.published:
+            if named.wants(outcome="answered", seconds=0.3):
+                runs.append(make_run())
+                named.record(runs[-1])
+            await asyncio.sleep(0.05)
+        await until(named, lambda stats: stats.published == len(runs))
+
+    assert named.stats.sampled_out == 0
+    assert len(tables.run_ids()) == len(runs)
 
 
 def test_recording_costs_a_request_less_than_twenty_microseconds(tmp_path: Path, make_run: Makes) -> None:
