@@ -47,7 +47,7 @@ def _database_sink(url: str, api: ApiSink | None) -> DatabaseSink | None:
     """A sink into that database; None if it is not the API's, or not one that we know."""
     expected = api.flow_id("chat") if api else None
     try:
-        database = _open(url)
+        database = _open(url, alone=api is None)
     except PrefectUnavailable as error:
         if api is None:
             raise
@@ -72,13 +72,18 @@ def _database_sink(url: str, api: ApiSink | None) -> DatabaseSink | None:
     return sink
 
 
-def _open(url: str) -> Database | None:
-    """The database at SQLAlchemy's URL; None if there is none on this machine."""
+def _open(url: str, *, alone: bool) -> Database | None:
+    """The database at SQLAlchemy's URL; None if there is none on this machine.
+
+    One that is `alone`, with no API beside it, may come yet: Prefect makes it as it starts.
+    """
     scheme, _, rest = url.partition("://")
     match scheme.partition("+")[0]:
         case "sqlite":
             file = Path(rest.removeprefix("/").partition("?")[0])
-            return SqliteTables(file) if file.is_file() else None
+            if not alone and not file.is_file():
+                return None
+            return SqliteTables(file)
         case "postgresql" | "postgres":
             from sekha.recording.prefect_postgres import PostgresTables
 

@@ -16,13 +16,20 @@ BUSY_SECONDS = 10.0
 
 
 class SqliteTables:
-    """The file that a Prefect server on this machine keeps."""
+    """The file that a Prefect server on this machine keeps.
+
+    One that was deleted or replaced while this was open raises `PrefectUnavailable` from then on: what is
+    written into it is read by nobody.
+    """
 
     name = "Prefect's SQLite database"
     revision = "a3b9c7d2e5f1"
 
     def __init__(self, file: Path) -> None:
         with _translated():
+            # Before it is opened: if another takes its place in between, it is opened once more, and not kept.
+            self._file = file.absolute()
+            self._opened = _identity(self._file)
             uri = f"{file.resolve().as_uri()}?mode=rw"
             self._connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
             self._connection.execute("PRAGMA foreign_keys=ON")
@@ -33,8 +40,10 @@ class SqliteTables:
         return moment(seconds)
 
     def current_revision(self) -> str:
+        self._require_same_file()
         with _translated():
-            return str(self._connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
+            row = self._connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            return str(row[0]) if row else "none"
 
     def find_flow(self, name: str) -> str | None:
         with _translated():
@@ -61,9 +70,21 @@ class SqliteTables:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+        # Before these rows count as published.
+        self._require_same_file()
 
     def close(self) -> None:
         self._connection.close()
+
+    def _require_same_file(self) -> None:
+        with _translated():
+            if _identity(self._file) != self._opened:
+                raise PrefectUnavailable(f"{self._file} was replaced, and is opened anew.")
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _insert(table: str, columns: Sequence[str]) -> str:
@@ -75,6 +96,8 @@ def _insert(table: str, columns: Sequence[str]) -> str:
 def _translated() -> Iterator[None]:
     try:
         yield
+    except OSError as error:
+        raise PrefectUnavailable(f"Prefect's SQLite database cannot be reached: {error.strerror}.") from error
     except sqlite3.OperationalError as error:
         raise PrefectUnavailable(f"Prefect's SQLite database cannot be written now: {error}.") from error
     except (sqlite3.Error, OverflowError, ValueError) as error:

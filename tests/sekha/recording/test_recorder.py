@@ -20,6 +20,8 @@ from sekha.recording.publisher import read_report
 from sekha.recording.recorder import Recorder
 from sekha.recording.run import Run
 from sekha.recording.spool import SpoolReader
+from tests.fixtures.prefect import Server
+from tests.sekha.recording.conftest import Tables, copy_of_tables
 
 # These need Prefect's tables, which the session's server has made.
 pytestmark = pytest.mark.prefect
@@ -61,6 +63,26 @@ async def test_a_killed_publisher_is_started_anew_and_nothing_is_lost_or_twice_t
     assert read_report(tmp_path / "spool").process_id != first
     assert sorted(tables.run_ids()) == sorted(run.id for run in runs)
     assert tables.rows("SELECT count(*) FROM task_run") == [(5 * 6_000,)]
+
+
+async def test_a_database_that_is_replaced_gets_what_is_recorded_from_then_on(
+    tables: Tables, prefect: Server, tmp_path: Path, make_run: Makes, until: Until
+) -> None:
+    copy_of_tables(prefect, tmp_path / "restored.db")
+    before, after = make_run(), make_run()
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=tables.environment) as recorder:
+        recorder.record(before)
+        await until(recorder, lambda stats: stats.published == 1)
+        for beside in ("-wal", "-shm"):
+            tables.file.with_name(f"{tables.file.name}{beside}").unlink(missing_ok=True)
+        tables.file.unlink()
+        recorder.record(after)
+        await until(recorder, lambda stats: stats.waits_for)
+        (tmp_path / "restored.db").rename(tables.file)
+        stats = await until(recorder, lambda stats: stats.published == 2)
+
+    assert (stats.sampled_out, stats.refused) == (0, 0)
+    assert tables.run_ids() == [after.id]
 
 
 async def test_a_publisher_stands_back_behind_whoever_serves(tables: Any, tmp_path: Path, until: Until) -> None:
