@@ -100,7 +100,7 @@ def _filter(old: Old) -> dict[str, Any]:
     """By flow and by tag: the name of a flow alone may be somebody else's too."""
     ended: dict[str, Any] = {"end_time": {"before_": old.before.isoformat()}}
     if old.engine_runs:
-        flows = ["backup", "chat", "embed", "ingest", "retention", "search"]
+        flows = ["backup", "chat", "doctor", "embed", "importing", "ingest", "retention", "search"]
         return {"flows": {"name": {"any_": flows}}, "flow_runs": {**ended, "tags": {"any_": [RECORDED, ENGINE_TAG]}}}
     recorded = {**ended, "tags": {"all_": [RECORDED]}, "deployment_id": {"is_null_": True}}
     return {"flows": {"name": {"any_": ["chat", "embed", "search"]}}, "flow_runs": recorded}

@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 from uuid import uuid4
 
 import pytest
+import yaml
 
 from flows.retention import retention
 from sekha.calling import Attempt
 from sekha.recording.prefect_database import DatabaseSink
 from sekha.recording.prefect_sqlite import SqliteTables
 from sekha.recording.run import Run, new_run_id
+from sekha.stack import deployment_file
 from sekha.trace import Step
 from tests.fixtures.prefect import Server
 
@@ -120,15 +122,16 @@ async def test_runs_of_the_engine_go_only_when_they_are_asked_for_and_nobody_els
     prefect: Server, config: Writes, record: Records
 ) -> None:
     recorded = record(0.001)
-    ours = await engine_run(prefect, "sekha", "chat")
+    deployed = yaml.safe_load(deployment_file("prefect.yaml").read_text("utf-8"))["deployments"]
+    ours = [await engine_run(prefect, *each["tags"], flow=each["name"]) for each in deployed]
     same_name, same_tag = await engine_run(prefect), await engine_run(prefect, "sekha", flow="theirs")
 
     await retention(older_than_days=1e-9)
-    without = await left(prefect, *recorded, ours, same_name, same_tag)
+    without = await left(prefect, *recorded, *ours, same_name, same_tag)
     await retention(older_than_days=1e-9, engine_runs=True)
 
-    assert without == [False, True, True, True]
-    assert await left(prefect, ours, same_name, same_tag) == [False, True, True]
+    assert without == [False, *[True] * len(ours), True, True]
+    assert await left(prefect, *ours, same_name, same_tag) == [*[False] * len(ours), True, True]
 
 
 async def test_more_than_one_batch_goes(prefect: Server, record: Records) -> None:
