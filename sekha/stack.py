@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -215,7 +216,9 @@ class LocalPrefect:
         database locked.
         """
         done = self.home / "migrated"
-        if done.exists() and done.read_text(encoding="utf-8") == version("prefect"):
+        database = self.home / "prefect.db"
+        # The database itself is asked too: it may have been deleted since, or be an older one that was restored.
+        if done.exists() and done.read_text(encoding="utf-8") == f"{version('prefect')} {_revision(database)}":
             return
         self._progress("preparing Prefect's database")
         log = self.home / "database.log"
@@ -226,7 +229,7 @@ class LocalPrefect:
                 return upgrade.poll() == 0
 
             await self._until(ended, upgrade, "database")
-        done.write_text(version("prefect"), encoding="utf-8")
+        done.write_text(f"{version('prefect')} {_revision(database)}", encoding="utf-8")
 
     def _encryption_key(self) -> dict[str, str]:
         """The key of the secrets in blocks, kept beside the database: by itself Prefect keeps it in there."""
@@ -249,6 +252,16 @@ class LocalPrefect:
                     f"{_named(what)} was not ready within {self._timeout_seconds:g} s. {_tail(log)}"
                 )
             await asyncio.sleep(0.1)
+
+
+def _revision(database: Path) -> str:
+    """The revision of a database's tables; `none` where it has none, or cannot be read."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error:
+        return "none"
+    return str(row[0]) if row else "none"
 
 
 async def require_server(api_url: str | None) -> None:

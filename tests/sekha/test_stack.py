@@ -15,6 +15,7 @@ import pytest
 
 from sekha.errors import PrefectUnavailable
 from sekha.stack import LocalPrefect, require_server
+from tests.fixtures.prefect import Server
 
 STARTS_AND_WAITS = """
 import asyncio, sys
@@ -82,6 +83,20 @@ async def test_a_killed_owner_leaves_nothing_running_and_the_next_start_works(tm
     for url in (api_url, again.api_url):
         with pytest.raises(PrefectUnavailable):
             await require_server(url)
+
+
+@pytest.mark.prefect
+@pytest.mark.timeout(240)
+async def test_a_database_that_was_deleted_is_prepared_anew(tmp_path: Path) -> None:
+    async with LocalPrefect(tmp_path):
+        pass
+    for file in list(tmp_path.glob("prefect.db*")):  # noqa: ASYNC240 - a handful
+        file.unlink()
+
+    async with LocalPrefect(tmp_path) as again:
+        found = await Server(again).ask("POST", "/work_pools/filter", {})
+
+    assert found.status_code == 200
 
 
 @pytest.mark.prefect
