@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import secrets
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -148,6 +149,10 @@ class LocalPrefect:
         await self._until(answers, gateway, "gateway")
         self._children["gateway"] = gateway
         return url
+
+    def reload_gateway(self) -> None:
+        """Have the gateway read its configuration anew."""
+        self._children["gateway"].send_signal(signal.SIGHUP)
 
     async def watch(self) -> NoReturn:
         """Wait for as long as all that was started runs; raise `PrefectUnavailable` when one ends by itself."""

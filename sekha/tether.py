@@ -2,6 +2,7 @@
 
 `python -I tether.py COMMAND…` watches its standard input, a pipe whose other end only the parent holds.
 When that end closes, the command and all that it started are asked to stop, and killed if they do not.
+SIGHUP is passed on to the command alone.
 It is run as a file and imports nothing of ours, so that it costs a few milliseconds.
 """
 
@@ -19,6 +20,7 @@ PATIENCE_SECONDS = 8.0
 
 def main(command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # noqa: S603 - the parent's own
+    signal.signal(signal.SIGHUP, lambda *_: child.send_signal(signal.SIGHUP))
     try:
         while child.poll() is None:
             closed, _, _ = select.select([sys.stdin], [], [], 0.1)

@@ -164,6 +164,16 @@ async def _up(loaded: Loaded, port: int, gateway_port: int) -> None:
             # From here on Ctrl-C is how it is meant to end, and no accident.
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, ended.set)
+            terminals = [number for number in range(3) if os.isatty(number)]
+
+            def hung_up() -> None:
+                # A terminal that was closed says so by the same signal, and is none any more.
+                if terminals and not any(map(os.isatty, terminals)):
+                    ended.set()
+                else:
+                    prefect.reload_gateway()
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
             say("Sekha is up", "bold green")
             table = columns("", "")
             table.show_header = False

@@ -12,6 +12,16 @@ from tests.fixtures.gateway import wait_until
 pytestmark = [pytest.mark.prefect, pytest.mark.timeout(240)]
 
 DOCUMENT = "# Holds\n\nA hold sets money aside before a call.\n\n# Breakers\n\nA breaker leaves a provider alone.\n"
+WRITTEN = """
+providers:
+  - id: builtin
+    provider_type: builtin
+    models:
+      - {model_id: echo, task: chat_small}
+      - {model_id: hashed-768, task: embedding, dimension: 768}
+collections:
+  documents: {model: hashed-768}
+"""
 CONFIGURED = "providers:\n  - {id: ours, provider_type: builtin, models: [{model_id: echo, task: chat_small}]}\n"
 
 
@@ -38,9 +48,15 @@ async def _is_recorded(api_url: str, run_id: str) -> bool:
         return (await http.get(f"{api_url}/flow_runs/{run_id}")).status_code == 200
 
 
+async def _is_served(gateway: str, model: str) -> bool:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as http:
+        return model in {each["id"] for each in (await http.get(f"{gateway}/v1/models")).json()["data"]}
+
+
 async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
     sekha.write("docs/a.md", DOCUMENT)
     sekha.write("elsewhere/sekha.yaml", CONFIGURED)
+    sekha.write("sekha.yaml", WRITTEN)
     serving = await sekha.start("up", "--port", "0", "--gateway-port", "0")
     try:
         assert serving.stdout is not None
@@ -63,6 +79,9 @@ async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
         from_block = await sekha("-c", "block:sekha", "check", environment=there)
         missing = await sekha("-c", "block:nope", "check", environment=there)
         deployed = await sekha("deploy", environment=there)
+        sekha.write("sekha.yaml", WRITTEN.replace("echo", "parrot"))
+        serving.send_signal(signal.SIGHUP)
+        await wait_until(lambda: _is_served(gateway, "parrot"), seconds=60)
     finally:
         serving.send_signal(signal.SIGINT)
         _, err = await asyncio.wait_for(serving.communicate(), 60)
