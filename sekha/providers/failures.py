@@ -40,6 +40,7 @@ __all__ = [
     "refusal_of",
     "refuses_max_tokens",
     "retry_after_seconds",
+    "stands_for",
     "texts_of",
     "wordless",
 ]
@@ -104,6 +105,43 @@ _BY_STATUS: Mapping[int, type[ProviderError]] = {
     429: RateLimited,
 }
 _REQUESTS_FAULT = (400, 413, 414, 415, 422, 431, 451)
+_STANDS_FOR: Mapping[str, int] = {
+    "bad_request": 400,
+    "bad_request_error": 400,
+    "content_filter": 400,
+    "content_policy_violation": 400,
+    "context_length_exceeded": 400,
+    "invalid_prompt": 400,
+    "invalid_request": 400,
+    "invalid_request_error": 400,
+    "responsibleaipolicyviolation": 400,
+    "string_above_max_length": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "invalid_authentication": 401,
+    "billing_error": 402,
+    "permission_denied": 403,
+    "permission_error": 403,
+    "model_not_found": 404,
+    "not_found": 404,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "insufficient_quota": 429,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "too_many_requests": 429,
+    "api_error": 500,
+    "internal_error": 500,
+    "internal_server_error": 500,
+    "server_error": 500,
+    "engine_overloaded": 503,
+    "overloaded": 503,
+    "overloaded_error": 503,
+    "service_unavailable": 503,
+    "service_unavailable_error": 503,
+    "timeout_error": 504,
+}
+"""Codes and types of errors, in lower case, as OpenAI, Anthropic, Azure and those who speak like them name them."""
 # What only the words tell. Providers use one status for many causes, and LiteLLM knows some of the words.
 _OUT_OF_MONEY: Mapping[int, tuple[str, ...]] = {
     400: ("credit balance is too low",),  # Anthropic
@@ -263,6 +301,22 @@ def refusal_of(
     if status in _NO_CONTENT:
         failure.may_be_billed = False  # there is nothing that anybody could charge for
     return failure
+
+
+def stands_for(error: object) -> int | None:
+    """The status that an error stands for which a provider tells in an answer of 200; None where it says none.
+
+    Its code tells more than its type, which is one for most of what a request may have wrong.
+    """
+    if not isinstance(error, Mapping):
+        return None
+    for named in (error.get("code"), error.get("type")):
+        status: object = named
+        if isinstance(named, str):
+            status = int(named) if re.fullmatch(r"[45]\d\d", named, re.ASCII) else _STANDS_FOR.get(named.lower())
+        if isinstance(status, int) and 400 <= status < 600:
+            return status
+    return None
 
 
 def refuses_max_tokens(body: bytes) -> bool:

@@ -48,7 +48,7 @@ from sekha.providers.events import (
     sound_in,
     texts_in,
 )
-from sekha.providers.failures import clean, refusal_of, refuses_max_tokens, texts_of, wordless
+from sekha.providers.failures import clean, refusal_of, refuses_max_tokens, stands_for, texts_of, wordless
 from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NoAnswer, NotSent, Response, Target
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
@@ -763,7 +763,7 @@ def _no_texts() -> Sequence[str]:
 
 
 def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
-    """An answer's JSON, which may yet be an error: OpenRouter then writes the status that it stands for into it."""
+    """An answer's JSON, which may yet be an error: its code or its type says then which status it stands for."""
     body = json_object(raw)
     if body is None:
         raise failed.bad(_NOT_JSON)
@@ -788,9 +788,7 @@ def _is_chunk(body: Mapping[str, Any]) -> bool:
 
 def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing) -> ProviderError:
     body = body_in(raw) or {}
-    error = body.get("error") or body
-    code = error.get("code") if isinstance(error, dict) else None
-    failure = failed.refused(response, raw, code if isinstance(code, int) and 400 <= code < 600 else None)
+    failure = failed.refused(response, raw, stands_for(body.get("error") or body))
     failure.usage = _usage(body.get("usage"), replies=False)
     # Else it says that it failed, and nothing of what it did.
     failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))

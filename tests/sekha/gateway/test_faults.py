@@ -17,7 +17,7 @@ from sekha.breaker import BreakerRules
 from sekha.circuits import Circuits
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, config_for, wait_until
-from tests.fixtures.upstream import Upstream, with_length
+from tests.fixtures.upstream import Upstream, chunked, with_length
 
 HELLO = [{"role": "user", "content": "Hello there."}]
 LONG = "word " * 3000
@@ -64,6 +64,21 @@ async def test_what_is_wrong_with_the_request_is_asked_once_and_costs_nothing(
     assert response.headers["x-should-retry"] == "false"
     assert (len(one.requests), len(two.requests)) == (1, 0)
     assert (spent, held) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_wrong_with_the_request_is_so_too_where_the_answer_began_with_200(
+    gateway: Opens, stream: bool
+) -> None:
+    error = {"message": "It was flagged.", "code": "content_filter", "type": "invalid_request_error"}
+    body = orjson.dumps({"error": error})
+    answer = chunked(b"data: " + body + b"\n\n") if stream else with_length(body)
+    async with Upstream(answer) as one, StandIn() as two, gateway(one, two, rounds=3, as_served=True) as served:
+        answers = [await served.chat(model="chat", stream=stream) for _ in range(4)]
+        asked = len(one.requests)
+
+    assert {(each.status_code, each.json()["error"]["code"]) for each in answers} == {(400, "content_refused")}
+    assert (asked, len(two.requests)) == (4, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -422,6 +422,7 @@ WHOLE: dict[str, tuple[int, list[Answer | None], str]] = {
     "half of it": (502, [with_length(GOOD.partition(b"\r\n\r\n")[2][:-9])] * 3, "handed over"),
     "an error inside": (502, [whole(error={"message": "no"})] * 3, "handed over"),
     "an error inside with its status": (429, [whole(error={"message": "slow", "code": 429})] * 3, "handed over"),
+    "an error inside by its code": (400, [whole(error={"message": "no", "code": "content_filter"})], "handed over"),
     "and then good": (200, [refusal(500), GOOD], "handed over"),
     "429 and then good": (200, [refusal(429, "Retry-After: 0.05"), GOOD], "handed over"),
     "500": (503, [refusal(500)] * 3, "handed over"),
@@ -612,6 +613,11 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     "an error first with its status": (
         429,
         [streamed(b'data: {"error": {"message": "slow", "code": 429}}\n\n')] * 3,
+        "handed over",
+    ),
+    "an error first by its type": (
+        400,
+        [streamed(b'data: {"error": {"message": "no", "type": "invalid_request_error"}}\n\n')],
         "handed over",
     ),
     "an error by name later": (200, [streamed(SAY, b"event: error\ndata: {}\n\n", DONE)], "handed over"),

@@ -16,6 +16,8 @@ from pydantic import SecretStr
 
 from sekha.errors import (
     BadReply,
+    ContentRefused,
+    ContextExceeded,
     DimensionMismatch,
     ModelNotFound,
     ProviderAuthFailed,
@@ -236,6 +238,42 @@ async def test_an_answer_that_is_none_is_an_error(body: bytes, expected: type[Pr
     assert type(whole.value) is expected
     assert type(in_pieces.value) is expected
     assert says in whole.value.told
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ({"code": "content_filter", "type": "invalid_request_error"}, ContentRefused),
+        ({"code": "content_policy_violation", "type": "x"}, ContentRefused),
+        ({"code": "context_length_exceeded", "type": "invalid_request_error"}, ContextExceeded),
+        ({"code": "unsupported_value", "type": "invalid_request_error"}, ProviderRejected),
+        ({"code": None, "type": "invalid_request_error"}, ProviderRejected),
+        ({"code": "400"}, ProviderRejected),
+        ({"code": "429"}, RateLimited),
+        ({"code": "rate_limit_exceeded", "type": "requests"}, RateLimited),
+        ({"type": "rate_limit_error"}, RateLimited),
+        ({"code": "insufficient_quota", "type": "insufficient_quota"}, ProviderError),
+        ({"code": "invalid_api_key", "type": "invalid_request_error"}, ProviderAuthFailed),
+        ({"type": "authentication_error"}, ProviderAuthFailed),
+        ({"code": "model_not_found", "type": "invalid_request_error"}, ModelNotFound),
+        ({"type": "overloaded_error"}, ProviderUnavailable),
+        ({"type": "server_error"}, ProviderUnavailable),
+        ({"code": "none that we know", "type": "x"}, BadReply),
+        ({"code": "20"}, BadReply),
+        ({"code": ["400"], "type": {}}, BadReply),
+    ],
+)
+async def test_an_error_within_an_answer_means_what_its_code_or_its_type_stands_for(
+    error: dict[str, Any], expected: type[ProviderError]
+) -> None:
+    body = orjson.dumps({"error": {"message": "No.", **error}})
+    async with relay_to(with_length(body), events(b"data: " + body + b"\n\n")) as (provider, _):
+        with pytest.raises(ProviderError) as whole:
+            await provider.complete(chat())
+        with pytest.raises(ProviderError) as streamed_:
+            await provider.open_stream(chat())
+
+    assert (type(whole.value), type(streamed_.value)) == (expected, expected)
 
 
 @pytest.mark.parametrize(
