@@ -104,7 +104,7 @@ class Waits(Protocol):
         ...
 
 
-async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
+async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is about
     candidates: Sequence[Candidate],
     call: Callable[[Candidate, float], Awaitable[T]],
     *,
@@ -113,6 +113,7 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
     deadline_seconds: float,
     circuits: Gate | None = None,
     pauses: Waits | None = None,
+    limits: Callable[[Candidate], float] | None = None,
     affords: Callable[[Candidate], bool] | None = None,
     whole: bool = True,
     began_at: float | None = None,
@@ -127,6 +128,9 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
 
     A 429 that says how long to wait is noted in `pauses`, and a candidate that is paused has its turn
     when the pause is over, whichever request was told of it.
+
+    After a failure `limits` is asked for how many seconds the limits of a candidate's provider let no more pass. One
+    that they keep back has its turn when there is room, if that is in time; for ever, and it is asked no more.
 
     A candidate is passed over while its circuit lets no call through; `CircuitOpen` when that leaves
     nobody. Every call that ends is noted, once. When `call` returns not the `whole` answer but a stream
@@ -151,6 +155,9 @@ async def call_in_turn(  # noqa: PLR0912 - the branches are what it is about
                 if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
                     failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
                     failed.pause(candidate.model, seconds)
+                    continue
+                if failed is not None and limits is not None and (seconds := limits(candidate)):
+                    failed.put_off(name, seconds)
                     continue
                 probe: str | None = None
                 if began_at is None and circuits is not None:
@@ -230,12 +237,16 @@ class _Failed:
 
     def pause(self, model: Model, seconds: float) -> None:
         """Put off one whose provider told another request how long to wait."""
-        self._due[model.name] = self._clock.now() + seconds
+        self.put_off(model.name, seconds)
         if self._error is None:
             said = "so it said to a request before this one"
             self._error = RateLimited(
                 said, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds
             )
+
+    def put_off(self, name: str, seconds: float) -> None:
+        """Have this one wait for so long for its turn."""
+        self._due[name] = self._clock.now() + seconds
 
     def lets_ask(self, name: str) -> bool:
         """Whether it is this one's turn. Raises the error to end with when the time is over."""
@@ -253,7 +264,12 @@ class _Failed:
         """Wait before everybody's next turn. Raises the error to end with when there is none in time."""
         longest = min(self._retries.base_wait_seconds * 2**turn, self._retries.longest_wait_seconds)
         now = self._clock.now()
-        self._awake = max(now + longest * self._clock.random(), min(self._due.values()))
+        soonest = min(self._due.values())
+        self._awake = max(now + longest * self._clock.random(), soonest)
+        error = self._error
+        if self._ends_at <= soonest < math.inf and error is not None and error.retry_after_seconds is None:
+            # Who failed did not say how long to wait, and it is known of who was put off.
+            error.retry_after_seconds = soonest - now
         self._unless_over(self._awake)
         names = ", ".join(name for name, at in self._due.items() if at <= self._awake)
         log.info("waiting %.2f s before asking again: %s", self._awake - now, names)

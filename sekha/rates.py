@@ -272,6 +272,11 @@ class ProviderRates:
                 del self._busy[name]
         return waits
 
+    def wait(self, provider_id: str, tokens: int) -> float:
+        """Seconds until this provider's limits let a request of so many tokens pass; 0 for now, infinite for never."""
+        limit = self._limits.get(provider_id)
+        return 0.0 if limit is None else limit.wait(tokens)
+
     def take(self, provider_id: str, tokens: int) -> Taken | None:
         """Count a request that goes to a provider; None for a provider without limits."""
         limit = self._limits.get(provider_id)

@@ -371,6 +371,10 @@ class Calls:
                 taken[provider_id] = took
             return once(candidate, seconds)
 
+        def room(candidate: Candidate) -> float:
+            # By what goes in, as the plan asked for those that come first.
+            return rates.wait(candidate.model.provider_id, candidate.estimate.input_tokens)
+
         answered = await call_in_turn(
             chosen.candidates,
             counted if rates else once,
@@ -379,6 +383,7 @@ class Calls:
             deadline_seconds=self._open.patience_seconds(chosen),
             circuits=self._open.circuits,
             pauses=self._open.pauses,
+            limits=room if rates else None,
             affords=affords,
             whole=whole,
             began_at=None if sent is None else sent.at,

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from itertools import count, pairwise
 
@@ -50,6 +51,7 @@ class Script:
         self.seconds_each = 0.0
         self.allowed: list[float] = []
         self.circuits: Circuits | None = None
+        self.limits: Callable[[Candidate], float] | None = None
 
     async def call(self, candidate: Candidate, seconds: float) -> str:
         name = candidate.model.provider_id
@@ -68,6 +70,7 @@ class Script:
             clock=self.time.clock,
             deadline_seconds=deadline,
             circuits=self.circuits,
+            limits=self.limits,
             whole=whole,
         )
 
@@ -210,6 +213,31 @@ async def test_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
         await script.run("a", deadline=60)
 
     assert time.slept == []
+
+
+async def test_whoever_has_no_room_is_passed_over_and_has_its_turn_when_there_is() -> None:
+    time = FakeTime()
+    script = Script(time, a=[down("a")] * 3)
+    script.limits = lambda candidate: max(1009.0 - time.seconds, 0.0) if candidate.model.provider_id == "b" else 0.0
+
+    answered = await script.run("ab")
+
+    assert (answered.value, script.order) == ("b answers", "aaab")
+    assert script.asked[-1][1] >= 9
+
+
+@pytest.mark.parametrize(("wait", "retry_after"), [(40.0, 40.0), (math.inf, None)])
+async def test_who_has_no_room_in_time_is_not_waited_for_and_the_error_says_how_long(
+    wait: float, retry_after: float | None
+) -> None:
+    time = FakeTime()
+    script = Script(time, a=[ProviderAuthFailed(provider_id="a")])
+    script.limits = lambda _: wait
+
+    with pytest.raises(ProviderAuthFailed) as caught:
+        await script.run("ab", deadline=20)
+
+    assert (script.order, time.slept, caught.value.retry_after_seconds) == ("a", [], retry_after)
 
 
 async def test_attempts_share_one_deadline() -> None:

@@ -220,6 +220,37 @@ async def test_who_is_left_alone_for_longer_than_a_request_may_take_is_a_429_at_
     assert len(standin.requests) == 1
 
 
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_a_fallback_keeps_the_limits_of_whom_it_falls_back_to(gateway: Opens, as_served: bool) -> None:
+    async def fails(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Every plan is made while there is still room behind.
+        await wait_until(lambda: len(one.requests) >= 12)
+        writer.write(with_length(b"", status="500 No"))
+
+    async with Upstream(fails) as one, StandIn() as two:
+        config = config_for(one, two, extra="routing: {circuit_breaker: {failure_threshold: 1000}}")
+        config = config.replace("- id: second\n", "- id: second\n    limits: {requests_per_minute: 3}\n")
+        async with gateway(config=config, rounds=3, as_served=as_served) as served:
+            answers = await asyncio.gather(*(served.chat(model="chat") for _ in range(12)))
+
+    by_status = {status: [each for each in answers if each.status_code == status] for status in (200, 503)}
+    assert (len(by_status[200]), len(by_status[503]), len(two.requests)) == (3, 9, 3)
+    # As long as the first of the three counts.
+    assert all(50 < float(each.headers["retry-after"]) <= 62 for each in by_status[503])
+
+
+async def test_a_retry_keeps_the_limits_too(gateway: Opens) -> None:
+    async with StandIn() as standin:
+        standin.fail(500, times=None)
+        config = config_for(standin)
+        config = config.replace("- id: first\n", "- id: first\n    limits: {requests_per_minute: 1}\n")
+        async with gateway(config=config, rounds=3) as served:
+            response = await served.chat(model="chat")
+
+    assert (response.status_code, len(standin.requests)) == (503, 1)
+    assert 50 < float(response.headers["retry-after"]) <= 62
+
+
 async def test_a_provider_that_keeps_failing_is_not_asked_any_more(gateway: Opens) -> None:
     circuits = Circuits(BreakerRules(failure_threshold=3))
     async with StandIn() as one, StandIn() as two, gateway(one, two, circuits=circuits) as served:
