@@ -10,8 +10,8 @@ at all of them every tenth of a second, so a limit is kept to within that. Proxi
     response.status, response.content
 
 What fails raises `TimeoutError` (`NotSent` while there was no connection), `OSError` (`ConnectionError` for a
-connection that was lost, `AnswerCut` once an answer had begun), or `BadResponse` where the other side does
-not speak HTTP/1.1 as agreed (`NoAnswer` where it did not even begin to).
+connection that was lost, `AnswerLost` after a while, `AnswerCut` once an answer had begun), or `BadResponse` where
+the other side does not speak HTTP/1.1 as agreed (`NoAnswer` where it did not even begin to).
 """
 
 from __future__ import annotations
@@ -33,12 +33,24 @@ import httptools
 from sekha.plain_heads import PlainHead, plain_head
 from sekha.turns import MOST_BYTES, turn_of
 
-__all__ = ["AnswerCut", "BadResponse", "HttpClient", "HttpLimits", "NoAnswer", "NotSent", "Response", "Target"]
+__all__ = [
+    "AnswerCut",
+    "AnswerLost",
+    "BadResponse",
+    "HttpClient",
+    "HttpLimits",
+    "NoAnswer",
+    "NotSent",
+    "Response",
+    "Target",
+]
 
 _SWEEP_SECONDS = 0.1
-# A kept connection that the other side had closed is noticed within a round trip. What is lost later than
-# this may have been worked on, and paid for, so it is not sent again.
-_STALE_SECONDS = 1.0
+# A kept connection that the other side had closed is noticed within a round trip, and connecting takes one at the
+# least. What is lost later may have been worked on, and paid for, so it is not sent again.
+_STALE_CONNECTS = 2
+_STALE_SECONDS = (0.1, 1.0)
+"""At the least, so that a loop that was busy notices it in time too, and at the most."""
 _LEARNED = 8
 """Heads of answers that a connection remembers in vain before it stops: most providers never send one twice."""
 _STATUS = re.compile(rb"[\r\n]*HTTP/(?:0\.9|1\.[01]|2\.0) +\d")
@@ -55,6 +67,10 @@ class NoAnswer(BadResponse):
 
 class NotSent(TimeoutError):
     """No connection was to be had in time, so the other side knows nothing of the request."""
+
+
+class AnswerLost(ConnectionResetError):
+    """The connection was lost so long after the request that somebody may have worked on it."""
 
 
 class AnswerCut(ConnectionError):
@@ -182,7 +198,7 @@ class HttpClient:
             if response.whole or not response.headed or response.error is not None:
                 await response.more()
         except ConnectionError:
-            if not response.reused or response.started or response.loop.time() - response.sent_at > _STALE_SECONDS:
+            if not response.stale:
                 raise
         except BaseException:
             response.close()
@@ -234,6 +250,8 @@ class Response:
     complete = False
     error: Exception | None = None
     unpack: Any = None
+    stale = False
+    """Whether its connection was lost as one is that the other side had closed before it was asked."""
     told: Callable[[], None] | None = None
     """Called when more is there, in place of `more`."""
     size = 0
@@ -373,6 +391,7 @@ class _Connection(asyncio.Protocol):
         "closing",
         "idle_since",
         "paused",
+        "stale_seconds",
         "used",
     )
 
@@ -381,6 +400,8 @@ class _Connection(asyncio.Protocol):
         self.closing = False
         self.paused = False
         self.idle_since = inf
+        self.stale_seconds = 0.0
+        """Within so many of a request it shows that the other side had closed it before."""
         self._pool = pool
         self._limits = pool.limits
         self._parser = httptools.HttpResponseParser(self)
@@ -532,7 +553,9 @@ class _Connection(asyncio.Protocol):
                 response.complete = True
                 response.wake()
             else:
-                lost = AnswerCut() if response.headed else ConnectionResetError()
+                at_once = response.loop.time() - response.sent_at <= self.stale_seconds
+                response.stale = at_once and response.reused and not response.started and response.error is None
+                lost = AnswerCut() if response.headed else ConnectionResetError() if at_once else AnswerLost()
                 lost.__cause__ = error
                 response.fail(lost)
         self._pool.closed(self)
@@ -652,7 +675,7 @@ class _Pool:
 
     async def connect(self, expires_at: float) -> _Connection:
         self._connecting += 1
-        target = self._target
+        target, began = self._target, self.loop.time()
         try:
             async with asyncio.timeout_at(min(expires_at, self.loop.time() + self.limits.connect_seconds)):
                 _, connection = await self.loop.create_connection(
@@ -665,6 +688,8 @@ class _Pool:
             raise
         finally:
             self._connecting -= 1
+        least, most = _STALE_SECONDS
+        connection.stale_seconds = min(max(_STALE_CONNECTS * (self.loop.time() - began), least), most)
         return connection
 
     def release(self, connection: _Connection) -> None:

@@ -49,7 +49,17 @@ from sekha.providers.events import (
     texts_in,
 )
 from sekha.providers.failures import clean, refusal_of, refuses_max_tokens, stands_for, texts_of, wordless
-from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NoAnswer, NotSent, Response, Target
+from sekha.providers.http import (
+    AnswerCut,
+    AnswerLost,
+    BadResponse,
+    HttpClient,
+    HttpLimits,
+    NoAnswer,
+    NotSent,
+    Response,
+    Target,
+)
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
 
@@ -670,7 +680,7 @@ class _Failing(NamedTuple):
         else:
             why = f"the connection failed ({type(error).__name__})"
             failure = ProviderUnavailable(why, provider_id=self.provider_id, model_id=self.model_id)
-            failure.may_be_billed = isinstance(error, AnswerCut)
+            failure.may_be_billed = isinstance(error, AnswerCut | AnswerLost)
         return failure
 
     def broken_by(self, error: OSError | BadResponse) -> ProviderError:

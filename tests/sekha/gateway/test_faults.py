@@ -21,6 +21,10 @@ from tests.fixtures.upstream import Upstream, chunked, with_length
 
 HELLO = [{"role": "user", "content": "Hello there."}]
 LONG = "word " * 3000
+ANSWERED = (
+    b'{"choices":[{"index":0,"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],'
+    b'"usage":{"prompt_tokens":6,"completion_tokens":2}}'
+)
 PASSING: dict[str, Callable[[StandIn], None]] = {
     "500": lambda standin: standin.fail(500),
     "503": lambda standin: standin.fail(503, retry_after=30),
@@ -345,6 +349,31 @@ async def test_a_lost_attempt_and_the_one_after_it_are_both_paid_for(gateway: Op
     assert float(spent) == pytest.approx(response.json()["sekha"]["cost"])
     assert spent > worst
     assert held == 0
+
+
+async def test_a_connection_that_is_lost_while_a_chat_is_worked_on_is_a_failed_attempt_and_paid_for(
+    gateway: Opens,
+) -> None:
+    worst = await _worst_case(gateway)
+
+    async def works(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.6)
+        writer.close()
+
+    async with (
+        Upstream(with_length(ANSWERED), works) as one,
+        StandIn() as two,
+        gateway(one, two, rounds=1, as_served=True) as served,
+    ):
+        await served.chat(model="chat")
+        before = await served.spent()
+        response = await served.chat(model="chat")
+        spent = await served.spent() - before
+
+    said = response.json()["sekha"]
+    assert (response.status_code, said["provider_id"], said["attempts"], len(one.requests)) == (200, "second", 2, 2)
+    assert float(spent) == pytest.approx(said["cost"])
+    assert spent > worst
 
 
 async def test_a_lost_attempt_is_the_last_when_the_budget_cannot_hold_another(gateway: Opens) -> None:

@@ -1049,7 +1049,7 @@ async def test_who_is_late_is_given_up_and_paid_for_as_in_the_line(tmp_path: Pat
 
 async def test_a_connection_that_is_lost_late_is_not_taken_for_a_stale_one(tmp_path: Path) -> None:
     async def later(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(0.6)
         writer.close()
 
     side = await both(tmp_path, lambda: Upstream(GOOD, later, GOOD), asking(body_of()), took=["handed over"])

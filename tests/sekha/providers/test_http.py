@@ -5,7 +5,7 @@ import datetime
 import gzip
 import ipaddress
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,17 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekha.providers.http import AnswerCut, BadResponse, HttpClient, HttpLimits, NoAnswer, NotSent, Response, Target
+from sekha.providers.http import (
+    AnswerCut,
+    AnswerLost,
+    BadResponse,
+    HttpClient,
+    HttpLimits,
+    NoAnswer,
+    NotSent,
+    Response,
+    Target,
+)
 from tests.fixtures.upstream import Answer, Upstream, chunked, with_length
 
 PATIENCE = 20.0
@@ -287,6 +297,24 @@ async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_once() ->
 
         assert response.content == b"two"
         assert (len(upstream.requests), upstream.connections) == (3, 2)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_kept_connection_that_is_lost_while_its_request_is_worked_on_is_not_asked_again(at_once: bool) -> None:
+    async def works(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Longer than it takes to tell that it was closed before, and less than a second.
+        await asyncio.sleep(0.6)
+        writer.transport.abort()
+
+    async with idle(works, with_length(b"again")) as (upstream, client, where):
+        if at_once:
+            asked: Awaitable[object] = taken_over(client, where, whole=True, late=0, timeout_seconds=PATIENCE)
+        else:
+            asked = client.post(where, b"{}", timeout_seconds=PATIENCE)
+        with pytest.raises(AnswerLost):
+            await asked
+
+        assert len(upstream.requests) == 2
 
 
 async def test_a_fresh_connection_that_is_dropped_is_not_tried_again() -> None:
