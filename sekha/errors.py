@@ -27,7 +27,8 @@
     │   ├── ProviderUnavailable     5xx, connection lost or refused
     │   │   ├── ProviderTimeout     no answer, or no next chunk, in time
     │   │   ├── StreamBroken        a stream ended before its end was said
-    │   │   └── CircuitOpen         it kept failing, so nobody was asked
+    │   │   ├── CircuitOpen         it kept failing, so nobody was asked
+    │   │   └── NotLoaded           what translates to its protocol is still being loaded
     │   ├── RateLimited             429, with `retry_after_seconds` when the provider said
     │   ├── ProviderAuthFailed      the provider refuses our key
     │   ├── ModelNotFound           the provider does not have the model
@@ -113,6 +114,7 @@ __all__ = [
     "NoCandidate",
     "NoSuchPage",
     "NotCapable",
+    "NotLoaded",
     "NotPriced",
     "OperatorsOnly",
     "PrefectUnavailable",
@@ -628,6 +630,15 @@ class CircuitOpen(ProviderUnavailable):
     health = "unknown"
     _says = "is left alone because it kept failing"
     _next = "Wait, or add another provider of the model."
+
+
+class NotLoaded(ProviderUnavailable):
+    """LiteLLM, through which it is reached, is still being loaded. That goes on, and says nothing of the provider."""
+
+    code = "provider_not_loaded"
+    health = "unknown"
+    _says = "was not answered for"
+    _next = "It is loaded once, after the start: ask again in a moment."
 
 
 class RateLimited(ProviderError):

@@ -43,7 +43,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
         "dimension_mismatch",
     ),
     503: (
-        *("no_candidate", "provider_unavailable", "stream_broken", "circuit_open"),
+        *("no_candidate", "provider_unavailable", "stream_broken", "circuit_open", "provider_not_loaded"),
         *("store_unavailable", "ledger_unavailable"),
     ),
     504: ("provider_timeout",),

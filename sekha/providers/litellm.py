@@ -25,7 +25,16 @@ from weakref import WeakSet
 
 import numpy as np
 
-from sekha.errors import BadReply, DimensionMismatch, FieldUnsupported, ProviderError, ProviderRejected, StreamBroken
+from sekha.errors import (
+    BadReply,
+    DimensionMismatch,
+    FieldUnsupported,
+    NotLoaded,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    StreamBroken,
+)
 from sekha.providers.addresses import base_url_of
 from sekha.providers.answers import (
     Thoughts,
@@ -68,12 +77,14 @@ _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
 
 
 class _Journey:
-    """One call on its way through LiteLLM: whether anything has left for the provider."""
+    """One call on its way through LiteLLM: whether anything has left for the provider, and what took the time."""
 
-    __slots__ = ("left",)
+    __slots__ = ("left", "loading")
 
     def __init__(self) -> None:
         self.left = False
+        self.loading = False
+        """Whether LiteLLM was still being loaded when it began, which its time is too short for."""
 
 
 _journey: ContextVar[_Journey | None] = ContextVar("journey", default=None)
@@ -103,9 +114,9 @@ class LiteLLMProvider:
             # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
             arguments["logger_fn"] = reported.append
         try:
-            await _imported()
-            litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
             async with asyncio.timeout(call.timeout_seconds):
+                await _imported(journey)
+                litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
                 reply = await litellm.acompletion(**arguments)
         except FieldUnsupported:
             raise
@@ -131,10 +142,11 @@ class LiteLLMProvider:
         started = False
         journey = _begin_journey()
         try:
-            await _imported()
-            litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
             async with asyncio.timeout(call.timeout_seconds):
+                await _imported(journey)
+                litellm = await asyncio.to_thread(self._opened_for, call.model, arguments)
                 pieces = await litellm.acompletion(**arguments)
+            journey.loading = False
             envelope: dict[str, Any] | None = None
             calls, heard, thoughts = 0, False, Thoughts()
             while True:
@@ -175,9 +187,9 @@ class LiteLLMProvider:
         arguments = self._connection(timeout_seconds) | {"model": prefix + model.id, "input": list(texts)}
         journey = _begin_journey()
         try:
-            await _imported()
-            litellm = await asyncio.to_thread(_opened, arguments["model"])
             async with asyncio.timeout(timeout_seconds):
+                await _imported(journey)
+                litellm = await asyncio.to_thread(_opened, arguments["model"])
                 reply = await litellm.aembedding(**arguments)
         except Exception as error:
             raise self._failure(error, model, texts, journey) from wordless(error)
@@ -298,7 +310,7 @@ class LiteLLMProvider:
     def _failure(
         self, error: Exception, model: Model, texts: Sequence[str], journey: _Journey, *, streaming: bool = False
     ) -> ProviderError:
-        return failure_of(
+        failure = failure_of(
             error,
             provider_id=self._spec.id,
             model_id=model.id,
@@ -308,6 +320,12 @@ class LiteLLMProvider:
             # Some are reached over connections that are noted nowhere.
             sent=journey.left or model.id.startswith(_UNSEEN),
         )
+        if not journey.loading or not isinstance(failure, ProviderTimeout):
+            return failure
+        not_loaded = NotLoaded("LiteLLM is still being loaded", provider_id=self._spec.id, model_id=model.id)
+        # Where it was loaded in time to ask and not to be answered.
+        not_loaded.may_be_billed = journey.left
+        return not_loaded
 
     def _bad(self, model: Model, detail: str) -> BadReply:
         return BadReply(detail, provider_id=self._spec.id, model_id=model.id)
@@ -361,8 +379,10 @@ def begin_import() -> Future[None]:
         return _import
 
 
-async def _imported() -> None:
+async def _imported(journey: _Journey) -> None:
+    """Wait until it is imported. Whoever gives up waiting leaves it to go on for the others."""
     if not litellm_module.cache_info().currsize:
+        journey.loading = True
         await asyncio.wrap_future(begin_import())
 
 

@@ -196,6 +196,7 @@ def test_only_what_may_succeed_later_is_retryable() -> None:
         "IngestIncomplete",
         "KeyLimited",
         "LedgerUnavailable",
+        "NotLoaded",
         "PrefectUnavailable",
         "ProviderTimeout",
         "ProviderUnavailable",
@@ -227,6 +228,7 @@ def test_only_what_is_the_providers_fault_counts_against_it() -> None:
     assert {name for name, says in health.items() if says == "unknown"} == {
         "CircuitOpen",
         "FieldUnsupported",
+        "NotLoaded",
         "RateLimited",
     }
 

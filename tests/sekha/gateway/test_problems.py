@@ -58,6 +58,7 @@ STATUS = {
     "ProviderTimeout": 504,
     "StreamBroken": 503,
     "CircuitOpen": 503,
+    "NotLoaded": 503,
     "RateLimited": 429,
     "ProviderAuthFailed": 502,
     "ModelNotFound": 502,

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -288,7 +289,7 @@ async def main():
     assert "litellm" not in sys.modules and not importing()
     import_ahead([openai, ollama])
     assert importing() == 1
-    call = ChatCall(model=model, messages=[{"role": "user", "content": "Hi"}], timeout_seconds=5)
+    call = ChatCall(model=model, messages=[{"role": "user", "content": "Hi"}], timeout_seconds=90)
     asking = [asyncio.create_task(open_provider(ollama).complete(call)) for _ in range(50)]
     asking[0].cancel()
     # Those who wait take no thread from whoever else needs one.
@@ -303,3 +304,42 @@ asyncio.run(main())
 """
 
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_who_waits_for_litellm_waits_no_longer_than_a_call_may_take_and_the_provider_is_not_blamed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "litellm").mkdir()
+    (tmp_path / "litellm" / "__init__.py").write_text("import time\ntime.sleep(120)\n")
+    program = f"""
+import asyncio, sys, threading, time
+sys.path.insert(0, {str(tmp_path)!r})
+from sekha.errors import NotLoaded
+from sekha.providers.base import ChatCall
+from sekha.providers.opening import open_provider
+from sekha.registry import Model, ProviderSpec
+
+model = Model(id="m", provider_id="two", tasks=("chat_small",), dimension=3)
+call = ChatCall(model=model, messages=[{{"role": "user", "content": "Hi"}}], timeout_seconds=0.3)
+
+async def main():
+    provider = open_provider(ProviderSpec(id="two", kind="ollama", base_url="http://127.0.0.1:1"))
+    for _ in range(2):
+        embedding = provider.embed(model, ["a"], timeout_seconds=0.3)
+        for ask in (provider.complete(call), anext(provider.stream(call)), embedding):
+            began = time.monotonic()
+            try:
+                await ask
+            except NotLoaded as error:
+                assert "LiteLLM is still being loaded" in str(error)
+                assert (error.retryable, error.falls_back, error.health) == (True, True, "unknown")
+                assert not error.may_be_billed
+            else:
+                raise AssertionError("it was answered")
+            assert time.monotonic() - began < 30
+    assert sum(thread.name == "litellm" for thread in threading.enumerate()) == 1
+
+asyncio.run(main())
+"""
+
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
