@@ -33,7 +33,8 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retries:
-    """How long to go on. Waits are drawn from [0, base × 2ⁿ), "full jitter", at most `longest_wait_seconds`.
+    """How long to go on. Waits are drawn from [0, base × 2ⁿ), "full jitter", at most `longest_wait_seconds`, and
+    begin when the `Retry-After` of whoever is due first is over.
 
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
@@ -264,8 +265,11 @@ class _Failed:
         """Wait before everybody's next turn. Raises the error to end with when there is none in time."""
         longest = min(self._retries.base_wait_seconds * 2**turn, self._retries.longest_wait_seconds)
         now = self._clock.now()
-        soonest = min(self._due.values())
-        self._awake = max(now + longest * self._clock.random(), soonest)
+        soonest = max(now, min(self._due.values()))
+        if soonest < self._ends_at:
+            # As long as was asked for, and then not all at once.
+            longest = min(longest, self._ends_at - soonest)
+        self._awake = soonest + longest * self._clock.random()
         error = self._error
         if self._ends_at <= soonest < math.inf and error is not None and error.retry_after_seconds is None:
             # Who failed did not say how long to wait, and it is known of who was put off.

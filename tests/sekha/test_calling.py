@@ -193,7 +193,18 @@ async def test_retry_after_is_waited_for() -> None:
 
     await script.run("a")
 
-    assert script.asked == [("a", 0.0), ("a", 7.0)]
+    assert script.asked == [("a", 0.0), ("a", 7.5)]
+
+
+@pytest.mark.parametrize(("chance", "at"), [(0.0, 7.0), (0.5, 7.25), (0.99, 7.495)])
+async def test_those_who_were_told_the_same_do_not_come_back_at_once_and_none_too_late(
+    chance: float, at: float
+) -> None:
+    script = Script(FakeTime(random=chance), a=[limited("a", 7)])
+
+    await script.run("a", deadline=7.5)
+
+    assert script.asked[1] == ("a", pytest.approx(at))
 
 
 async def test_a_long_retry_after_holds_no_other_provider_up() -> None:
@@ -334,7 +345,7 @@ async def test_a_circuit_that_others_open_while_a_call_waits_ends_the_wait() -> 
         await script.run("a")
 
     assert script.order == "a"
-    assert script.time.slept == [5]
+    assert script.time.slept == [5.5]
 
 
 async def test_what_the_caller_did_wrong_and_limits_open_nothing() -> None:
