@@ -122,6 +122,16 @@ class Resources:
             self.pauses.now(),
         )
 
+    def go_on_from(self, before: Resources) -> None:
+        """Leave alone whoever asked for it under the configuration before, where it is reached as it was then."""
+        for model in self.registry:
+            spec, known = self.registry.provider_of(model), before.registry.providers.get(model.provider_id)
+            # Whoever changed the address or the key wants it tried.
+            if known is None or (known.kind, known.base_url, known.api_key) != (spec.kind, spec.base_url, spec.api_key):
+                continue
+            if seconds := before.pauses.wait(model.name):
+                self.pauses.note(model.name, seconds)
+
     def worst_case_passed(self, provider_id: str, model_id: str, cost: Decimal, worst_case: Decimal) -> None:
         """Tell that a call cost more than was held for it, so that no cap or budget is passed unseen.
 

@@ -82,6 +82,7 @@ class Gateway:
     async def replace(self, serving: Serving) -> None:
         """Serve with another configuration from now on; the one before ends with its last request."""
         before, self.serving = self.serving, serving
+        serving.resources.go_on_from(before.resources)
         self._shortcut = shortcut.Shortcut(serving)
         if before.memory is not None:
             # Else what the new one takes would wait, and the old one's embedder be asked, until its last stream ended.

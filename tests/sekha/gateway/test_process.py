@@ -339,6 +339,25 @@ async def test_workers_take_another_file_over_together(serving: Serves) -> None:
                 assert (await gate.chat(model="another")).status_code == 200
 
 
+@pytest.mark.parametrize("changed", [False, True])
+async def test_who_asked_to_be_left_alone_is_so_over_a_reload_unless_its_key_is_another(
+    serving: Serves, changed: bool
+) -> None:
+    async with StandIn() as standin:
+        config = config_for(standin).replace("priority: 1", "api_key: ${BEFORE}\n    priority: 1")
+        async with serving(config, environment={"BEFORE": "sk-before", "AFTER": "sk-after"}) as gate:
+            standin.fail(429, retry_after=300)
+            before = await gate.chat(model="chat")
+            if changed:
+                gate.file.write_text(config.replace("BEFORE", "AFTER"))
+            gate.tell(signal.SIGHUP)
+            await wait_until(lambda: any("was read anew" in event for event in gate.events), seconds=20)
+            after = await gate.chat(model="chat")
+
+    assert (before.status_code, after.status_code) == ((429, 200) if changed else (429, 429))
+    assert len(standin.requests) == (2 if changed else 1)
+
+
 @pytest.mark.parametrize("workers", ["1", "3"])
 async def test_a_keys_limit_is_one_for_all_workers_and_over_a_reload(serving: Serves, workers: str) -> None:
     key = new_key()
