@@ -122,6 +122,8 @@ class Conditions(NamedTuple):
     """In [0, 1): chooses among equals."""
     paused: Mapping[str, float] = {}
     """`provider/model` → seconds for which its provider asked, by a 429, to be left alone."""
+    half_open: frozenset[str] = frozenset()
+    """Models whose circuit is half open. Those that are in `open_circuits` too are being probed just now."""
 
 
 class Counter(NamedTuple):

@@ -54,6 +54,9 @@ _CLAIM_SECONDS = 0.5
 _PATIENCE_SECONDS = 2.0
 """How long the table may take to answer before this process goes on by itself."""
 
+_PROBE_SECONDS = 1.0
+"""After so many it is worth asking again whether a probe has ended: its lease is for one whose process died."""
+
 Claimed: TypeAlias = Literal["ours", "theirs", "unknown"]
 
 
@@ -95,6 +98,8 @@ class Circuits:
         self._open: frozenset[str] = frozenset()
         self._open_between = (0.0, 0.0)
         """While `_open` holds."""
+        self.half_open: frozenset[str] = frozenset()
+        """Those that are probed, or may be."""
         self._probes: dict[str, str] = {}
         """Probes of this process that are under way, and the circuit of each."""
         self._subscribers: list[Callable[[Tripped], None]] = []
@@ -166,8 +171,9 @@ class Circuits:
         self._step(name, partial(given_back, probe=probe), probe)
 
     def wait_seconds(self, name: str) -> float:
-        """How long until the circuit lets a call through, as far as is known."""
-        return self._wait_seconds(name, self._now())
+        """How long until the circuit lets a call through, as far as is known; a moment while it is being probed."""
+        wait = self._wait_seconds(name, self._now())
+        return min(wait, _PROBE_SECONDS) if name in self.half_open else wait
 
     # --- what others may know ---
 
@@ -346,6 +352,8 @@ class Circuits:
         (self._shut.add if shut else self._shut.discard)(name)
         (self._troubled.add if shut or circuit.failures else self._troubled.discard)(name)
         self._open_between = (0.0, 0.0)
+        if "half_open" in (before.state, circuit.state):
+            self.half_open = frozenset(each for each in self._shut if self._circuits[each].state == "half_open")
         if not self._shut:
             self._open = frozenset()
         if circuit.state != before.state:

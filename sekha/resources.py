@@ -120,6 +120,7 @@ class Resources:
             self.latencies.seconds(),
             self.clock.random(),
             self.pauses.now(),
+            _NONE_OPEN if self.circuits is None else self.circuits.half_open,
         )
 
     def go_on_from(self, before: Resources) -> None:

@@ -115,7 +115,7 @@ class Verdict:
     compared: Decimal | None
     """Dollars by which its price is compared with others'."""
     priority: int
-    circuit: Literal["closed", "open"]
+    circuit: Literal["closed", "open", "half_open"]
     throttled_seconds: float
     """Until its provider's `limits:` let this request pass, and what it asked for with a 429 is over; 0 for at once."""
     latency_seconds: float | None
@@ -216,7 +216,7 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             estimate=(estimate := priced[model.name]),
             compared=None if estimate is None else estimates.compared(model, estimate),
             priority=registry.provider_of(model).priority,
-            circuit="open" if model.name in conditions.open_circuits else "closed",
+            circuit=_state(model, conditions),
             throttled_seconds=max(
                 conditions.throttled.get(model.provider_id, 0.0), conditions.paused.get(model.name, 0.0)
             ),
@@ -267,7 +267,7 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
                 model, name, group, _, _ = entrants[at]
                 chosen.append((group, _ANY, at, estimates.priced(model, cap_at(at, most, within), name)))
             return chosen
-    open_circuits, throttled, _, _, paused = conditions
+    open_circuits, throttled, _, _, paused, _ = conditions
     kept: list[_Kept] = []
     for at, (model, name, group, _, _) in enumerate(entrants):
         if name in open_circuits or model.provider_id in throttled or name in paused:
@@ -340,11 +340,20 @@ def _objections(
         if budget.covers(scope) and estimate.worst_case > left:
             yield "budget", f"budget {budget.name!r} has {dollars(left)} left of {dollars(budget.limit)}"
     if model.name in conditions.open_circuits:
-        yield "circuit", "its circuit is open after repeated failures"
+        if model.name in conditions.half_open:
+            yield "circuit", "its circuit is half open after repeated failures, and one call probes it just now"
+        else:
+            yield "circuit", "its circuit is open after repeated failures"
     if (seconds := conditions.throttled.get(model.provider_id)) is not None:
         yield "rate", _throttled(seconds)
     if (seconds := conditions.paused.get(model.name)) is not None:
         yield "rate", f"its provider limits us (429), and asked to be left alone for {math.ceil(seconds)} s more"
+
+
+def _state(model: Model, conditions: Conditions) -> Literal["closed", "open", "half_open"]:
+    if model.name in conditions.half_open:
+        return "half_open"
+    return "open" if model.name in conditions.open_circuits else "closed"
 
 
 def _priced(model: Model, estimates: Estimates) -> Estimate | None:

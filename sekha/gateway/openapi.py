@@ -295,7 +295,7 @@ _CANDIDATE = _object(
                 }
             )
         ),
-        "circuit": {"enum": ["closed", "open"]},
+        "circuit": {"enum": ["closed", "open", "half_open"]},
         "budgets": _says(
             {"type": "object", "additionalProperties": {"type": "number"}},
             "Dollars left in each budget that a call to it counts against.",

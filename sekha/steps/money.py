@@ -140,9 +140,7 @@ class Money:
         try:
             return plan(estimates, self._open.registry, self._open.conditions(estimates))
         except NoCandidate as error:
-            if error.retryable and error.retry_after_seconds is None and self._open.circuits is not None:
-                names = (model.name for model in considered(estimates.ask, self._open.registry))
-                error.retry_after_seconds = self._open.circuits.soonest(names)
+            self._say_when(error, estimates)
             raise
         except CostRefused as error:
             raise await self._with_alternative(request, error) from None
@@ -174,9 +172,17 @@ class Money:
         """Say who would be asked and why, and which rule drops each of the others; of a request `resized` so."""
         estimates = resized(estimates)
         explained = explain(estimates, self._open.registry, self._open.conditions(estimates))
+        if isinstance(explained.refusal, NoCandidate):
+            self._say_when(explained.refusal, estimates)
         if isinstance(explained.refusal, CostRefused):
             return replace(explained, refusal=await self._with_alternative(request, explained.refusal, resized))
         return explained
+
+    def _say_when(self, refusal: NoCandidate, estimates: Estimates) -> None:
+        """Say when to come back, where a circuit alone keeps somebody from serving."""
+        if refusal.retryable and refusal.retry_after_seconds is None and self._open.circuits is not None:
+            names = (model.name for model in considered(estimates.ask, self._open.registry))
+            refusal.retry_after_seconds = self._open.circuits.soonest(names)
 
     async def _with_alternative(
         self,

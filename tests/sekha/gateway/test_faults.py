@@ -530,6 +530,29 @@ async def test_when_every_circuit_is_open_the_answer_says_when_to_come_back(gate
         await served.chat(model="chat")
 
         answer = await served.chat(model="chat")
+        route = await served.http.post("/api/v1/route", json={"model": "chat"})
 
-    assert answer.status_code == 503
+    assert (answer.status_code, route.status_code) == (503, 503)
     assert 1 <= int(answer.headers["retry-after"]) <= 30
+    assert 1 <= int(route.headers["retry-after"]) <= 30
+
+
+async def test_while_a_circuit_is_probed_the_others_are_told_so_and_to_come_back_in_a_moment(gateway: Opens) -> None:
+    circuits = Circuits(BreakerRules(failure_threshold=1, timeout_seconds=0))
+    async with StandIn() as standin, gateway(standin, circuits=circuits) as served:
+        standin.fail(500)
+        await served.chat(model="chat")
+        standin.hang()
+        asked = len(standin.requests)
+        probe = asyncio.create_task(served.chat(model="chat"))
+        await wait_until(lambda: len(standin.requests) > asked)
+
+        answer = await served.chat(model="chat")
+        route = await served.http.post("/api/v1/route", json={"model": "chat"})
+        probe.cancel()
+
+    assert (answer.status_code, answer.headers["retry-after"], route.headers["retry-after"]) == (503, "1", "1")
+    assert "half open" in answer.json()["error"]["reasons"][0]["why"]
+    assert route.json()["candidates"][0]["circuit"] == "half_open"
+    assert "half open" in route.json()["candidates"][0]["reason"]
+    assert len(standin.requests) == asked + 1
