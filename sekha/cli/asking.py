@@ -22,6 +22,7 @@ from sekha.registry import TASKS, Task
 
 if TYPE_CHECKING:
     from sekha.chat import ChatRequest, Reply
+    from sekha.embedding import EmbedRequest
     from sekha.loading import Loaded
     from sekha.routing import Explanation, Verdict
 
@@ -61,7 +62,7 @@ def route(invocation: Invocation, /, **request: Any) -> None:
     PROMPT is counted and priced at every model that it may mean; `-` reads it from stdin. Candidates
     are asked in this order, each only when those before it failed. Below them stands every other model
     with the rule that left it out. Circuits are those of the gateways that share this ledger. When nobody
-    can be asked, it says so as they would.
+    can be asked, it says so as they would. With --task embedding PROMPT is a text to embed.
 
     \b
     Examples:
@@ -69,7 +70,8 @@ def route(invocation: Invocation, /, **request: Any) -> None:
       sekha route --max-cost 0.01 --json - < letter.txt
     """
     loaded = configuration(invocation)
-    explained = run_async(_explained(loaded, _request(**request)))
+    asked = _embedding(**request) if request["task"] == "embedding" else _request(**request)
+    explained = run_async(_explained(loaded, asked))
     if invocation.as_json:
         write_json(_explained_values(explained))
     else:
@@ -119,9 +121,7 @@ def _request(
 ) -> ChatRequest:
     from sekha.chat import ChatRequest
 
-    text = _stdin() if prompt == "-" else prompt
-    if not text.strip():
-        raise InvalidRequest("The prompt is empty: say what to ask.", field="prompt")
+    text = _text(prompt)
     content: Any = text
     if images:
         pictures = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images]
@@ -130,6 +130,24 @@ def _request(
     if system:
         messages.insert(0, {"role": "system", "content": system})
     return ChatRequest(messages=tuple(messages), model=model, task=task, max_cost=max_cost, max_tokens=max_tokens)
+
+
+def _embedding(
+    *, prompt: str, model: str | None, max_cost: Decimal | None, task: Task, **of_chats: Any
+) -> EmbedRequest:
+    from sekha.embedding import EmbedRequest
+
+    if given := [name for name, value in of_chats.items() if value]:
+        option = {"max_tokens": "--max-tokens", "images": "--image"}.get(given[0], f"--{given[0]}")
+        raise InvalidRequest(f"{option} is for chats, and the task {task!r} has none: leave it out.", field=given[0])
+    return EmbedRequest(texts=(_text(prompt),), model=model, max_cost=max_cost)
+
+
+def _text(prompt: str) -> str:
+    text = _stdin() if prompt == "-" else prompt
+    if not text.strip():
+        raise InvalidRequest("The prompt is empty: say what to ask.", field="prompt")
+    return text
 
 
 def _stdin() -> str:
@@ -152,7 +170,7 @@ def _image_url(image: str) -> str:
     return f"data:image/{read_image(data, field=image).format};base64,{base64.b64encode(data).decode()}"
 
 
-async def _explained(loaded: Loaded, request: ChatRequest) -> Explanation:
+async def _explained(loaded: Loaded, request: ChatRequest | EmbedRequest) -> Explanation:
     async with await open_looking(loaded) as sekha:
         return await sekha.explain(request)
 

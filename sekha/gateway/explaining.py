@@ -66,7 +66,7 @@ def _asked(given: Mapping[str, Any], by: Pass) -> ChatRequest | EmbedRequest:
     if task is not None and task not in TASKS:
         raise InvalidRequest(f"There is no task {task[:64]!r}. Tasks are {', '.join(TASKS)}.", field="task")
     said = {name: value for name, value in given.items() if value is not None and name != "context_size"}
-    if task == "embedding":
+    if task == "embedding" or (task is None and "input" in said and "messages" not in said):
         preferred = name_in(given, "preferred_model")
         return embed_request({**_TEXT, "model": preferred, **said}, by=by)
     return chat_request({**_CHAT, **said}, by=by)

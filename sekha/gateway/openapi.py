@@ -791,7 +791,8 @@ _PATHS: dict[str, Json] = {
             "route",
             "Explain who would answer",
             "Every candidate with its price, circuit, budgets and capability, and the rule that kept or dropped it. "
-            "Calls nobody. Takes the body of a chat, or of an embedding with that task, as it is.",
+            "Calls nobody. Takes the body of a chat or of an embedding as it is: with `input` and no `messages`, or "
+            "with the task `embedding`, it is an embedding's.",
             tag="operation",
             body="RouteRequest",
             example={"task": "chat_small", "context_size": 2000, "max_cost": 0.05},

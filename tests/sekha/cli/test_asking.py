@@ -107,6 +107,16 @@ async def test_a_route_shows_who_is_asked_and_who_is_not_and_calls_nobody(sekha,
     assert 0 < plan["candidates"][0]["estimate"]["expected"] <= plan["worst_case"]
 
 
+async def test_a_route_of_an_embedding_shows_who_embeds(sekha):
+    ended = await sekha("route", "hi", "--task", "embedding", "--json")
+    of_chats = await sekha("route", "hi", "--task", "embedding", "--max-tokens", "5")
+
+    assert ended.code == 0
+    assert [each["model"] for each in ended.json["candidates"]] == ["builtin/hashed-768"]
+    assert of_chats.code != 0
+    assert "--max-tokens is for chats" in of_chats.err
+
+
 async def test_a_route_that_nobody_can_take_shows_every_price_and_is_refused(sekha):
     async with StandIn() as first, StandIn() as second:
         sekha.write("sekha.yaml", two_providers(first, second))

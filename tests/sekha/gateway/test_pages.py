@@ -104,10 +104,13 @@ async def test_the_route_of_a_chat_is_asked_with_its_own_body(gateway: Opens) ->
 
 async def test_the_route_of_an_embedding_is_explained_too(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(standin) as served:
-        said = (await served.http.post("/api/v1/route", json={"task": "embedding", "input": ["a", "b"]})).json()
+        by_task = await served.http.post("/api/v1/route", json={"task": "embedding", "input": ["a", "b"]})
+        own_body = await served.http.post("/api/v1/route", json={"model": "vectors", "input": ["a", "b"]})
 
-        assert said["model_id"] == "vectors"
-        assert said["candidates"][0]["price"]["reply_length"] == "no reply"
+        for answer in (by_task, own_body):
+            said = answer.json()
+            assert said["model_id"] == "vectors"
+            assert said["candidates"][0]["price"]["reply_length"] == "no reply"
 
 
 # --- models --------------------------------------------------------------------------------
