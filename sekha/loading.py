@@ -468,7 +468,8 @@ def _in_budgets(
         "key": [str(key) for key in keys],
     }
     for at, budget in enumerate(budgets):
-        match = _dict(budget.get("match"))
+        # What is no text is told with the values' types.
+        match = {what: wanted for what, wanted in _dict(budget.get("match")).items() if isinstance(wanted, str)}
         for what, wanted in match.items():
             if what in known and wanted not in known[what]:
                 yield ("budgets", at, "match", what), f"no {what} {wanted!r}.{did_you_mean(wanted, known[what])}"

@@ -48,10 +48,23 @@ def read(text: str) -> Tree:
     """Parse one document. Invalid YAML and duplicate keys come back as problems, not as exceptions."""
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        on_line = text.count("\n", 0, error.position) + 1
+        what = f"U+{error.character:04X} is a character that may not stand in it. Take it out, or write it as an escape"
+        return Tree(None, {}, (Problem("", f"not valid YAML: {what}", on_line),))
     lines: dict[Place, int] = {}
     problems: list[Problem] = []
     written_in: dict[int, set[int]] = {}
+
+    def value_of(node: yaml.Node) -> Any:
+        try:
+            return loader.construct_object(node, deep=True)
+        except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # What a tag promises, as `!!bool` does, and the text does not keep.
+            said = str(error).splitlines()[0] if isinstance(error, ValueError) else "it is not what its tag says"
+            raise yaml.constructor.ConstructorError(problem=said, problem_mark=node.start_mark) from error
 
     def build(node: yaml.Node, place: Place) -> Any:
         lines.setdefault(place, node.start_mark.line + 1)
@@ -62,7 +75,7 @@ def read(text: str) -> Tree:
             built: dict[str, Any] = {}
             written: dict[str, int] = {}
             for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True)
+                key = value_of(key_node)
                 line = key_node.start_mark.line + 1
                 if not isinstance(key, str | int | float | bool):
                     problems.append(Problem(path_of(place), f"{key!r} cannot be a key.", line))
@@ -80,7 +93,7 @@ def read(text: str) -> Tree:
             return built
         if isinstance(node, yaml.SequenceNode):
             return [build(child, (*place, index)) for index, child in enumerate(node.value)]
-        return loader.construct_object(node, deep=True)
+        return value_of(node)
 
     try:
         node = loader.get_single_node()
@@ -90,7 +103,7 @@ def read(text: str) -> Tree:
         what = " ".join(filter(None, [error.context, error.problem]))
         line = mark.line + 1 if mark else None
         return Tree(None, {}, (Problem("", f"not valid YAML: {what}", line),))
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         return Tree(None, {}, (Problem("", f"not valid YAML: {str(error).splitlines()[0]}"),))
     except RecursionError:
         return Tree(None, {}, (Problem("", "not usable YAML: it is nested too deeply, or an anchor holds itself."),))

@@ -22,6 +22,7 @@ from sekha.resources import Resources, breaker_rules, ledger_url
 
 if TYPE_CHECKING:
     from sekha.gateway.remembering import Remembering
+    from sekha.recording.recorder import Recorder
 
 __all__ = ["open_serving", "state_folder"]
 
@@ -43,15 +44,8 @@ async def open_serving(
 
     `minutes` have what passed of every limit under the configuration before.
     """
-    from sekha.recording.recorder import Recorder
-
     state = state_folder(loaded)
-    recorder = Recorder(
-        loaded.config.recording,
-        state / "recording",
-        processes=workers,
-        publish_after_seconds=PUBLISH_AFTER_SECONDS,
-    )
+    recorder = _recorder(loaded, state / "recording", workers)
     url = ledger_url(loaded)
     database = open_database(url)
     circuits = Circuits(breaker_rules(loaded.config), shared=SharedCircuits(database))
@@ -70,6 +64,19 @@ async def open_serving(
         # Whoever asks for what costs money is told, and it is tried again for each.
         log.warning("%s", error)
     return serving
+
+
+def _recorder(loaded: Loaded, folder: Path, workers: int) -> Recorder:
+    from sekha.recording.recorder import Recorder
+
+    try:
+        return Recorder(loaded.config.recording, folder, processes=workers, publish_after_seconds=PUBLISH_AFTER_SECONDS)
+    except OSError as error:
+        problem = (
+            f"{folder} cannot be written: {error.strerror}. The gateway keeps there what it must not forget. Name "
+            "another folder as `SEKHA_HOME`, or make this one writable."
+        )
+        raise ConfigError(loaded.source, [Problem("", problem)]) from error
 
 
 def _memory(loaded: Loaded, registry: Registry, folder: Path) -> Remembering | None:

@@ -30,13 +30,16 @@ if TYPE_CHECKING:
     from sekha.config import Config
 
 __all__ = [
+    "AGAIN_SECONDS",
     "DRAIN_SECONDS",
     "HEAD_SECONDS",
     "Server",
     "bind",
     "check_reach",
     "fast_loop",
+    "foreseen",
     "may_listen_at",
+    "not_taken_over",
     "on_signals",
     "serve",
 ]
@@ -54,6 +57,8 @@ CUT_SECONDS = 5.0
 BACKLOG = 2048
 COLLECTED_AFTER = (20_000, 20, 20)
 """What a request makes is freed with its last reference, and leaves the collector next to nothing to look for."""
+AGAIN_SECONDS = 1.0
+"""After a fault of ours in taking a configuration over, the next one is not waited for sooner."""
 STARTING_ONLY = ("server_host", "server_port", "log_level")
 """What a configuration says once, and not again to a process that runs."""
 
@@ -87,6 +92,21 @@ def check_reach(loaded: Loaded, host: str) -> None:
             "anew, on loopback."
         )
         raise ConfigError(loaded.source, [Problem("keys", said)])
+
+
+def not_taken_over(error: Exception) -> SekhaError:
+    """Log why a configuration is not taken over, and return it as an error that may be told."""
+    said = foreseen(error)
+    log.error("the configuration is not taken over, and the one before goes on: %s", said)
+    return said
+
+
+def foreseen(error: Exception) -> SekhaError:
+    """The error itself; of one that nobody foresaw its kind alone, since what it says may hold a secret."""
+    if isinstance(error, SekhaError):
+        return error
+    log.debug("%s", type(error).__name__, exc_info=error)
+    return SekhaError(f"{type(error).__name__}, which nobody foresaw: a bug in Sekha. Please report it.")
 
 
 def fast_loop() -> asyncio.AbstractEventLoop:
@@ -248,12 +268,14 @@ class _Following:
                 loaded = await source.next()
                 async with self._opening:
                     await self._take_over(loaded)
-            except SekhaError as error:
-                log.error("the configuration is not taken over, and the one before goes on: %s", error)  # noqa: TRY400
-                if refused is not None:
-                    refused(error)
             except EOFError:
                 return stop()
+            except Exception as error:  # whatever it is, the next configuration must be taken over
+                said = not_taken_over(error)
+                if refused is not None:
+                    refused(said)
+                if said is not error:
+                    await asyncio.sleep(AGAIN_SECONDS)
 
     async def end(self, task: asyncio.Task[None]) -> None:
         """Follow no more. What is being opened just now is opened first, so that it can be closed."""

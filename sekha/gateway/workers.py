@@ -15,7 +15,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 
 from sekha.errors import SekhaError
-from sekha.gateway.server import check_reach, on_signals
+from sekha.gateway.server import AGAIN_SECONDS, check_reach, not_taken_over, on_signals
 from sekha.gateway.sources import Source
 from sekha.loading import Loaded
 from sekha.pipes import framed, receive
@@ -85,8 +85,9 @@ class _Workers:
                 loaded = await source.next()
                 # Here too, so that no worker begins with it that comes in another's place.
                 check_reach(loaded, self._host)
-            except SekhaError as error:
-                log.error("the configuration is not taken over, and the one before goes on: %s", error)  # noqa: TRY400
+            except Exception as error:  # whatever it is, the next configuration must be handed on
+                if not_taken_over(error) is not error:
+                    await asyncio.sleep(AGAIN_SECONDS)
                 continue
             self._before, self._loaded = self._loaded, loaded
             for worker in self._running.values():

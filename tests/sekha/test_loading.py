@@ -363,6 +363,13 @@ def test_a_folder_in_place_of_the_file_cannot_be_read(tmp_path: Path) -> None:
         ("- a\n- b\n", "must be a mapping of keys to values, not list"),
         ("x: &x [*x]\n", "an anchor holds itself"),
         ("when: 2026-99-99\n", "not valid YAML: month must be in 1..12"),
+        ("a: 1\nb: !!bool perhaps\n", "line 2: not valid YAML: it is not what its tag says"),
+        ("a: !!timestamp then\n", "line 1: not valid YAML: it is not what its tag says"),
+        ("a: !!int ''\n", "line 1: not valid YAML: it is not what its tag says"),
+        ("a: 1\n# \x1b[31mx\n", "line 2: not valid YAML: U+001B is a character that may not stand in it"),
+        ("a: 1\n\nb: \0\n", "line 3: not valid YAML: U+0000 is a character that may not stand in it"),
+        ("\x07", "line 1: not valid YAML: U+0007"),
+        ("a\n\ufffe", "line 2: not valid YAML: U+FFFE"),
         ("a: 1\n---\nb: 2\n", "expected a single document"),
         ("server_port: 1\nserver_port: 2\n", "line 2: server_port: written twice, first on line 1"),
         ("? [1, 2]\n: 3\n", "cannot be a key"),
@@ -460,6 +467,11 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
             "[{model_id: m, task: vision}, {model_id: a/m, task: vision}]}\n"
             "budgets:\n- {name: x, limit: 1, match: {provider: a, model: a/m}}\n",
             "budgets[0].match.model: 'a/m' is 'm' at 'a', and the id of another at 'a'. Write `provider: a, model: m`.",
+        ),
+        (
+            "providers:\n- {id: a, provider_type: ollama, models: [{model_id: m, task: vision}]}\n"
+            "budgets:\n- {name: x, limit: 1, match: {provider: a, model: [m]}}\n",
+            "line 4: budgets[0].match.model: must be text, not a list.",
         ),
         (
             "collections: {docs: {model: nomic}}\n",

@@ -214,6 +214,51 @@ async def test_a_broken_file_is_not_taken_over_and_everything_wrong_with_it_is_s
         assert "must be one of refuse, free" in said
 
 
+def _spoil(gate: Gate) -> None:
+    with gate.file.open("a") as file:
+        file.write("# \x1b[31mred\n")
+
+
+def _give_no_text(gate: Gate) -> None:
+    with gate.file.open("a") as file:
+        file.write("budgets: [{name: all, limit: 1, match: {provider: first, model: [chat]}}]\n")
+
+
+def _block_the_spool(gate: Gate) -> None:
+    recording = gate.folder / ".sekha/gateway/recording"
+    recording.rename(recording.with_name("aside"))
+    recording.write_text("in the way")
+
+
+def _mend(gate: Gate, config: str) -> None:
+    recording = gate.folder / ".sekha/gateway/recording"
+    if recording.is_file():
+        recording.unlink()
+        recording.with_name("aside").rename(recording)
+    gate.file.write_text(config)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("spoil", [_spoil, _give_no_text, _block_the_spool])
+async def test_after_whatever_kept_a_file_from_being_taken_over_the_next_one_is(
+    serving: Serves, workers: str, spoil: Callable[[Gate], None]
+) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", workers) as gate:
+        if workers != "1":
+            await wait_until(lambda: len(gate.workers) == int(workers), seconds=20)
+        config = gate.file.read_text()
+        # The file is read once for all, and what it declares is opened by each.
+        told = int(workers) if spoil is _block_the_spool else 1
+        spoil(gate)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("is not taken over" in event for event in gate.events) == told, seconds=20)
+        _mend(gate, config.replace("model_id: chat", "model_id: another"))
+        gate.tell(signal.SIGHUP)
+
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == int(workers), seconds=20)
+        assert (await gate.chat(model="another")).status_code == 200
+
+
 async def test_what_holds_from_the_next_start_on_is_said(serving: Serves) -> None:
     async with StandIn() as standin, serving(config_for(standin)) as gate:
         gate.file.write_text(gate.file.read_text() + "server_port: 5999\nlog_level: debug\n")
