@@ -126,14 +126,14 @@ async def serve(
     metrics: Metrics,
     access: AccessLog,
     ready: Callable[[], None],
-    refused: Callable[[SekhaError], None] | None = None,
+    followed: Callable[[SekhaError | None], None] | None = None,
     workers: int = 1,
     minutes: Minutes | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, and finish what is under way. SIGHUP has the configuration read anew.
 
-    Also ends when `source` does. `refused` is told of a configuration that could not be taken over. Raises
-    the `SekhaError` that keeps the first one from being opened.
+    Also ends when `source` does. `followed` is told of each configuration after the first what kept it from being
+    taken over, or None. Raises the `SekhaError` that keeps the first one from being opened.
     """
     # A reload gives nobody a fresh minute.
     open_ = partial(open_serving, metrics=metrics, workers=workers, minutes=minutes or Minutes())
@@ -142,7 +142,7 @@ async def serve(
     metrics.start()
     host = listening.getsockname()[0]
     following = _Following(loaded, gateway, open_, host)
-    task = asyncio.create_task(following.run(source, server.stop, refused))
+    task = asyncio.create_task(following.run(source, server.stop, followed))
     try:
         with on_signals(server.stop, source.look):
             _settle_memory()
@@ -262,8 +262,11 @@ class _Following:
         self._opening = asyncio.Lock()
         self._replaced: set[asyncio.Task[None]] = set()
 
-    async def run(self, source: Source, stop: Callable[[], None], refused: Callable[[SekhaError], None] | None) -> None:
+    async def run(
+        self, source: Source, stop: Callable[[], None], followed: Callable[[SekhaError | None], None] | None
+    ) -> None:
         while True:
+            said: SekhaError | None = None
             try:
                 loaded = await source.next()
                 async with self._opening:
@@ -272,10 +275,10 @@ class _Following:
                 return stop()
             except Exception as error:  # whatever it is, the next configuration must be taken over
                 said = not_taken_over(error)
-                if refused is not None:
-                    refused(said)
                 if said is not error:
                     await asyncio.sleep(AGAIN_SECONDS)
+            if followed is not None:
+                followed(said)
 
     async def end(self, task: asyncio.Task[None]) -> None:
         """Follow no more. What is being opened just now is opened first, so that it can be closed."""

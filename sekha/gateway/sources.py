@@ -5,12 +5,30 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, cast
 
+from sekha.errors import SekhaError
 from sekha.loading import Loaded
-from sekha.pipes import loaded_from, receive
+from sekha.pipes import receive
 
-__all__ = ["Source", "WhenAsked", "WhenTold"]
+__all__ = ["Handed", "Source", "WhenAsked", "WhenTold", "Word"]
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A configuration on its way to a worker. Each has a number of its own, larger than those before."""
+
+    generation: int
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a worker says of a configuration that it was handed: that it serves with it, or why it does not."""
+
+    generation: int
+    refused: SekhaError | None = None
 
 
 class Source(Protocol):
@@ -47,6 +65,8 @@ class WhenTold:
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self._reader = reader
+        self.generation = 0
+        """Of the configuration that came last, as the other process counts them."""
 
     @classmethod
     async def open(cls) -> WhenTold:
@@ -58,4 +78,6 @@ class WhenTold:
         """The other process is told as well, and looks for all."""
 
     async def next(self) -> Loaded:
-        return loaded_from(await receive(self._reader))
+        handed = cast("Handed", await receive(self._reader))
+        self.generation = handed.generation
+        return handed.loaded

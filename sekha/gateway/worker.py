@@ -20,16 +20,12 @@ from typing import BinaryIO
 from sekha.errors import SekhaError
 from sekha.gateway.logs import configure
 from sekha.gateway.metrics import Metrics
-from sekha.gateway.server import fast_loop, serve
-from sekha.gateway.sources import WhenTold
+from sekha.gateway.server import fast_loop, foreseen, serve
+from sekha.gateway.sources import WhenTold, Word
 from sekha.minutes import SharedMinutes
 from sekha.pipes import framed, own_pipe
 
-__all__ = ["SERVES"]
-
 log = logging.getLogger("sekha.gateway")
-
-SERVES = "serves"
 
 
 async def _work(number: int, count: int, listening: socket.socket, folder: Path, tell: BinaryIO) -> int:
@@ -39,10 +35,10 @@ async def _work(number: int, count: int, listening: socket.socket, folder: Path,
 
     def ready() -> None:
         log.info("worker %d serves as process %d", number, os.getpid())
-        tell.write(framed(SERVES))
+        say(None)
 
-    def refused(error: SekhaError) -> None:
-        tell.write(framed(error))
+    def say(refused: SekhaError | None) -> None:
+        tell.write(framed(Word(source.generation, refused)))
 
     try:
         await serve(
@@ -52,12 +48,12 @@ async def _work(number: int, count: int, listening: socket.socket, folder: Path,
             metrics=Metrics(folder, number),
             access=access,
             ready=ready,
-            refused=refused,
+            followed=say,
             workers=count,
             minutes=SharedMinutes(folder, number, count),
         )
-    except SekhaError as error:
-        refused(error)
+    except Exception as error:  # whoever started this process cannot tell it from a crash otherwise
+        say(foreseen(error))
         return 3
     return 0
 

@@ -13,10 +13,11 @@ import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
+from typing import cast
 
 from sekha.errors import SekhaError
 from sekha.gateway.server import AGAIN_SECONDS, check_reach, not_taken_over, on_signals
-from sekha.gateway.sources import Source
+from sekha.gateway.sources import Handed, Source, Word
 from sekha.loading import Loaded
 from sekha.pipes import framed, receive
 
@@ -50,14 +51,17 @@ class _Workers:
     def __init__(
         self, loaded: Loaded, listening: socket.socket, count: int, folder: str, ready: Callable[[], None]
     ) -> None:
-        self._loaded = self._before = loaded
+        self._handed = {0: loaded}
+        """The configurations that workers may serve with, by their generation."""
+        self._taken_over: int | None = None
+        """The last one that any worker serves with."""
+        self._refused: set[int] = set()
         self._listening = listening
         self._host: str = listening.getsockname()[0]
         self._count = count
         self._folder = folder
         self._ready = ready
         self._running: dict[int, Process] = {}
-        self._serve = False
         self._failure: SekhaError | None = None
         self._ending = asyncio.Event()
 
@@ -89,24 +93,26 @@ class _Workers:
                 if not_taken_over(error) is not error:
                     await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            self._before, self._loaded = self._loaded, loaded
+            generation = max(self._handed) + 1
+            self._handed[generation] = loaded
             for worker in self._running.values():
-                _hand(worker, loaded)
+                _hand(worker, Handed(generation, loaded))
 
     async def _keep(self, number: int) -> None:
         """Have a worker of this number until the end."""
-        wait = SHORTEST_WAIT_SECONDS
+        wait = 0.0
         while not self._ending.is_set():
             started = time.monotonic()
             worker = self._running[number] = await self._start(number)
             if self._ending.is_set():
                 _tell(worker, signal.SIGTERM)
-            await self._listen(worker)
+            served = await self._listen(number, worker)
             code = await worker.wait()
             del self._running[number]
             if self._ending.is_set():
                 return
-            wait = min(2 * wait, LONGEST_WAIT_SECONDS) if time.monotonic() - started < TOO_SOON_SECONDS else 0.0
+            too_soon = not served or time.monotonic() - started < TOO_SOON_SECONDS
+            wait = min(max(2 * wait, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS) if too_soon else 0.0
             log.error("worker %d ended with %d and is replaced", number, code)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), wait)
@@ -122,25 +128,43 @@ class _Workers:
             # Ctrl-C is for this process, which then lets them finish.
             start_new_session=True,
         )
-        _hand(worker, self._loaded)
+        _hand(worker, self._to_begin_with())
         return worker
 
-    async def _listen(self, worker: Process) -> None:
-        """Hear what a worker says, until it ends."""
+    def _to_begin_with(self) -> Handed:
+        """The latest configuration that a worker serves with, or that none has refused yet."""
+        known = [each for each in self._handed if each == self._taken_over or each not in self._refused]
+        generation = max(known, default=0)
+        return Handed(generation, self._handed[generation])
+
+    async def _listen(self, number: int, worker: Process) -> bool:
+        """Hear what a worker says, until it ends. Returns whether it ever served."""
         assert worker.stdout is not None  # noqa: S101 - a pipe was asked for
+        served = False
         with contextlib.suppress(EOFError):
             while True:
-                said = await receive(worker.stdout)
-                if not isinstance(said, SekhaError):
-                    if not self._serve:
-                        self._serve = True
-                        self._ready()
-                elif self._serve:
-                    # It goes on with the one before, and so does whoever comes in its place.
-                    self._loaded = self._before
-                else:
-                    self._failure = said
-                    self.stop()
+                said = cast("Word", await receive(worker.stdout))
+                if said.refused is None:
+                    served = True
+                elif self._taken_over is not None and not served:
+                    log.error("worker %d does not start: %s", number, said.refused)
+                self._note(said)
+        return served
+
+    def _note(self, said: Word) -> None:
+        before = self._taken_over
+        if said.refused is not None:
+            # Whatever comes in a worker's place goes on with the one before, unless another could take it over.
+            self._refused.add(said.generation)
+            if before is None:
+                self._failure = said.refused
+                self.stop()
+        elif before is None or said.generation > before:
+            self._taken_over = said.generation
+            self._handed = {each: loaded for each, loaded in self._handed.items() if each >= said.generation}
+            self._refused = {each for each in self._refused if each > said.generation}
+            if before is None:
+                self._ready()
 
 
 def _tell(worker: Process, number: signal.Signals) -> None:
@@ -148,6 +172,6 @@ def _tell(worker: Process, number: signal.Signals) -> None:
         worker.send_signal(number)
 
 
-def _hand(worker: Process, loaded: Loaded) -> None:
+def _hand(worker: Process, handed: Handed) -> None:
     if worker.stdin is not None and not worker.stdin.is_closing():
-        worker.stdin.write(framed(loaded))
+        worker.stdin.write(framed(handed))

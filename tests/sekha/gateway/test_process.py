@@ -403,6 +403,67 @@ async def test_who_asked_to_be_left_alone_is_so_over_a_reload_unless_its_key_is_
     assert len(standin.requests) == (2 if changed else 1)
 
 
+async def _replaced(gate: Gate, number: str) -> None:
+    """Kill a worker, and wait for the one that comes in its place."""
+    killed = gate.workers[number]
+    os.kill(killed, signal.SIGKILL)
+    await wait_until(lambda: gate.workers[number] != killed, seconds=20)
+
+
+async def _models_of_all(gate: Gate) -> set[str]:
+    found = set()
+    for _ in range(6):
+        async with new_callers(gate):
+            found |= await gate.models()
+    return found
+
+
+async def test_a_file_that_was_taken_over_stays_though_a_worker_in_anothers_place_cannot_begin_with_it(
+    serving: Serves,
+) -> None:
+    async with (
+        StandIn(dimension=8) as standin,
+        serving(config_for(standin, extra=REMEMBERS), "--workers", "2") as gate,
+    ):
+        await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        gate.file.write_text(gate.file.read_text().replace("model_id: chat", "model_id: another"))
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == 2, seconds=20)
+        killed, memory = gate.workers["0"], gate.folder / ".sekha/gateway/memory"
+
+        memory.rename(memory.with_name("aside"))
+        memory.write_text("in the way")
+        os.kill(killed, signal.SIGKILL)
+        await wait_until(lambda: any("worker 0 does not start" in event for event in gate.events), seconds=20)
+        memory.unlink()
+        memory.with_name("aside").rename(memory)
+        await wait_until(lambda: gate.workers["0"] != killed, seconds=20)
+        await _replaced(gate, "1")
+
+        assert {"first/another", "first/chat"} & await _models_of_all(gate) == {"first/another"}
+
+
+async def test_a_worker_that_refuses_an_earlier_file_late_takes_nothing_back(serving: Serves) -> None:
+    async with StandIn(dimension=8) as standin, serving(config_for(standin), "--workers", "2") as gate:
+        await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        config = gate.file.read_text()
+        (gate.folder / ".sekha/gateway/memory").write_text("in the way")
+
+        os.kill(gate.workers["0"], signal.SIGSTOP)
+        gate.file.write_text(config + REMEMBERS)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("is not taken over" in event for event in gate.events) == 1, seconds=20)
+        gate.file.write_text(config.replace("model_id: chat", "model_id: another"))
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == 1, seconds=20)
+        os.kill(gate.workers["0"], signal.SIGCONT)
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == 2, seconds=20)
+        for number in ("0", "1"):
+            await _replaced(gate, number)
+
+        assert {"first/another", "first/chat"} & await _models_of_all(gate) == {"first/another"}
+
+
 @pytest.mark.parametrize("workers", ["1", "3"])
 async def test_a_keys_limit_is_one_for_all_workers_and_over_a_reload(serving: Serves, workers: str) -> None:
     key = new_key()
