@@ -117,6 +117,21 @@ async def test_what_keeps_every_worker_from_beginning_is_said_once(sekha: Comman
     assert "memory" in error
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_folder_that_takes_nothing_is_named_and_the_gateway_does_not_begin(
+    sekha: Command, workers: str
+) -> None:
+    sekha.write("sekha.yaml", BUILTIN)
+    sekha.write(".sekha", "in the way")
+
+    ended = await sekha("serve", "--port", "0", "--workers", workers, "--json")
+
+    assert ended.code == 3, ended.err
+    [error] = [line for line in ended.err.splitlines() if line.startswith('{"error"')]
+    assert ".sekha/gateway/recording cannot be written" in error
+    assert "SEKHA_HOME" in error
+
+
 @pytest.mark.prefect
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("workers", ["1", "2"])
