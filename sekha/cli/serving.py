@@ -77,13 +77,13 @@ async def _serve(invocation: Invocation, host: str | None, port: int | None, wor
 async def _run(
     loaded: Loaded, source: Source, *, host: str | None, port: int | None, workers: int, as_json: bool
 ) -> None:
-    from sekha.gateway.logs import configure
+    from sekha.gateway.logs import configure, standard_error
     from sekha.gateway.metrics import Metrics
     from sekha.gateway.server import serve as serve_here
     from sekha.gateway.workers import run_workers
 
     config = loaded.config
-    access = configure(config.log_level, sys.stderr.buffer)
+    access = configure(config.log_level, standard_error())
     wanted = host or config.server_host
     if (allowed := allowed_host(config, wanted)) != wanted:
         log.warning(

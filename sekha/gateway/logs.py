@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import orjson
 
-__all__ = ["AccessLog", "Level", "Lines", "Stream", "configure"]
+__all__ = ["AccessLog", "Level", "Lines", "Stream", "configure", "standard_error"]
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 
@@ -28,11 +29,19 @@ _MOST_LINES = 50_000
 """That wait for a reader who has stopped reading: a minute's worth of a busy process, and some 20 MB."""
 
 
-class Stream(Protocol):
-    """Where lines go: `sys.stderr.buffer`, or a file opened for bytes without a buffer of its own."""
+_LAST_SECONDS = 2.0
+"""What waits has these to be written in when the log is closed: a reader who has stopped may never go on."""
 
-    def write(self, data: bytes, /) -> object: ...
-    def flush(self) -> object: ...
+
+class Stream(Protocol):
+    """Where lines go: a file opened for bytes, without a buffer of its own. None is written where it takes none now."""
+
+    def write(self, data: memoryview, /) -> int | None: ...
+
+
+def standard_error() -> Stream:
+    """This process's, past the buffer of `sys.stderr`: Python cannot end while a thread is stuck in that one."""
+    return open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
 
 
 class Lines:
@@ -58,13 +67,14 @@ class Lines:
             self._news.set()
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write what waits, as far as it is read within some seconds, and end."""
         if self._closed:
             return
         self._closed = True
         self._news.set()
-        self._thread.join()
-        self._flush()
+        self._thread.join(_LAST_SECONDS)
+        if not self._thread.is_alive():
+            self._flush()
 
     def _run(self) -> None:
         while not self._closed:
@@ -83,8 +93,12 @@ class Lines:
         if lines:
             # Whoever read them may be gone, and there is nobody else to tell.
             with contextlib.suppress(OSError, ValueError):
-                self._stream.write(b"".join(lines))
-                self._stream.flush()
+                left = memoryview(b"".join(lines))
+                while left:
+                    if (written := self._stream.write(left)) is None:
+                        # Somebody who shares the terminal has made it one that is not waited for.
+                        time.sleep(_BATCH_SECONDS)
+                    left = left[written or 0 :]
 
 
 class AccessLog:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sekha.errors import SekhaError
-from sekha.gateway.logs import configure
+from sekha.gateway.logs import configure, standard_error
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.server import fast_loop, foreseen, serve
 from sekha.gateway.sources import WhenTold, Word
@@ -31,7 +31,7 @@ log = logging.getLogger("sekha.gateway")
 async def _work(number: int, count: int, listening: socket.socket, folder: Path, tell: BinaryIO) -> int:
     source = await WhenTold.open()
     loaded = await source.next()
-    access = configure(loaded.config.log_level, sys.stderr.buffer)
+    access = configure(loaded.config.log_level, standard_error())
 
     def ready() -> None:
         log.info("worker %d serves as process %d", number, os.getpid())

@@ -175,6 +175,38 @@ def test_a_reader_that_has_stopped_holds_nobody_up_and_is_told_what_it_missed(te
     assert [line["lines"] for line in lines if line["event"] == "log_lines_dropped"] == [3]
 
 
+def test_a_reader_that_never_goes_on_does_not_keep_the_log_from_being_closed(terminal: Terminal) -> None:
+    stuck = Stuck()
+    log = configure("info", stuck)
+    noted(log)
+    stuck.asked.wait()
+
+    closing = threading.Thread(target=log.close)
+    closing.start()
+    closing.join(20)
+    ended = not closing.is_alive()
+    stuck.reads.set()
+    closing.join()
+
+    assert ended
+
+
+def test_a_stream_that_takes_a_little_at_a_time_gets_all_of_it(terminal: Terminal) -> None:
+    class Narrow(Terminal):
+        full = False
+
+        def write(self, data: Any, /) -> int | None:  # type: ignore[override]
+            self.full = not self.full
+            return None if self.full else super().write(data[:50])
+
+    narrow = Narrow()
+    log = configure("info", narrow)
+    noted(log)
+    log.close()
+
+    assert [line["event"] for line in narrow.lines()] == ["request"]
+
+
 def test_a_reader_that_is_gone_is_no_failure(terminal: Terminal) -> None:
     log = configure("info", terminal)
     terminal.close()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 
 import httpx
 import pytest
@@ -94,6 +95,23 @@ async def test_a_second_signal_cuts_what_is_under_way_and_it_is_paid_for_all_the
         assert spent > 0
         assert held == 0
         assert not [line for line in gate.logged if line["level"] == "error"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_log_that_nobody_reads_does_not_keep_it_from_ending(
+    serving: Serves, workers: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    async with StandIn() as standin, serving(config_for(standin), "--workers", workers, log=log) as gate:
+        for _ in range(40):
+            await asyncio.gather(*(gate.http.get("/health/live") for _ in range(20)))
+
+        gate.tell(signal.SIGTERM)
+
+        assert await gate.ended() == 0
+    os.close(reader)
 
 
 async def test_an_idle_connection_does_not_keep_it_from_ending(serving: Serves) -> None:
