@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import click
 
+from sekha import hangup
 from sekha.cli.asking import chat, route
 from sekha.cli.backing import backup, backups, restore
 from sekha.cli.checking import check, models
@@ -69,7 +70,8 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
-def sekha() -> None:
+@click.pass_context
+def sekha(ctx: click.Context) -> None:
     """One place through which programs reach every LLM provider and keep what they embed.
 
     You declare providers, budgets and collections in sekha.yaml. Sekha chooses who answers, says
@@ -80,6 +82,8 @@ def sekha() -> None:
       sekha check
       sekha chat "What does a hold do?"
     """
+    if ctx.invoked_subcommand != serve.name:
+        hangup.let_go()
 
 
 for _commands in STORY.values():

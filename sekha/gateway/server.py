@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sekha import tokens
+from sekha import hangup, tokens
 from sekha.address import is_loopback
 from sekha.errors import ConfigError, Problem, SekhaError
 from sekha.gateway.app import Gateway
@@ -157,11 +157,13 @@ async def serve(
 
 @contextlib.contextmanager
 def on_signals(stop: Callable[[], None], look: Callable[[], None]) -> Iterator[None]:
-    """Within the block SIGTERM and Ctrl-C stop, and SIGHUP looks for another configuration."""
+    """Within the block SIGTERM and Ctrl-C stop, and SIGHUP looks for another configuration, one that was held too."""
     loop = asyncio.get_running_loop()
     told = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: look}
     for number, action in told.items():
         loop.add_signal_handler(number, action)
+    if hangup.came():
+        look()
     try:
         yield
     finally:

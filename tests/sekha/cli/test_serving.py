@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
+import os
 import signal
 import socket
+import sys
+import termios
 from pathlib import Path
 
 import httpx
@@ -90,6 +96,60 @@ async def test_a_reload_that_drops_the_keys_is_refused_while_others_can_reach_it
     assert "`keys:`" in said
     assert "`allow_unauthenticated: true`" in said
     assert "echo" in opened
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_signal_that_comes_before_anything_is_read_is_obeyed_once_it_serves(
+    sekha: Command, workers: str
+) -> None:
+    slow = sekha.folder / "slow.yaml"
+    os.mkfifo(slow)
+    process = await sekha.start("-c", "slow.yaml", "serve", "--port", "0", "--workers", workers)
+    assert process.stdout is not None
+    assert process.stderr is not None
+
+    async def give(text: str) -> None:
+        """Let it have read the file, once it looks."""
+        writing: list[int] = []
+        await wait_until(lambda: process.returncode is not None or _open_to_write(slow, writing), seconds=20)
+        for file in writing:
+            os.write(file, text.encode())
+            await wait_until(lambda file=file: not _unread(file), seconds=20)
+            os.close(file)
+        await wait_until(lambda: process.returncode is not None or not _open_at(process.pid, slow), seconds=20)
+
+    try:
+        await give(BUILTIN)  # whether it names a block
+        process.send_signal(signal.SIGHUP)
+        await give(BUILTIN)
+        served = await process.stdout.readline()
+        await give(BUILTIN)
+        anew = 0
+        async with asyncio.timeout(20):
+            while anew < int(workers):
+                anew += b"was read anew" in await process.stderr.readline()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+    assert b"Sekha serves" in served
+
+
+def _open_to_write(pipe: Path, opened: list[int]) -> bool:
+    """Open a named pipe, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        opened.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    return bool(opened)
+
+
+def _unread(pipe: int) -> int:
+    """Bytes that were written to a pipe and not yet read."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def _open_at(process: int, file: Path) -> bool:
+    return any(os.path.realpath(each) == str(file) for each in Path(f"/proc/{process}/fd").iterdir())
 
 
 async def test_a_port_that_is_taken_is_named_with_two_ways_out(sekha: Command) -> None:
