@@ -699,12 +699,12 @@ async def test_a_caller_is_told_in_time_though_the_database_is_waited_for_longer
     tmp_path: Path, journals: Path
 ) -> None:
     path = tmp_path / "ledger.db"
-    ledger = leased(SqliteDatabase(str(path), busy_seconds=2), journals, answer_seconds=0.2)
-    await reserve(ledger, "0.01")
+    ledger = leased(SqliteDatabase(str(path), busy_seconds=30), journals, answer_seconds=0.2)
+    await until_reserved(ledger, "0.01")
 
     with away(path):
         for _ in range(2):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(10):
                 with pytest.raises(LedgerUnavailable, match="has not answered"):
                     await reserve(ledger, "1.00")
 
