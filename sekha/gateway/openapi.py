@@ -561,7 +561,7 @@ _SCHEMAS: dict[str, Json] = {
                         "ranks": _object(
                             {
                                 "rank": _says(_RANK, "Among the results of its own space."),
-                                "of": _says(_COUNT, "Records in that space."),
+                                "of": _says(_COUNT, "Records in that space; 0 where nobody had to know."),
                                 "by_vector": _or_null(_RANK),
                                 "by_words": _or_null(_RANK),
                             }
