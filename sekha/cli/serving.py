@@ -112,8 +112,11 @@ def _listen(loaded: Loaded, host: str, port: int) -> socket.socket:
     try:
         return bind(host, port)
     except OSError as error:
-        problem = f"{host}:{port} cannot be listened on: {error.strerror}. Name another with --port or `server_port:`."
-        raise ConfigError(loaded.source, [Problem("server_port", problem)]) from error
+        what = "host" if isinstance(error, socket.gaierror) else "port"
+        problem = (
+            f"{host}:{port} cannot be listened on: {error.strerror}. Name another with --{what} or `server_{what}:`."
+        )
+        raise ConfigError(loaded.source, [Problem(f"server_{what}", problem)]) from error
 
 
 def _tell(loaded: Loaded, address: tuple[str, int], *, as_json: bool) -> None:

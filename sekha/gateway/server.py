@@ -71,6 +71,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.bind((host, port))
         listening.listen(BACKLOG)
+    except TypeError as error:
+        listening.close()
+        raise socket.gaierror(socket.EAI_NONAME, "it is no host name") from error
     except OSError:
         listening.close()
         raise

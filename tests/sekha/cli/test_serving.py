@@ -166,6 +166,19 @@ async def test_a_port_that_is_taken_is_named_with_two_ways_out(sekha: Command) -
     assert several.error["code"] == "config_invalid"
 
 
+@pytest.mark.parametrize("host", ["é..x", "no such host"])
+async def test_a_host_that_is_none_is_named_with_two_ways_out(sekha: Command, host: str) -> None:
+    sekha.write("sekha.yaml", f"{BUILTIN}server_host: '{host}'\nallow_unauthenticated: true\n")
+
+    in_file = await sekha("serve", "--port", "0")
+    given = await sekha("serve", "--host", host, "--port", "0", "--json")
+
+    assert in_file.code == given.code == 3
+    assert f"server_host: {host}:0 cannot be listened on" in in_file.err
+    assert "--host or `server_host:`" in in_file.err
+    assert given.error["code"] == "config_invalid"
+
+
 async def test_what_keeps_every_worker_from_beginning_is_said_once(sekha: Command) -> None:
     sekha.write("sekha.yaml", BUILTIN + "memory: {collection: conversations}\n")
 
