@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import sys
 from functools import partial
@@ -56,9 +57,22 @@ def serve(invocation: Invocation, host: str | None, port: int | None, workers: i
     """
     from sekha.gateway.server import fast_loop
 
+    _open_streams()
     # Many workers are watched, and nobody is served, by this process.
     with asyncio.Runner(loop_factory=fast_loop if workers == 1 else None) as runner:
         runner.run(_serve(invocation, host, port, workers, poll))
+
+
+def _open_streams() -> None:
+    """Have standard input, output and error, be it without anybody at the other end."""
+    # Whatever is opened next would go by their numbers, and the event loop aborts when a stream is none.
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It gets the lowest number that is free, and so will the workers.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - until the process ends
 
 
 async def _serve(invocation: Invocation, host: str | None, port: int | None, workers: int, poll: float) -> None:

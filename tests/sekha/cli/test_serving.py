@@ -179,6 +179,34 @@ async def test_a_host_that_is_none_is_named_with_two_ways_out(sekha: Command, ho
     assert given.error["code"] == "config_invalid"
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_it_serves_and_ends_without_the_streams_that_nobody_gave_it(
+    sekha: Command, closed: str, workers: str
+) -> None:
+    sekha.write("sekha.yaml", BUILTIN)
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", f'exec "$@" {closed}', "sh", *sekha.line(["serve", "--port", "0", "--workers", workers])),
+        cwd=sekha.folder,
+        env=sekha.environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    read = process.stderr if closed.endswith(" >&-") or closed == ">&-" else process.stdout
+    assert read is not None
+    try:
+        async with asyncio.timeout(30):
+            while b"http://127.0.0.1" not in (line := await read.readline()):
+                assert line, process.returncode
+            process.terminate()
+            await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+    assert process.returncode == 0
+
+
 async def test_what_keeps_every_worker_from_beginning_is_said_once(sekha: Command) -> None:
     sekha.write("sekha.yaml", BUILTIN + "memory: {collection: conversations}\n")
 
