@@ -261,6 +261,7 @@ class _Following:
     def __init__(self, loaded: Loaded, gateway: Gateway, open_: Callable[[Loaded], Any], host: str) -> None:
         """`host` is the address that it listens on, whatever a configuration says of where it should."""
         self._loaded = loaded
+        self._started = loaded.config
         self._host = host
         self._gateway = gateway
         self._open = open_
@@ -300,7 +301,12 @@ class _Following:
         replaced.add_done_callback(self._replaced.discard)
         log.info("the configuration was read anew: %s", loaded.source)
         before, self._loaded = self._loaded.config, loaded
-        if late := [name for name in STARTING_ONLY if getattr(loaded.config, name) != getattr(before, name)]:
+        late = [
+            name
+            for name in STARTING_ONLY
+            if getattr(loaded.config, name) not in (getattr(before, name), getattr(self._started, name))
+        ]
+        if late:
             log.warning("%s: changed, and in effect with the next start", ", ".join(late))
         for warning in loaded.warnings:
             log.warning("%s", warning)

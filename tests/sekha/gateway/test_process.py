@@ -279,10 +279,18 @@ async def test_after_whatever_kept_a_file_from_being_taken_over_the_next_one_is(
 
 async def test_what_holds_from_the_next_start_on_is_said(serving: Serves) -> None:
     async with StandIn() as standin, serving(config_for(standin)) as gate:
-        gate.file.write_text(gate.file.read_text() + "server_port: 5999\nlog_level: debug\n")
+        config = gate.file.read_text()
+        gate.file.write_text(config + "server_port: 5999\nlog_level: debug\n")
         gate.tell(signal.SIGHUP)
 
         await wait_until(lambda: [event for event in gate.events if "server_port, log_level: changed" in event])
+        gate.file.write_text(config)
+        gate.tell(signal.SIGHUP)
+
+        await wait_until(lambda: sum("was read anew" in event for event in gate.events) == 2)
+        gate.tell(signal.SIGTERM)
+        await gate.ended()
+        assert len([event for event in gate.events if "in effect with the next start" in event]) == 1
 
 
 REMEMBERS = """
