@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 from sekha.errors import SekhaError
@@ -28,6 +31,7 @@ log = logging.getLogger("sekha.gateway")
 TOO_SOON_SECONDS = 2.0
 SHORTEST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
+_PREFIX = "sekha-workers-"
 _IN_MEMORY = "/dev/shm"  # noqa: S108 - a folder of its own is made in it
 
 
@@ -39,12 +43,35 @@ async def run_workers(
     They are given the configuration, and each that `source` has after it. Raises the `SekhaError` that keeps
     them from beginning.
     """
-    # What they count together lies in files that they map, where it can in memory alone: no disk has to keep it.
-    in_memory = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="sekha-workers-", dir=in_memory) as folder:
+    with _shared_folder() as folder:
         workers = _Workers(loaded, listening, count, folder, ready)
         with on_signals(workers.stop, source.look):
             await workers.run(source)
+
+
+@contextlib.contextmanager
+def _shared_folder() -> Iterator[str]:
+    """Where workers have what they count together: in memory alone where that can be, since no disk has to keep it."""
+    parent = Path(_IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else tempfile.gettempdir())
+    _remove_abandoned(parent)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as folder:
+        # Locked before it has its name: what is not locked is taken for a dead one's.
+        unseen = Path(folder, "lock.new")
+        with unseen.open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unseen.rename(unseen.with_suffix(""))
+            yield folder
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the folders of those that were killed, as far as they are this user's."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+                continue
+            with (folder / "lock").open("rb+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Workers:

@@ -534,6 +534,35 @@ async def test_workers_end_when_whoever_started_them_is_killed(serving: Serves) 
         assert not await gate.connects()
 
 
+def _shared_folder(gate: Gate) -> Path:
+    """Where its workers count together, as their command lines have it."""
+    return Path(Path(f"/proc/{gate.workers['0']}/cmdline").read_bytes().split(b"\0")[-2].decode())
+
+
+async def test_what_killed_ones_have_left_in_memory_is_removed_by_the_next_and_nothing_of_the_living(
+    serving: Serves,
+) -> None:
+    async with StandIn() as standin:
+        config = config_for(standin)
+        async with serving(config, "--workers", "2") as first, serving(config, "--workers", "2") as second:
+            gates = (first, second)
+            await wait_until(lambda: all(len(gate.workers) == 2 for gate in gates), seconds=20)
+            folders = [_shared_folder(gate) for gate in gates]
+            with_both = [folder.exists() for folder in folders]
+            for gate in gates:
+                gate.tell(signal.SIGKILL)
+                await gate.ended()
+        left = [folder.exists() for folder in folders]
+
+        async with serving(config, "--workers", "2") as third:
+            await wait_until(lambda: len(third.workers) == 2, seconds=20)
+            then = [folder.exists() for folder in (*folders, _shared_folder(third))]
+
+    assert with_both == [True, True]
+    assert left == [True, True]
+    assert then == [False, False, True]
+
+
 async def test_a_stream_of_a_worker_ends_whole_after_sigterm(serving: Serves) -> None:
     async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
         standin.trickle(0.15)
