@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sekha.circuits import Circuits
 from sekha.circuits_shared import SharedCircuits
-from sekha.errors import ConfigError, LedgerError, Problem, UnknownModel
+from sekha.errors import ConfigError, LedgerError, LedgerUnavailable, Problem, UnknownModel
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.news import tell_of_circuit
 from sekha.gateway.serving import Serving
@@ -31,6 +32,9 @@ log = logging.getLogger("sekha.gateway")
 PUBLISH_AFTER_SECONDS = 1.0
 """The first callers need the core more: until then what is recorded waits in the spool."""
 
+ANSWER_SECONDS = 1.0
+"""A ledger that says what is wrong with it does so within these."""
+
 
 def state_folder(loaded: Loaded) -> Path:
     """Where a gateway keeps what it must not forget: journals, the spool, the outbox."""
@@ -42,18 +46,26 @@ async def open_serving(
 ) -> Serving:
     """Open what the configuration declares. Providers and store connect with their first use, the ledger behind.
 
-    `minutes` have what passed of every limit under the configuration before.
+    `minutes` have what passed of every limit under the configuration before. Raises the `LedgerError` of a ledger that
+    cannot be one; one that is away may come back, and is not waited for.
     """
     state = state_folder(loaded)
     recorder = _recorder(loaded, state / "recording", workers)
     url = ledger_url(loaded)
     database = open_database(url)
     circuits = Circuits(breaker_rules(loaded.config), shared=SharedCircuits(database))
-    ledger = lease_from(SqlLedger(database), url, state / "journal")
+    shared = SqlLedger(database)
+    ledger = lease_from(shared, url, state / "journal")
     resources = Resources(loaded, ledger=ledger, circuits=circuits, minutes=minutes)
     circuits.subscribe(partial(tell_of_circuit, recorder, resources.registry, circuits, resources.latencies))
     memory = _memory(loaded, resources.registry, state / "memory")
+    answering = asyncio.ensure_future(shared.answer())
     await circuits.start()
+    try:
+        await _check(answering)
+    except LedgerError:
+        await resources.aclose()
+        raise
     await recorder.start()
     serving = Serving(resources, metrics, recorder=recorder, memory=memory, leased=ledger, minutes=minutes)
     if memory is not None:
@@ -64,6 +76,14 @@ async def open_serving(
         # Whoever asks for what costs money is told, and it is tried again for each.
         log.warning("%s", error)
     return serving
+
+
+async def _check(answering: asyncio.Future[None]) -> None:
+    await asyncio.wait([answering], timeout=ANSWER_SECONDS)
+    if not answering.done():
+        answering.cancel()
+    elif isinstance(error := answering.exception(), LedgerError) and not isinstance(error, LedgerUnavailable):
+        raise error
 
 
 def _recorder(loaded: Loaded, folder: Path, workers: int) -> Recorder:

@@ -242,6 +242,18 @@ def _give_no_text(gate: Gate) -> None:
         file.write("budgets: [{name: all, limit: 1, match: {provider: first, model: [chat]}}]\n")
 
 
+def _name_no_ledger(gate: Gate) -> None:
+    other = gate.folder / "other"
+    other.write_text("This is no database, and long enough to be told from one that is empty. " * 20)
+    with gate.file.open("a") as file:
+        file.write(f"ledger: {{url: 'sqlite:///{other}'}}\n")
+
+
+def _name_no_place_for_a_ledger(gate: Gate) -> None:
+    with gate.file.open("a") as file:
+        file.write("ledger: {url: 'sqlite:////proc/nope/ledger.db'}\n")
+
+
 def _block_the_spool(gate: Gate) -> None:
     recording = gate.folder / ".sekha/gateway/recording"
     recording.rename(recording.with_name("aside"))
@@ -257,7 +269,9 @@ def _mend(gate: Gate, config: str) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("spoil", [_spoil, _give_no_text, _block_the_spool])
+@pytest.mark.parametrize(
+    "spoil", [_spoil, _give_no_text, _block_the_spool, _name_no_ledger, _name_no_place_for_a_ledger]
+)
 async def test_after_whatever_kept_a_file_from_being_taken_over_the_next_one_is(
     serving: Serves, workers: str, spoil: Callable[[Gate], None]
 ) -> None:
@@ -266,7 +280,7 @@ async def test_after_whatever_kept_a_file_from_being_taken_over_the_next_one_is(
             await wait_until(lambda: len(gate.workers) == int(workers), seconds=20)
         config = gate.file.read_text()
         # The file is read once for all, and what it declares is opened by each.
-        told = int(workers) if spoil is _block_the_spool else 1
+        told = 1 if spoil in (_spoil, _give_no_text) else int(workers)
         spoil(gate)
         gate.tell(signal.SIGHUP)
         await wait_until(lambda: sum("is not taken over" in event for event in gate.events) == told, seconds=20)
