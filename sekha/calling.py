@@ -270,14 +270,17 @@ class _Failed:
             # As long as was asked for, and then not all at once.
             longest = min(longest, self._ends_at - soonest)
         self._awake = soonest + longest * self._clock.random()
-        error = self._error
-        if self._ends_at <= soonest < math.inf and error is not None and error.retry_after_seconds is None:
-            # Who failed did not say how long to wait, and it is known of who was put off.
-            error.retry_after_seconds = soonest - now
+        if self._ends_at <= soonest < math.inf:
+            self._say_when(soonest - now)
         self._unless_over(self._awake)
         names = ", ".join(name for name, at in self._due.items() if at <= self._awake)
         log.info("waiting %.2f s before asking again: %s", self._awake - now, names)
         await self._clock.sleep(self._awake - now)
+
+    def _say_when(self, seconds: float) -> None:
+        """Who failed may not have said how long to wait, where it is known of who was put off."""
+        if self._error is not None and self._error.retry_after_seconds is None:
+            self._error.retry_after_seconds = seconds
 
     def _unless_over(self, at: float) -> None:
         if self._error is not None and at >= self._ends_at:
