@@ -284,7 +284,11 @@ class _Following:
                 if said is not error:
                     await asyncio.sleep(AGAIN_SECONDS)
             if followed is not None:
-                followed(said)
+                try:
+                    followed(said)
+                except OSError:
+                    # Whoever watches is no more, which `source` would say next.
+                    return stop()
 
     async def end(self, task: asyncio.Task[None]) -> None:
         """Follow no more. What is being opened just now is opened first, so that it can be closed."""

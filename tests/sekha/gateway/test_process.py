@@ -548,6 +548,22 @@ async def test_workers_end_when_whoever_started_them_is_killed(serving: Serves) 
         assert not await gate.connects()
 
 
+async def test_a_worker_that_takes_a_file_over_when_nobody_hears_of_it_any_more_ends(serving: Serves) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
+        await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        late = gate.workers["0"]
+
+        os.kill(late, signal.SIGSTOP)
+        gate.file.write_text(gate.file.read_text().replace("model_id: chat", "model_id: another"))
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: any("was read anew" in event for event in gate.events), seconds=20)
+        gate.tell(signal.SIGKILL)
+        await wait_until(lambda: not any("serve" in line.split() for line in left_behind(gate.folder)), seconds=20)
+        os.kill(late, signal.SIGCONT)
+
+        await wait_until(lambda: not left_behind(gate.folder), seconds=20)
+
+
 def _shared_folder(gate: Gate) -> Path:
     """Where its workers count together, as their command lines have it."""
     return Path(Path(f"/proc/{gate.workers['0']}/cmdline").read_bytes().split(b"\0")[-2].decode())
