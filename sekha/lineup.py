@@ -441,9 +441,11 @@ class _Field:
         self._thinks_by_number = any(model.thinks_by_number for model in models)
         self._weight = np.array([model.weight for model in models])
         self._position = {entrant.name: at for at, entrant in enumerate(entrants)}
+        self._providers = [model.provider_id for model in models]
         self._at_provider: dict[str, list[int]] = {}
-        for at, model in enumerate(models):
-            self._at_provider.setdefault(model.provider_id, []).append(at)
+        for at, provider in enumerate(self._providers):
+            self._at_provider.setdefault(provider, []).append(at)
+        self._positions = {provider: np.array(positions) for provider, positions in self._at_provider.items()}
         self._ways = _Once(self._ways_of)
         self._worked_out: tuple[Mapping[str, int], int | None, _Lengths] | None = None
         self._shares = _Once(self._shares_of)
@@ -577,13 +579,13 @@ class _Field:
 
     def _in_order(self, key: Numbers, conditions: Conditions, count: int) -> list[int]:
         """The positions of the lowest keys, as `spread` takes them from the providers; the key is used up."""
-        found: list[tuple[int, int, int]] = []
-        providers: dict[str, int] = {}
-        aside: list[tuple[list[int], Numbers]] = []
-        drawn_among: set[int] = set()
-        while len(found) < count:
-            at = int(key.argmin())
-            lowest = int(key[at])
+        found: list[tuple[Any, int, int]] = []
+        places: dict[str, int] = {}
+        aside: list[tuple[Numbers, Numbers]] = []
+        drawn_among: set[Any] = set()
+        at: Any = key.argmin()
+        while True:
+            lowest = key[at]
             if lowest == _NEVER:
                 if not aside:
                     break
@@ -591,22 +593,27 @@ class _Field:
                 for positions, keys in aside:
                     key[positions] = keys
                 aside.clear()
+                at = key.argmin()
                 continue
             key[at] = _NEVER
-            if lowest not in drawn_among and key[key.argmin()] == lowest:
+            after = key.argmin()
+            if key[after] == lowest and lowest not in drawn_among:
                 drawn_among.add(lowest)
                 key[at] = lowest
                 at = self._drawn((key == lowest).nonzero()[0], conditions)
                 key[at] = _NEVER
-            found.append((lowest, len(found), at))
+                after = key.argmin()
+            found.append((lowest, len(found), int(at)))
             if len(found) == count:
                 break
-            provider = self._entrants[at].model.provider_id
-            places = providers[provider] = providers.get(provider, 0) + 1
-            if places == OF_ONE_PROVIDER:
-                positions = self._at_provider[provider]
+            provider = self._providers[at]
+            taken = places[provider] = places.get(provider, 0) + 1
+            if taken == OF_ONE_PROVIDER:
+                positions = self._positions[provider]
                 aside.append((positions, key[positions]))
                 key[positions] = _NEVER
+                after = key.argmin()
+            at = after
         found.sort()
         return [at for _, _, at in found]
 
