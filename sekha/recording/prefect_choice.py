@@ -31,7 +31,10 @@ def open_sink() -> Sink | None:
     named = settings.server.database.connection_url
     url = named.get_secret_value() if named is not None else ""
     if not api_url:
-        return _database_sink(url, None) if url else None
+        # Prefect names the one in its home where nobody names another, which says nothing of a server.
+        if not url or (_file_of(url) == settings.home / "prefect.db" and not (settings.home / "prefect.db").is_file()):
+            return None
+        return _database_sink(url, None)
     if not url and is_loopback(urlsplit(api_url).hostname or ""):
         url = f"sqlite:///{settings.home / 'prefect.db'}"
     api = ApiSink()
@@ -72,6 +75,10 @@ def _database_sink(url: str, api: ApiSink | None) -> DatabaseSink | None:
     return sink
 
 
+def _file_of(url: str) -> Path:
+    return Path(url.partition("://")[2].removeprefix("/").partition("?")[0])
+
+
 def _open(url: str, *, alone: bool) -> Database | None:
     """The database at SQLAlchemy's URL; None if there is none on this machine.
 
@@ -80,7 +87,7 @@ def _open(url: str, *, alone: bool) -> Database | None:
     scheme, _, rest = url.partition("://")
     match scheme.partition("+")[0]:
         case "sqlite":
-            file = Path(rest.removeprefix("/").partition("?")[0])
+            file = _file_of(url)
             if not alone and not file.is_file():
                 return None
             return SqliteTables(file)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,3 +216,18 @@ def test_without_a_server_it_says_so_and_sleeps(tmp_path: Path, make_run: Makes)
     assert read_report(tmp_path).sink == NOWHERE
     assert waits.seconds == [15.0, 15.0, 15.0]
     assert len(SpoolReader(tmp_path).ready()) == 1
+
+
+def test_where_nobody_names_a_server_or_a_database_there_is_nowhere_to_publish(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    program = "from sekha.recording.prefect_choice import open_sink; print(open_sink())"
+
+    said = subprocess.run(  # Prefect reads its settings once in a process
+        [sys.executable, "-c", program],
+        env=environment | {"PREFECT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert said.stdout.strip() == "None"
