@@ -158,7 +158,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                     failed.pause(candidate.model, seconds)
                     continue
                 if failed is not None and limits is not None and (seconds := limits(candidate)):
-                    failed.put_off(name, seconds)
+                    failed.put_off(candidate.model, seconds, "its `limits:` are reached")
                     continue
                 probe: str | None = None
                 if began_at is None and circuits is not None:
@@ -238,16 +238,17 @@ class _Failed:
 
     def pause(self, model: Model, seconds: float) -> None:
         """Put off one whose provider told another request how long to wait."""
-        self.put_off(model.name, seconds)
-        if self._error is None:
-            said = "so it said to a request before this one"
+        self.put_off(model, seconds, "so it said to a request before this one")
+
+    def put_off(self, model: Model, seconds: float, said: str) -> None:
+        """Have this one wait for so long for its turn."""
+        self._due[model.name] = self._clock.now() + seconds
+        # Who cannot be asked at all is no reason to stop where somebody else can, later.
+        if self._error is None or (isinstance(self._error, FieldUnsupported) and seconds < math.inf):
             self._error = RateLimited(
                 said, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds
             )
-
-    def put_off(self, name: str, seconds: float) -> None:
-        """Have this one wait for so long for its turn."""
-        self._due[name] = self._clock.now() + seconds
+            self._error.attempts = self.attempts
 
     def lets_ask(self, name: str) -> bool:
         """Whether it is this one's turn. Raises the error to end with when the time is over."""
@@ -271,16 +272,20 @@ class _Failed:
             longest = min(longest, self._ends_at - soonest)
         self._awake = soonest + longest * self._clock.random()
         if self._ends_at <= soonest < math.inf:
-            self._say_when(soonest - now)
+            self._say_when(soonest, now)
         self._unless_over(self._awake)
         names = ", ".join(name for name, at in self._due.items() if at <= self._awake)
         log.info("waiting %.2f s before asking again: %s", self._awake - now, names)
         await self._clock.sleep(self._awake - now)
 
-    def _say_when(self, seconds: float) -> None:
+    def _say_when(self, soonest: float, now: float) -> None:
         """Who failed may not have said how long to wait, where it is known of who was put off."""
-        if self._error is not None and self._error.retry_after_seconds is None:
-            self._error.retry_after_seconds = seconds
+        error = self._error
+        if error is None or error.retry_after_seconds is not None:
+            return
+        # Whoever may be asked again at once is not to wait for another.
+        if not error.retryable or self._due.get(f"{error.provider_id}/{error.model_id}") == soonest:
+            error.retry_after_seconds = soonest - now
 
     def _unless_over(self, at: float) -> None:
         if self._error is not None and at >= self._ends_at:

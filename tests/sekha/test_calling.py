@@ -556,3 +556,25 @@ def test_whatever_fails_the_rules_hold(
             failed = planned[name][number]
             assert failed.retryable
             assert following >= turn + (failed.retry_after_seconds or 0)
+
+
+async def test_who_is_put_off_is_waited_for_where_the_others_protocol_lacks_a_field() -> None:
+    script = Script(FakeTime(), a=[FieldUnsupported(provider_id="a")])
+    script.limits = lambda _: 100.0
+
+    with pytest.raises(RateLimited) as caught:
+        await script.run("ab")
+
+    assert caught.value.retryable
+    assert caught.value.retry_after_seconds == 100.0
+    assert [attempt.provider_id for attempt in caught.value.attempts] == ["a"]
+
+
+async def test_who_may_be_asked_again_at_once_says_no_wait_of_anothers() -> None:
+    script = Script(FakeTime(), a=[ProviderTimeout(provider_id="a")] * 3)
+    script.limits = lambda candidate: 3600.0 if candidate.model.provider_id == "b" else 0.0
+
+    with pytest.raises(ProviderTimeout) as caught:
+        await script.run("ab")
+
+    assert caught.value.retry_after_seconds is None
