@@ -172,7 +172,13 @@ def _with_counted_usage(embedded: RawEmbedded) -> bytes:
     if b'"usage"' not in raw:
         return b"%b,%b}" % (raw[:-1], written)
     # What was written here ends with it, and need not be read for that.
-    return raw if raw.endswith(written + b"}") else orjson.dumps(orjson.loads(raw) | {"usage": usage})
+    if raw.endswith(written + b"}"):
+        return raw
+    try:
+        return orjson.dumps(orjson.loads(raw) | {"usage": usage})
+    except orjson.JSONDecodeError:
+        # Vectors are handed on as they came, and not every number of a provider's is one.
+        return raw
 
 
 def answer_headers(provider_id: str, model_id: str, cost: Decimal) -> Headers:

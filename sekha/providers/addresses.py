@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from sekha.registry import ProviderKind
 
-__all__ = ["base_url_of"]
+__all__ = ["base_url_of", "stores_chats"]
 
 _DEFAULT_URLS: Mapping[ProviderKind, str] = {
     "ollama": "http://localhost:11434",
@@ -15,6 +15,15 @@ _DEFAULT_URLS: Mapping[ProviderKind, str] = {
     "anthropic": "https://api.anthropic.com",
     "openrouter": "https://openrouter.ai/api/v1",
 }
+
+
+_STORING = ("openai.com", "azure.com")
+
+
+def stores_chats(kind: ProviderKind, base_url: str) -> bool:
+    """Whether whoever listens there may store chats unless told otherwise."""
+    host = urlsplit(base_url).hostname or ""
+    return kind == "openrouter" or any(host == name or host.endswith(f".{name}") for name in _STORING)
 
 
 def base_url_of(kind: ProviderKind, declared: str | None) -> str | None:

@@ -29,7 +29,7 @@ from sekha.errors import (
     StreamBroken,
 )
 from sekha.pricing import MOST_TOKENS, Usage
-from sekha.providers.addresses import base_url_of
+from sekha.providers.addresses import base_url_of, stores_chats
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, RawEmbeddings
 from sekha.providers.events import (
     COUNTED,
@@ -103,6 +103,7 @@ class RelayProvider:
         self._spec = spec
         self._secret = spec.api_key.get_secret_value() if spec.api_key else None
         self._base_url = base_url_of(spec.kind, spec.base_url) or ""
+        self._stores = stores_chats(spec.kind, self._base_url)
         self._http = HttpClient(limits=limits)
         self._targets: dict[str, Target] = {}
         self._learned: set[str] = set()
@@ -303,6 +304,9 @@ class RelayProvider:
         for name, value in options.items():
             if value is not None and name not in _OURS:
                 body[name] = value
+        if body.get("store") is False and not self._stores:
+            # It says what is so, and some who speak the protocol refuse a field that they do not know.
+            del body["store"]
         if "max_tokens" in body and (
             model_id in self._learned or (self._spec.kind == "openai" and _refuses_max_tokens(model_id))
         ):
@@ -725,7 +729,7 @@ def _completion(response: Response, failed: _Failing) -> Completion:
     body = _parsed(response, raw, failed)
     choices = body.get("choices")
     if not _is_whole(choices):
-        with _used(_usage(body.get("usage"))):
+        with _used(_usage(body.get("usage"), tier=body.get("service_tier"))):
             raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
     return Completion(body=body, usage=_usage(body.get("usage"), tier=body.get("service_tier")), raw=raw)
 

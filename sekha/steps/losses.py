@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from decimal import Decimal
 from typing import ParamSpec, TypeVar
 
@@ -88,7 +89,8 @@ class Losses:
                 if reported is None:
                     usage, amount = await at_worst(candidate)
                 else:
-                    usage, amount = reported, cost_of(reported, candidate.model)
+                    usage = reported if reported.tier else replace(reported, tier=self._chosen.ask.tier)
+                    amount = cost_of(usage, candidate.model)
                 if amount:
                     await to_the_end(self._charge(candidate, usage, amount))
             raise

@@ -1,6 +1,6 @@
 import pytest
 
-from sekha.providers.addresses import base_url_of
+from sekha.providers.addresses import base_url_of, stores_chats
 from sekha.registry import ProviderKind
 
 
@@ -32,3 +32,18 @@ def test_an_address_may_be_written_as_people_write_it(
     kind: ProviderKind, written: str | None, used: str | None
 ) -> None:
     assert base_url_of(kind, written) == used
+
+
+@pytest.mark.parametrize(
+    ("kind", "url", "stores"),
+    [
+        ("openai", "https://api.openai.com/v1", True),
+        ("openai", "https://eu.api.openai.com/v1", True),
+        ("openai", "https://team.openai.azure.com/openai/v1", True),
+        ("openai", "https://api.mistral.ai/v1", False),
+        ("openai", "https://notopenai.com/v1", False),
+        ("openrouter", "http://127.0.0.1:9/api/v1", True),
+    ],
+)
+def test_who_may_store_a_chat_is_known_by_the_address(kind: ProviderKind, url: str, stores: bool) -> None:
+    assert stores_chats(kind, url) is stores
