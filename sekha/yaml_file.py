@@ -103,7 +103,7 @@ def read(text: str) -> Tree:
         what = " ".join(filter(None, [error.context, error.problem]))
         line = mark.line + 1 if mark else None
         return Tree(None, {}, (Problem("", f"not valid YAML: {what}", line),))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         return Tree(None, {}, (Problem("", f"not valid YAML: {str(error).splitlines()[0]}"),))
     except RecursionError:
         return Tree(None, {}, (Problem("", "not usable YAML: it is nested too deeply, or an anchor holds itself."),))

@@ -36,6 +36,10 @@ def create(invocation: Invocation, name: str) -> None:
 
     if not name:
         raise click.UsageError("NAME is empty: name whoever is to use the key, such as `research`.")
+    if not name.isprintable():
+        raise click.UsageError(
+            f"NAME is {name!r}, which nobody can read in a file or a log. Write it in plain letters."
+        )
     key = new_key()
     if invocation.as_json:
         return write_json({"name": name, "key": key, "hash": hash_of(key)})

@@ -23,7 +23,7 @@ async def test_the_key_is_all_of_stdout_and_never_the_line_for_the_file(sekha: C
     assert 'name: "research", hash: "sha256:' in made.err
 
 
-@pytest.mark.parametrize("name", ['x"y', "a: b", "back\\slash", "é 👋", "two\nlines"])
+@pytest.mark.parametrize("name", ['x"y', "a: b", "back\\slash", "é 👋"])
 async def test_any_name_is_printed_as_the_file_takes_it(sekha: Command, name: str) -> None:
     made = await sekha("keys", "create", name)
 
@@ -36,6 +36,14 @@ async def test_a_key_has_a_name(sekha: Command) -> None:
 
     assert (made.code, made.out) == (2, "")
     assert "NAME is empty" in made.err
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\x7f", "a\x85b"])
+async def test_a_name_that_nobody_can_read_is_refused(sekha: Command, name: str) -> None:
+    made = await sekha("keys", "create", name)
+
+    assert (made.code, made.out) == (2, "")
+    assert "nobody can read" in made.err
 
 
 async def test_two_keys_have_nothing_in_common(sekha: Command) -> None:
