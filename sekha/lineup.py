@@ -168,20 +168,31 @@ def drawn(models: Sequence[Model], conditions: Conditions) -> int:
     return min(bisect_right(upto, conditions.draw * upto[-1]), len(upto) - 1)
 
 
-def spread(providers: Sequence[str], count: int) -> list[int]:
-    """Which of the models at these providers, best first, are the `count` that are asked: their positions.
+def spread(ranks: Sequence[Sequence[Model]], count: int, conditions: Conditions) -> list[tuple[int, int]]:
+    """Which `count` of the models are asked, in their order, each as its rank and its position there.
 
-    The best, but of each provider `OF_ONE_PROVIDER` at the most where as many are found elsewhere.
+    A rank has equals, of which one is drawn to go first. Of each provider `OF_ONE_PROVIDER` are taken at the most
+    while others have one left, and whoever is kept back by that is drawn for no place.
     """
-    if len(providers) <= count:
-        return [*range(len(providers))]
+    left = [[*range(len(models))] for models in ranks]
+    found: list[tuple[int, int, int]] = []
     places: dict[str, int] = {}
-    chosen: list[int] = []
-    aside: list[int] = []
-    for at, provider in enumerate(providers):
-        places[provider] = places.get(provider, 0) + 1
-        (chosen if places[provider] <= OF_ONE_PROVIDER else aside).append(at)
-    return sorted((chosen + aside)[:count])
+    drawn_in: set[int] = set()
+    for most in (OF_ONE_PROVIDER, len(ranks) + sum(map(len, ranks))):
+        for rank, models in enumerate(ranks):
+            while len(found) < count:
+                able = [at for at in left[rank] if places.get(models[at].provider_id, 0) < most]
+                if not able:
+                    break
+                chosen = able[0]
+                if len(able) > 1 and rank not in drawn_in:
+                    drawn_in.add(rank)
+                    chosen = able[drawn([models[at] for at in able], conditions)]
+                left[rank].remove(chosen)
+                found.append((rank, len(found), chosen))
+                provider = models[chosen].provider_id
+                places[provider] = places.get(provider, 0) + 1
+    return [(rank, at) for rank, _, at in sorted(found)]
 
 
 # --- what holds for all asks of one form ---------------------------------------------------

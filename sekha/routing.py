@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sekha.asks import PRICED_FIELDS, Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
@@ -32,7 +32,6 @@ from sekha.lineup import (
     Rule,
     cap_at,
     considered,
-    drawn,
     incapable,
     line_up,
     preferred,
@@ -189,9 +188,9 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
     def chosen(objections: Mapping[str, object]) -> tuple[list[tuple[Model, int]], list[Model]]:
         """Who is asked, with the number of its equals, and who could be."""
         able = [model for model in models if objections[model.name] is None]
-        ranked = list(_ranked(able, priced, registry, estimates, conditions))
-        among = spread([model.provider_id for model, _ in ranked], count)
-        return [ranked[at] for at in among], [model for model, _ in ranked]
+        ranks = [*_ranked(able, priced, registry, estimates)]
+        asked = [(ranks[rank][at], len(ranks[rank])) for rank, at in spread(ranks, count, conditions)]
+        return asked, [model for equals in ranks for model in equals]
 
     objections = objected(conditions)
     first, able = chosen(objections)
@@ -283,25 +282,16 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
         kept.append((group, estimates.compared(model, estimate) if cost_aware else _ANY, at, estimate))
     if len(kept) > 1:
         kept.sort()
-        _draw_among_equals(kept, entrants, conditions)
-        if len(kept) > count:
-            kept = [
-                kept[at] for at in spread([entrants[position].model.provider_id for _, _, position, _ in kept], count)
-            ]
+    # Where nobody has an equal, and all are asked, there is nothing to choose.
+    if len(kept) > count or any(one[:2] == other[:2] for one, other in pairwise(kept)):
+        ranks = [[*equals] for _, equals in groupby(kept, key=_rank)]
+        models = [[entrants[position].model for _, _, position, _ in equals] for equals in ranks]
+        kept = [ranks[rank][at] for rank, at in spread(models, count, conditions)]
     return kept
 
 
-def _draw_among_equals(kept: list[_Kept], entrants: Sequence[Entrant], conditions: Conditions) -> None:
-    at = 0
-    while at < len(kept) - 1:
-        group, cost, _, _ = kept[at]
-        stop = at + 1
-        while stop < len(kept) and kept[stop][0] == group and kept[stop][1] == cost:
-            stop += 1
-        if stop - at > 1:
-            first = drawn([entrants[position].model for _, _, position, _ in kept[at:stop]], conditions)
-            kept.insert(at, kept.pop(at + first))
-        at = stop
+def _rank(kept: _Kept) -> tuple[int, Decimal]:
+    return kept[0], kept[1]
 
 
 def _candidates(entrants: Sequence[Entrant], kept: Sequence[_Kept], cost_aware: bool) -> tuple[Candidate, ...]:
@@ -381,9 +371,8 @@ def _ranked(
     priced: Mapping[str, Estimate | None],
     registry: Registry,
     estimates: Estimates,
-    conditions: Conditions,
-) -> Iterator[tuple[Model, int]]:
-    """Models in the order in which they are asked, each with the number of its equals."""
+) -> Iterator[list[Model]]:
+    """Models in the order in which they are asked, equals together."""
     ask = estimates.ask
     first = preferred(ask, registry)
 
@@ -394,10 +383,8 @@ def _ranked(
             price = estimates.compared(model, estimate)
         return (model not in first, registry.provider_of(model).priority, unsure(ask, model), price)
 
-    for _, same in groupby(sorted(able, key=rank), key=rank):
-        equals = list(same)
-        chosen = equals.pop(drawn(equals, conditions))
-        yield from ((model, len(equals) + 1) for model in (chosen, *equals))
+    for _, equals in groupby(sorted(able, key=rank), key=rank):
+        yield [*equals]
 
 
 def _behind(model: Model, asked: Sequence[Model], rules: Rules) -> str:
