@@ -168,31 +168,40 @@ def drawn(models: Sequence[Model], conditions: Conditions) -> int:
     return min(bisect_right(upto, conditions.draw * upto[-1]), len(upto) - 1)
 
 
-def spread(ranks: Sequence[Sequence[Model]], count: int, conditions: Conditions) -> list[tuple[int, int]]:
-    """Which `count` of the models are asked, in their order, each as its rank and its position there.
+def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, conditions: Conditions) -> list[int]:
+    """The positions of the `count` models that are asked, in their order; the models come sorted by their rank.
 
-    A rank has equals, of which one is drawn to go first. Of each provider `OF_ONE_PROVIDER` are taken at the most
-    while others have one left, and whoever is kept back by that is drawn for no place.
+    Of equals, which have one rank, one is drawn to go first. Of each provider `OF_ONE_PROVIDER` are taken at the
+    most while others have one left, and whoever is kept back by that is drawn for no place.
     """
-    left = [[*range(len(models))] for models in ranks]
-    found: list[tuple[int, int, int]] = []
+    equals: list[list[int]] = []
+    at = 0
+    while at < len(models):
+        stop = at + 1
+        while stop < len(models) and ranks[stop] == ranks[at]:
+            stop += 1
+        equals.append([*range(at, stop)])
+        at = stop
+    if len(equals) == len(models) <= count:
+        return [*range(len(models))]  # nobody has an equal, and all are asked
+    providers = [model.provider_id for model in models]
+    found: dict[int, int] = {}
+    """Position → the rank."""
     places: dict[str, int] = {}
     drawn_in: set[int] = set()
-    for most in (OF_ONE_PROVIDER, len(ranks) + sum(map(len, ranks))):
-        for rank, models in enumerate(ranks):
-            while len(found) < count:
-                able = [at for at in left[rank] if places.get(models[at].provider_id, 0) < most]
-                if not able:
-                    break
-                chosen = able[0]
-                if len(able) > 1 and rank not in drawn_in:
-                    drawn_in.add(rank)
-                    chosen = able[drawn([models[at] for at in able], conditions)]
-                left[rank].remove(chosen)
-                found.append((rank, len(found), chosen))
-                provider = models[chosen].provider_id
-                places[provider] = places.get(provider, 0) + 1
-    return [(rank, at) for rank, _, at in sorted(found)]
+    for most in (OF_ONE_PROVIDER, len(models)):
+        for rank, those in enumerate(equals):
+            able = [each for each in those if places.get(providers[each], 0) < most and each not in found]
+            if len(able) > 1 and rank not in drawn_in:
+                drawn_in.add(rank)
+                able.insert(0, able.pop(drawn([models[each] for each in able], conditions)))
+            for each in able:
+                if len(found) < count and (taken := places.get(providers[each], 0)) < most:
+                    places[providers[each]] = taken + 1
+                    found[each] = rank
+        if len(found) == min(count, len(models)):
+            break
+    return sorted(found, key=found.__getitem__)
 
 
 # --- what holds for all asks of one form ---------------------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sekha.asks import PRICED_FIELDS, Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
@@ -184,13 +184,13 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
         }
 
     count = SHORTLIST if rules.auto_fallback else 1
+    rank = _ranking(priced, registry, estimates)
 
     def chosen(objections: Mapping[str, object]) -> tuple[list[tuple[Model, int]], list[Model]]:
         """Who is asked, with the number of its equals, and who could be."""
-        able = [model for model in models if objections[model.name] is None]
-        ranks = [*_ranked(able, priced, registry, estimates)]
-        asked = [(ranks[rank][at], len(ranks[rank])) for rank, at in spread(ranks, count, conditions)]
-        return asked, [model for equals in ranks for model in equals]
+        ranked = sorted(((rank(model), model) for model in models if objections[model.name] is None), key=itemgetter(0))
+        ranks, able = [rank for rank, _ in ranked], [model for _, model in ranked]
+        return [(able[at], ranks.count(ranks[at])) for at in spread(able, ranks, count, conditions)], able
 
     objections = objected(conditions)
     first, able = chosen(objections)
@@ -282,16 +282,9 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
         kept.append((group, estimates.compared(model, estimate) if cost_aware else _ANY, at, estimate))
     if len(kept) > 1:
         kept.sort()
-    # Where nobody has an equal, and all are asked, there is nothing to choose.
-    if len(kept) > count or any(one[:2] == other[:2] for one, other in pairwise(kept)):
-        ranks = [[*equals] for _, equals in groupby(kept, key=_rank)]
-        models = [[entrants[position].model for _, _, position, _ in equals] for equals in ranks]
-        kept = [ranks[rank][at] for rank, at in spread(models, count, conditions)]
+        models = [entrants[at].model for _, _, at, _ in kept]
+        kept = [kept[at] for at in spread(models, [each[:2] for each in kept], count, conditions)]
     return kept
-
-
-def _rank(kept: _Kept) -> tuple[int, Decimal]:
-    return kept[0], kept[1]
 
 
 def _candidates(entrants: Sequence[Entrant], kept: Sequence[_Kept], cost_aware: bool) -> tuple[Candidate, ...]:
@@ -366,13 +359,10 @@ def _throttled(seconds: float) -> str:
     return f"its provider's `limits:` are reached for the next {math.ceil(seconds)} s"
 
 
-def _ranked(
-    able: Sequence[Model],
-    priced: Mapping[str, Estimate | None],
-    registry: Registry,
-    estimates: Estimates,
-) -> Iterator[list[Model]]:
-    """Models in the order in which they are asked, equals together."""
+def _ranking(
+    priced: Mapping[str, Estimate | None], registry: Registry, estimates: Estimates
+) -> Callable[[Model], tuple[bool, int, str, Decimal]]:
+    """What says where a model stands among those that may serve: equals stand at the same."""
     ask = estimates.ask
     first = preferred(ask, registry)
 
@@ -381,10 +371,9 @@ def _ranked(
         price = _ANY
         if estimate is not None and estimates.rules.cost_aware:
             price = estimates.compared(model, estimate)
-        return (model not in first, registry.provider_of(model).priority, unsure(ask, model), price)
+        return model not in first, registry.provider_of(model).priority, unsure(ask, model), price
 
-    for _, equals in groupby(sorted(able, key=rank), key=rank):
-        yield [*equals]
+    return rank
 
 
 def _behind(model: Model, asked: Sequence[Model], rules: Rules) -> str:
