@@ -148,36 +148,34 @@ class Remembering:
             if not events:
                 choices = reply.body.get("choices")
                 texts.append(reply.text[:TEXT_BYTES] or (answer_in(choices[0]["message"]) if choices else ""))
-            memo = Memo(
-                id=run_id,
-                kind="chat",
-                at=self._wall(),
-                provider_id=reply.provider_id,
-                model_id=reply.model_id,
-                collection=self._collection,
-                key=request.key,
-                tags=tuple(sorted(request.tags)),
-                texts=tuple(texts),
-                said=events,
-            )
-            await self._take(self._chats.outbox, memo)
+            await self._take(self._chats.outbox, self._memo(run_id, request, reply, tuple(texts), events))
 
     async def vectors(self, run_id: str, request: EmbedRequest, embedded: RawEmbedded) -> None:
         """Take texts and their vectors. Never raises but when cancelled."""
         with self._sparing_the_answer():
-            memo = Memo(
-                id=run_id,
-                kind="embedding",
-                at=self._wall(),
-                provider_id=embedded.provider_id,
-                model_id=embedded.model_id,
-                collection=self._collection,
-                key=request.key,
-                tags=tuple(sorted(request.tags)),
-                texts=request.texts,
-                said=embedded.raw,
-            )
+            memo = self._memo(run_id, request, embedded, request.texts, embedded.raw)
             await self._take(self._vectors.outbox, memo)
+
+    def _memo(
+        self,
+        run_id: str,
+        request: ChatRequest | EmbedRequest,
+        by: Reply | RawEmbedded,
+        texts: tuple[str, ...],
+        said: bytes,
+    ) -> Memo:
+        return Memo(
+            id=run_id,
+            kind="chat" if isinstance(request, ChatRequest) else "embedding",
+            at=self._wall(),
+            provider_id=by.provider_id,
+            model_id=by.model_id,
+            collection=self._collection,
+            key=request.key,
+            tags=tuple(sorted(request.tags)),
+            texts=texts,
+            said=said,
+        )
 
     async def _take(self, outbox: Outbox, memo: Memo) -> None:
         item = encode(memo)
