@@ -30,13 +30,14 @@ def open_sink() -> Sink | None:
     api_url = settings.api.url
     named = settings.server.database.connection_url
     url = named.get_secret_value() if named is not None else ""
+    own = settings.home / "prefect.db"
     if not api_url:
-        # Prefect names the one in its home where nobody names another, which says nothing of a server.
-        if not url or (_file_of(url) == settings.home / "prefect.db" and not (settings.home / "prefect.db").is_file()):
+        # Prefect names its own where nobody names another, which says nothing of a server.
+        if not url or (_file_of(url) == own and not own.is_file()):
             return None
         return _database_sink(url, None)
     if not url and is_loopback(urlsplit(api_url).hostname or ""):
-        url = f"sqlite:///{settings.home / 'prefect.db'}"
+        url = f"sqlite:///{own}"
     api = ApiSink()
     try:
         database = _database_sink(url, api) if url else None
