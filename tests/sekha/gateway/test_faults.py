@@ -239,8 +239,8 @@ async def test_a_fallback_keeps_the_limits_of_whom_it_falls_back_to(gateway: Ope
 
     by_status = {status: [each for each in answers if each.status_code == status] for status in (200, 503)}
     assert (len(by_status[200]), len(by_status[503]), len(two.requests)) == (3, 9, 3)
-    # As long as the first of the three counts.
-    assert all(50 < float(each.headers["retry-after"]) <= 62 for each in by_status[503])
+    # The one that failed may be well at once, whoever else is full for a minute.
+    assert not any("retry-after" in each.headers for each in by_status[503])
 
 
 async def test_a_retry_keeps_the_limits_too(gateway: Opens) -> None:
