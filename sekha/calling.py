@@ -19,6 +19,9 @@ __all__ = ["Answered", "Attempt", "Clock", "Gate", "Retries", "Waits", "call_in_
 T = TypeVar("T")
 log = logging.getLogger("sekha.calling")
 
+_LEAST_SECONDS = 1.0
+"""A call with less time than this, or than a tenth of all there was, is not begun: it would be paid for and cut off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Clock:
@@ -124,8 +127,9 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     `call` makes one attempt with the seconds that it may take. A failed candidate waits until every
     other had its turn, and as long as its `Retry-After` says; one whose error is not `retryable` is
     not asked again; an error that does not `falls_back` ends it at once, since no other provider
-    would make the request right. Raises the last `ProviderError` of a candidate that may yet
-    succeed, else the last of those that were asked, else the last of all, with every attempt in its `attempts`.
+    would make the request right. With no time left for another call it raises, with every attempt in `attempts`,
+    the last `ProviderError` of a candidate whose last one is `retryable`; else `RateLimited` for whoever was kept
+    back, is due first and was not asked since; else the last of those that could be asked, else the last of all.
 
     A 429 that says how long to wait is noted in `pauses`, and a candidate that is paused has its turn
     when the pause is over, whichever request was told of it.
@@ -143,6 +147,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     """
     now = clock.now
     ends_at = (now() if began_at is None else began_at) + deadline_seconds
+    begins_until = ends_at - min(_LEAST_SECONDS, deadline_seconds / 10)
     failed: _Failed | None = None
     try:
         for turn in count():
@@ -154,8 +159,10 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                     failed.give_up(name)
                     continue
                 if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
-                    failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
-                    failed.pause(candidate.model, seconds)
+                    failed = failed or _Failed(
+                        retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
+                    )
+                    failed.put_off(candidate.model, seconds, "so it said to a request before this one")
                     continue
                 if failed is not None and limits is not None and (seconds := limits(candidate)):
                     failed.put_off(candidate.model, seconds, "its `limits:` are reached")
@@ -172,7 +179,9 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                 try:
                     answer = await call(candidate, ends_at - began)
                 except ProviderError as error:
-                    failed = failed or _Failed(retries, clock, circuits, pauses, ends_at)
+                    failed = failed or _Failed(
+                        retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
+                    )
                     failed.note(candidate.model, error, now() - began, probe)
                     if not error.falls_back:
                         raise
@@ -189,7 +198,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                     return Answered(
                         answer, candidate, (attempt,) if failed is None else (*failed.attempts, attempt), probe
                     )
-            if failed is None:
+            if failed is None or not failed.knows_of_any:
                 break
             await failed.wait(turn)
     finally:
@@ -202,15 +211,27 @@ class _Failed:
     """The calls of a request that failed so far: which error to end with, and who may be asked again and when."""
 
     def __init__(
-        self, retries: Retries, clock: Clock, circuits: Gate | None, pauses: Waits | None, ends_at: float
+        self,
+        retries: Retries,
+        clock: Clock,
+        circuits: Gate | None,
+        pauses: Waits | None,
+        *,
+        begins_until: float,
+        ends_at: float,
     ) -> None:
         self.attempts: tuple[Attempt, ...] = ()
         self._retries = retries
         self._clock = clock
         self._circuits = circuits
         self._pauses = pauses
+        self._begins_until = begins_until
+        """No call is begun from then on."""
         self._ends_at = ends_at
-        self._error: ProviderError | None = None
+        self._errors: dict[str, ProviderError] = {}
+        """How the last call to each ended, the latest last."""
+        self._kept_back: dict[str, tuple[Model, str]] = {}
+        """Who is not asked yet since it has no room, and why."""
         self._awake = -math.inf
         self._due: dict[str, float] = {}
         """When each may be asked again."""
@@ -227,28 +248,24 @@ class _Failed:
                 circuits.give_back(name, probe)
         if self._pauses is not None and isinstance(error, RateLimited) and error.retry_after_seconds:
             self._pauses.note(name, error.retry_after_seconds)
-        self.attempts = (*self.attempts, _attempt(model, seconds, error))
-        worst = self._error
-        if worst is None or isinstance(worst, FieldUnsupported) or _tells_more(error, worst):
-            worst = self._error = error
-        worst.attempts = self.attempts
+        error.attempts = self.attempts = (*self.attempts, _attempt(model, seconds, error))
+        self._kept_back.pop(name, None)
+        self._errors.pop(name, None)
+        self._errors[name] = error
         tried = self._tried[name] = self._tried.get(name, 0) + 1
         again = error.retryable and tried < self._retries.rounds and (circuits is None or circuits.admit(name))
         self._due[name] = self._clock.now() + (error.retry_after_seconds or 0.0) if again else math.inf
 
-    def pause(self, model: Model, seconds: float) -> None:
-        """Put off one whose provider told another request how long to wait."""
-        self.put_off(model, seconds, "so it said to a request before this one")
-
-    def put_off(self, model: Model, seconds: float, said: str) -> None:
+    def put_off(self, model: Model, seconds: float, why: str) -> None:
         """Have this one wait for so long for its turn."""
         self._due[model.name] = self._clock.now() + seconds
-        # Who cannot be asked at all is no reason to stop where somebody else can, later.
-        if self._error is None or (isinstance(self._error, FieldUnsupported) and seconds < math.inf):
-            self._error = RateLimited(
-                said, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds
-            )
-            self._error.attempts = self.attempts
+        if seconds < math.inf:
+            self._kept_back[model.name] = model, why
+
+    @property
+    def knows_of_any(self) -> bool:
+        """Whether anybody was asked or may yet be."""
+        return bool(self._errors or self._kept_back)
 
     def lets_ask(self, name: str) -> bool:
         """Whether it is this one's turn. Raises the error to end with when the time is over."""
@@ -258,7 +275,8 @@ class _Failed:
         return True
 
     def give_up(self, name: str) -> None:
-        """Ask this one no more, if it was asked."""
+        """Ask this one no more, if it was asked or was to be."""
+        self._kept_back.pop(name, None)
         if name in self._due:
             self._due[name] = math.inf
 
@@ -267,42 +285,53 @@ class _Failed:
         longest = min(self._retries.base_wait_seconds * 2**turn, self._retries.longest_wait_seconds)
         now = self._clock.now()
         soonest = max(now, min(self._due.values()))
-        if soonest < self._ends_at:
+        if soonest < self._begins_until:
             # As long as was asked for, and then not all at once.
-            longest = min(longest, self._ends_at - soonest)
+            longest = min(longest, self._begins_until - soonest)
         self._awake = soonest + longest * self._clock.random()
-        if self._ends_at <= soonest < math.inf:
-            self._say_when(soonest, now)
         self._unless_over(self._awake)
         names = ", ".join(name for name, at in self._due.items() if at <= self._awake)
         log.info("waiting %.2f s before asking again: %s", self._awake - now, names)
         await self._clock.sleep(self._awake - now)
 
-    def _say_when(self, soonest: float, now: float) -> None:
-        """Who failed may not have said how long to wait, where it is known of who was put off."""
-        error = self._error
-        if error is None or error.retry_after_seconds is not None:
-            return
-        # Whoever may be asked again at once is not to wait for another.
-        if not error.retryable or self._due.get(f"{error.provider_id}/{error.model_id}") == soonest:
-            error.retry_after_seconds = soonest - now
-
     def _unless_over(self, at: float) -> None:
-        if self._error is not None and at >= self._ends_at:
+        if at >= self._begins_until:
             try:
-                raise self._error
+                raise self._to_end_with()
             finally:
                 # Its traceback keeps this frame now.
-                self._error = None
+                self._errors.clear()
+
+    def _to_end_with(self) -> ProviderError:
+        now = self._clock.now()
+        if hopeful := [name for name, error in self._errors.items() if error.retryable]:
+            error = self._errors[hopeful[-1]]
+            self._say_when(error, self._due[hopeful[-1]] - now, min(self._due.values()) - now)
+        elif self._kept_back:
+            first = min(self._kept_back, key=self._due.__getitem__)
+            model, why = self._kept_back[first]
+            seconds = max(self._due[first] - now, 0.0)
+            error = RateLimited(why, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds)
+        else:
+            # Who could not be asked at all says nothing of those who were and failed.
+            asked = [error for error in self._errors.values() if not isinstance(error, FieldUnsupported)]
+            error = asked[-1] if asked else list(self._errors.values())[-1]
+        error.attempts = self.attempts
+        return error
+
+    def _say_when(self, error: ProviderError, its_own: float, soonest: float) -> None:
+        """Say how long to wait, where the one that failed has to be waited for, and no longer than for another."""
+        if soonest <= 0 or soonest == math.inf:
+            return
+        if error.retry_after_seconds is not None:
+            error.retry_after_seconds = min(error.retry_after_seconds, soonest)
+        # Whoever may be asked again at once is not to wait for another.
+        elif its_own == soonest:
+            error.retry_after_seconds = soonest
 
     def _cut_short(self, error: ProviderError) -> bool:
         """Whether it ran out of the little time that those before it had left, which says nothing about it."""
         return isinstance(error, ProviderTimeout) and bool(self.attempts) and self._clock.now() >= self._ends_at
-
-
-def _tells_more(error: ProviderError, worst: ProviderError) -> bool:
-    # Who was not asked says nothing of those who were and failed.
-    return not isinstance(error, FieldUnsupported) and (error.retryable or not worst.retryable or not error.falls_back)
 
 
 def _nobody(candidates: Sequence[Candidate], circuits: Gate | None) -> Exception:

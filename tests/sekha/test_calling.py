@@ -26,6 +26,7 @@ from sekha.errors import (
     RateLimited,
     StreamBroken,
 )
+from sekha.pauses import Pauses
 from sekha.pricing import Estimate
 from sekha.registry import Model
 from sekha.routing import Candidate
@@ -52,6 +53,7 @@ class Script:
         self.allowed: list[float] = []
         self.circuits: Circuits | None = None
         self.limits: Callable[[Candidate], float] | None = None
+        self.pauses: Pauses | None = None
 
     async def call(self, candidate: Candidate, seconds: float) -> str:
         name = candidate.model.provider_id
@@ -71,6 +73,7 @@ class Script:
             deadline_seconds=deadline,
             circuits=self.circuits,
             limits=self.limits,
+            pauses=self.pauses,
             whole=whole,
         )
 
@@ -202,7 +205,7 @@ async def test_those_who_were_told_the_same_do_not_come_back_at_once_and_none_to
 ) -> None:
     script = Script(FakeTime(random=chance), a=[limited("a", 7)])
 
-    await script.run("a", deadline=7.5)
+    await script.run("a", deadline=7.5 / 0.9)
 
     assert script.asked[1] == ("a", pytest.approx(at))
 
@@ -245,10 +248,12 @@ async def test_who_has_no_room_in_time_is_not_waited_for_and_the_error_says_how_
     script = Script(time, a=[ProviderAuthFailed(provider_id="a")])
     script.limits = lambda _: wait
 
-    with pytest.raises(ProviderAuthFailed) as caught:
+    with pytest.raises(ProviderError) as caught:
         await script.run("ab", deadline=20)
 
     assert (script.order, time.slept, caught.value.retry_after_seconds) == ("a", [], retry_after)
+    assert isinstance(caught.value, ProviderAuthFailed if retry_after is None else RateLimited)
+    assert [attempt.error for attempt in caught.value.attempts] == ["provider_auth_failed"]
 
 
 async def test_attempts_share_one_deadline() -> None:
@@ -548,7 +553,7 @@ def test_whatever_fails_the_rules_hold(
     if guarded:
         assert noted == [(f"{attempt.provider_id}/m", attempt.error) for attempt in attempts]
     assert max(at for _, at in script.asked) <= deadline
-    assert min(script.allowed) > 0
+    assert min(script.allowed) >= min(1.0, deadline / 10) - 1e-9
     for name in names:
         turns = [at for asked, at in script.asked if asked == name]
         assert len(turns) <= rounds
@@ -578,3 +583,66 @@ async def test_who_may_be_asked_again_at_once_says_no_wait_of_anothers() -> None
         await script.run("ab")
 
     assert caught.value.retry_after_seconds is None
+
+
+@pytest.mark.parametrize("fails", [ProviderAuthFailed, FieldUnsupported])
+async def test_who_was_kept_back_and_then_failed_for_good_is_the_one_to_hear_of(fails: type[ProviderError]) -> None:
+    time = FakeTime()
+    script = Script(time, a=[FieldUnsupported(provider_id="a")], b=[fails(provider_id="b")])
+    script.limits = lambda _: max(1007.0 - time.seconds, 0.0)
+
+    with pytest.raises(fails) as caught:
+        await script.run("ab")
+
+    assert caught.value.provider_id == "b"
+    assert [attempt.provider_id for attempt in caught.value.attempts] == ["a", "b"]
+
+
+async def test_how_a_candidate_failed_last_is_what_counts() -> None:
+    script = Script(FakeTime(), a=[down("a"), ProviderAuthFailed(provider_id="a")])
+
+    with pytest.raises(ProviderAuthFailed):
+        await script.run("a")
+
+    assert script.order == "aa"
+
+
+@pytest.mark.parametrize(("deadline", "seconds_each"), [(60.0, 59.5), (6.0, 5.5)])
+async def test_a_call_that_would_be_cut_off_at_once_is_not_begun(deadline: float, seconds_each: float) -> None:
+    script = Script(FakeTime(), a=[down("a")] * 3)
+    script.seconds_each = seconds_each
+
+    with pytest.raises(ProviderUnavailable):
+        await script.run("ab", deadline=deadline)
+
+    assert script.order == "a"
+
+
+async def test_a_wait_that_is_told_is_what_is_left_of_the_shortest() -> None:
+    script = Script(FakeTime(), a=[limited("a", 90)])
+    script.seconds_each = 5
+    script.limits = lambda candidate: 80.0 if candidate.model.provider_id == "b" else 0.0
+
+    with pytest.raises(RateLimited) as caught:
+        await script.run("ab")
+
+    assert caught.value.provider_id == "a"
+    assert caught.value.retry_after_seconds == 80.0
+
+
+async def test_a_circuit_that_opens_while_its_candidate_is_paused_is_what_is_told() -> None:
+    script = Guarded(FakeTime())
+    script.pauses = Pauses(clock=lambda: script.time.seconds)
+    script.pauses.note("a/m", 5.0)
+    sleep = script.time.sleep
+
+    async def others_fail_meanwhile(seconds: float) -> None:
+        await sleep(seconds)
+        script.open("a")
+
+    script.time.sleep = others_fail_meanwhile  # type: ignore[method-assign]
+
+    with pytest.raises(CircuitOpen):
+        await script.run("a")
+
+    assert script.order == ""
