@@ -133,18 +133,27 @@ async def streamed_in(events: bytes) -> str:
     """What a streamed answer says in its first choice, read in turns with whatever else is to be done."""
     texts: list[str] = []
     calls: dict[str, _Called] = {}
-    start = 0
+    start, latest = 0, ""
     while start < len(events):
         end = events.find(b"\n\n", start + EVENTS_AT_ONCE) + 2
         block = events[start:end] if end > 1 else events[start:]
         for delta in _deltas(block):
             texts.append(_text_of(delta.get("content")) or _text_of(delta.get("refusal")))
             for call in _mappings(delta.get("tool_calls")):
+                latest = _which(call, latest)
                 if isinstance(tool := _tool_of(call), Mapping):
-                    calls.setdefault(str(call.get("index")), _Called()).add(tool)
+                    calls.setdefault(latest, _Called()).add(tool)
         start += len(block)
         await asyncio.sleep(0)
     return _with_calls("".join(texts), [str(called) for called in calls.values()])
+
+
+def _which(call: Mapping[str, Any], latest: str) -> str:
+    """What tells a call from its neighbours: its index, else its id; a piece that has neither is of the latest."""
+    # An index goes first, since there are providers whose every piece has an id of its own.
+    if (index := call.get("index")) is not None:
+        return f"index {index}"
+    return f"id {named}" if (named := call.get("id")) else latest
 
 
 @dataclass(slots=True)

@@ -353,6 +353,28 @@ async def test_a_name_that_every_piece_of_a_call_repeats_is_kept_once() -> None:
     assert await streamed_in(calling(*pieces)) == 'f({"a":1})'
 
 
+async def test_calls_without_an_index_are_told_apart_by_their_ids() -> None:
+    def piece(given: str, name: str | None = None, **of: str) -> dict[str, Any]:
+        return {**of, "function": {"name": name, "arguments": given}}
+
+    pieces = [
+        [piece('{"a":', "f", id="1"), piece("{", "f", id="2")],
+        [piece("1", id="1")],
+        [piece("}", id="1"), piece("}", id="2")],
+        [piece("{", "g", id="3")],
+        [piece("", id="")],
+        [piece("}")],
+    ]
+
+    assert await streamed_in(calling(*pieces)) == 'f({"a":1})\nf({})\ng({})'
+
+
+async def test_a_call_whose_every_piece_has_another_id_is_one_by_its_index() -> None:
+    pieces = [[{"index": 0, "id": given, "function": {"name": "f", "arguments": given}}] for given in ("{", "}")]
+
+    assert await streamed_in(calling(*pieces)) == "f({})"
+
+
 async def test_while_the_store_is_down_nobody_is_asked(tmp_path: Path, embedder: Embedder) -> None:
     file = tmp_path / "sekha.yaml"
     file.write_text(CONFIG)
