@@ -111,6 +111,7 @@ _STANDS_FOR: Mapping[str, int] = {
     "content_filter": 400,
     "content_policy_violation": 400,
     "context_length_exceeded": 400,
+    "data_inspection_failed": 400,
     "invalid_prompt": 400,
     "invalid_request": 400,
     "invalid_request_error": 400,
@@ -141,7 +142,9 @@ _STANDS_FOR: Mapping[str, int] = {
     "service_unavailable_error": 503,
     "timeout_error": 504,
 }
-"""Codes and types of errors, in lower case, as OpenAI, Anthropic, Azure and those who speak like them name them."""
+"""Codes and types of errors as OpenAI, Anthropic, Azure, Alibaba and those who speak like them name them."""
+_BY_NAME = {name.replace("_", ""): status for name, status in _STANDS_FOR.items()}
+"""The same without underscores, since some write `BadRequestError` where others write `bad_request_error`."""
 # What only the words tell. Providers use one status for many causes, and LiteLLM knows some of the words.
 _OUT_OF_MONEY: Mapping[int, tuple[str, ...]] = {
     400: ("credit balance is too low",),  # Anthropic
@@ -158,6 +161,8 @@ _CONTENT = (
     "requires moderation",
     "was flagged",
     "responsible ai policy",
+    "data_inspection_failed",
+    "datainspectionfailed",
 )
 _CONTEXT = (
     "context_length",
@@ -313,7 +318,8 @@ def stands_for(error: object) -> int | None:
     for named in (error.get("code"), error.get("type")):
         status: object = named
         if isinstance(named, str):
-            status = int(named) if re.fullmatch(r"[45]\d\d", named, re.ASCII) else _STANDS_FOR.get(named.lower())
+            said = re.fullmatch(r"[45]\d\d", named, re.ASCII)
+            status = int(named) if said else _BY_NAME.get(named.lower().replace("_", ""))
         if isinstance(status, int) and 400 <= status < 600:
             return status
     return None
