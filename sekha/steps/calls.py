@@ -398,11 +398,22 @@ class Calls:
         return answered
 
     async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: Losses, dimensions: int | None) -> Embedded:
-        async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
+        counted: dict[str, int] = {}
+
+        async def tokens(model: Model) -> int:
             """Of these texts alone, since the plan's estimate is for all that are embedded under it."""
-            total, _ = await count_embedding(texts, candidate.model.id)
-            usage = Usage(input_tokens=total, counted=True)
+            if model.id not in counted:
+                counted[model.id], _ = await count_embedding(texts, model.id)
+            return counted[model.id]
+
+        async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
+            usage = Usage(input_tokens=await tokens(candidate.model), counted=True)
             return usage, cost_of(usage, candidate.model)
+
+        if self._open.rates:
+            asked = [(each, await tokens(each.model)) for each in chosen.candidates]
+            own = [each._replace(estimate=each.estimate._replace(input_tokens=count)) for each, count in asked]
+            chosen = replace(chosen, candidates=tuple(own))
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[Embeddings]:
             model = candidate.model
@@ -417,9 +428,8 @@ class Calls:
         model, embeddings = answered.candidate.model, answered.value
         usage, expected = embeddings.usage, Decimal(0)
         if usage is None or not (model.price and model.price.is_free):
-            total, _ = await to_the_end(count_embedding(texts, model.id))
-            counted = Usage(input_tokens=total, counted=True)
-            usage, expected = usage or counted, cost_of(counted, model)
+            estimated = Usage(input_tokens=await to_the_end(tokens(model)), counted=True)
+            usage, expected = usage or estimated, cost_of(estimated, model)
         return Embedded(
             vectors=embeddings.vectors,
             provider_id=model.provider_id,

@@ -16,6 +16,12 @@ from tests.fixtures.pipeline import TWO_PROVIDERS, Opens
 MANY = [f"text {number}" for number in range(2 * TEXTS_PER_CALL["openai"] + 1)]
 
 
+def limited_to(tokens: int) -> str:
+    """The first provider lets so many tokens pass in a minute. All of `MANY` are 3,100."""
+    priority = "    priority: 1\n"
+    return TWO_PROVIDERS.replace(priority, f"{priority}    limits: {{tokens_per_minute: {tokens}}}\n")
+
+
 def down(name: str) -> ProviderUnavailable:
     return ProviderUnavailable(provider_id=name)
 
@@ -47,6 +53,36 @@ async def test_each_call_is_estimated_for_its_own_texts(pipeline: Opens) -> None
 
         (line,) = await (await opened.runtime.resources.ledger()).report("provider")
         assert line.estimated == embedded.estimated_cost == plan.first.estimate.expected
+
+
+async def test_each_call_counts_its_own_texts_against_the_limits_of_its_provider(pipeline: Opens) -> None:
+    async with pipeline(limited_to(5000)) as opened:
+        first, under_way, over = opened.actors["first"], asyncio.Semaphore(0), asyncio.Event()
+
+        async def wait() -> None:
+            under_way.release()
+            await over.wait()
+
+        first.acts = [wait, wait, wait]
+        many = asyncio.create_task(opened.runtime.embed(MANY))
+        for _ in range(3):
+            await under_way.acquire()
+        plan = await opened.runtime.route(EmbedRequest(texts=("one",)))
+        over.set()
+        await many
+
+        assert plan.first.model.provider_id == "first"
+
+
+async def test_a_call_that_failed_needs_room_for_its_own_texts_alone(pipeline: Opens) -> None:
+    async with pipeline(limited_to(5000)) as opened:
+        opened.actors["first"].acts = [down("first")]
+        opened.actors["second"].acts = [down("second")] * 3
+
+        embedded = await opened.runtime.embed(MANY)
+
+        assert embedded.provider_id == "first"
+        assert opened.time.seconds - 1000 < 60
 
 
 async def test_what_was_embedded_before_a_failure_is_paid_for(pipeline: Opens) -> None:
