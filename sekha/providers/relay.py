@@ -880,7 +880,7 @@ def _vector(embedding: object) -> Vector:
 
 
 def _without_vectors(raw: bytes) -> tuple[bytes, list[int]]:
-    """The body with every vector that is written out as numbers emptied, and how many numbers each had.
+    """The body with every vector that is written out emptied, and how many numbers each had, 0 for what is none.
 
     Reading them all would cost more than everything else that is done for a request.
     """
@@ -898,7 +898,10 @@ def _without_vectors(raw: bytes) -> tuple[bytes, list[int]]:
         if closes < 0:
             break
         numbers = np.frombuffer(raw, np.uint8, closes - opens, opens)
-        lengths.append(int(np.count_nonzero(numbers == _COMMA)) + 1 if raw[opens:closes].strip() else 0)
+        # A `null`, a `NaN` or an `Infinity` makes it no list of numbers, and no number has an n.
+        worded = raw.find(b"n", opens, closes) >= 0 or raw.find(b"N", opens, closes) >= 0
+        empty = worded or not raw[opens:closes].strip()
+        lengths.append(0 if empty else int(np.count_nonzero(numbers == _COMMA)) + 1)
         parts.append(raw[start:opens])
         start = at = closes
     return b"".join([*parts, raw[start:]]), lengths

@@ -8,6 +8,7 @@ import gc
 import gzip
 import json
 import logging
+import math
 import random
 import re
 import socket
@@ -1284,6 +1285,7 @@ EMBEDDINGS: dict[str, tuple[bytes, int, list[Answer | None], Way]] = {
     "in chunks": (texts(), 200, [chunked(vectors(ROW).partition(b"\r\n\r\n")[2])], "short"),
     "another length than was asked for": (texts(dimensions=4), 502, [vectors(ROW)], "handed over"),
     "too few": (texts(["a", "b"]), 502, [vectors(ROW)] * 3, "handed over"),
+    "no number among the numbers": (texts(), 502, [vectors([*ROW[:7], math.nan])] * 3, "handed over"),
     "a page": (texts(), 502, [with_length(b"<html>", "Content-Type: text/html")] * 3, "handed over"),
     "an error inside": (texts(), 502, [vectors(ROW, error={"message": "no"})] * 3, "handed over"),
     "500": (texts(), 503, [refusal(500)] * 3, "handed over"),

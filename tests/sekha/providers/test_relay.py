@@ -990,6 +990,18 @@ async def test_vectors_that_are_not_what_was_asked_for_break_the_protocol(answer
             await provider.embed(embedder(None), ["a", "b"], timeout_seconds=PATIENCE)
 
 
+@pytest.mark.parametrize("said", ["NaN", "nan", "null", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("usage", ["", ',"usage":{"prompt_tokens":5,"total_tokens":5}'])
+async def test_what_is_no_number_breaks_the_protocol_both_ways(said: str, usage: str) -> None:
+    answer = f'{{"data":[{{"index":0,"embedding":[1,2,3]}},{{"index":1,"embedding":[1,{said},3]}}]{usage}}}'
+
+    async with relay_to(with_length(answer.encode())) as (provider, _):
+        with pytest.raises(BadReply):
+            await provider.embed_raw(embedder(), {"input": ["a", "b"]}, timeout_seconds=PATIENCE)
+        with pytest.raises(BadReply):
+            await provider.embed(embedder(), ["a", "b"], timeout_seconds=PATIENCE)
+
+
 async def test_numbers_written_out_are_read_where_a_provider_knows_no_base64() -> None:
     async with relay_to(vectors([1.5, 2, 3], [4, 5, 6])) as (provider, upstream):
         embedded = await provider.embed(embedder(), ["a", "b"], timeout_seconds=PATIENCE)
