@@ -62,6 +62,7 @@ __all__ = [
     "considered",
     "explain",
     "plan",
+    "put_by",
 ]
 
 ANYTIME = Conditions()
@@ -88,6 +89,8 @@ class Plan:
     ask: Ask
     candidates: tuple[Candidate, ...]
     """One to `SHORTLIST`; each later one is asked when those before it failed."""
+    estimates: Estimates | None = field(default=None, repr=False, compare=False)
+    """What it was made from; None where it was made for one candidate that was known before."""
 
     @property
     def first(self) -> Candidate:
@@ -166,7 +169,17 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     if not kept:
         awake = conditions._replace(paused={})
         raise _refusal([*_dropped(lined_up, estimates, awake)], estimates, registry, awake)
-    return Plan(ask=estimates.ask, candidates=_candidates(lined_up.entrants, kept, estimates.rules.cost_aware))
+    candidates = _candidates(lined_up.entrants, kept, estimates.rules.cost_aware)
+    return Plan(ask=estimates.ask, candidates=candidates, estimates=estimates)
+
+
+def put_by(made: Plan, registry: Registry, conditions: Conditions) -> list[Model]:
+    """Who is not in a plan, and whom nothing keeps from serving but what passes: a circuit, limits or a pause."""
+    if made.estimates is None:
+        return []
+    asked = {candidate.model.name for candidate in made.candidates}
+    dropped = _dropped(line_up(made.ask, registry), made.estimates, conditions)
+    return [model for model, rule, _ in dropped if rule in ("circuit", "rate") and model.name not in asked]
 
 
 def explain(estimates: Estimates, registry: Registry, conditions: Conditions = ANYTIME) -> Explanation:

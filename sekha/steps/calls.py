@@ -30,6 +30,7 @@ from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.losses import Losses
 from sekha.steps.money import check_worst_case, cost_of, spend_of
+from sekha.steps.waits import unless_others_may
 from sekha.vectors.base import Vector
 
 if TYPE_CHECKING:
@@ -375,19 +376,23 @@ class Calls:
             # By what goes in, as the plan asked for those that come first.
             return rates.wait(candidate.model.provider_id, candidate.estimate.input_tokens)
 
-        answered = await call_in_turn(
-            chosen.candidates,
-            counted if rates else once,
-            retries=self._open.retries,
-            clock=self._open.clock,
-            deadline_seconds=self._open.patience_seconds(chosen),
-            circuits=self._open.circuits,
-            pauses=self._open.pauses,
-            limits=room if rates else None,
-            affords=affords,
-            whole=whole,
-            began_at=None if sent is None else sent.at,
-        )
+        try:
+            answered = await call_in_turn(
+                chosen.candidates,
+                counted if rates else once,
+                retries=self._open.retries,
+                clock=self._open.clock,
+                deadline_seconds=self._open.patience_seconds(chosen),
+                circuits=self._open.circuits,
+                pauses=self._open.pauses,
+                limits=room if rates else None,
+                affords=affords,
+                whole=whole,
+                began_at=None if sent is None else sent.at,
+            )
+        except FieldUnsupported as error:
+            unless_others_may(self._open, chosen, error)
+            raise
         answer, candidate, attempts, _ = answered
         model = candidate.model
         self._open.latencies.observe(model.name, attempts[-1].seconds)

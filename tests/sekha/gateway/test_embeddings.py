@@ -8,6 +8,9 @@ import openai
 import orjson
 import pytest
 
+from sekha.breaker import BreakerRules
+from sekha.circuits import Circuits
+from sekha.errors import ProviderUnavailable
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, config_for
 from tests.fixtures.upstream import Upstream, with_length
@@ -88,6 +91,57 @@ async def test_what_another_protocol_cannot_heed_is_refused_before_anybody_is_as
     assert (refused.status_code, error["code"], error["param"]) == (400, "field_unsupported", next(iter(field)))
     assert (sent, spent) == ([], 0)
     assert fits.status_code == 200
+
+
+def two_protocols(standin: StandIn, *, first: str = "openai", limits: str = "{}") -> str:
+    """One model at a provider that goes first, and at an Ollama, whose protocol has no `dimensions`."""
+    model = "{model_id: vectors, task: embedding, dimension: 8, same_as: openai/vectors, price: {input_per_million: 1}}"
+    url = {"openai": standin.openai_url, "ollama": standin.ollama_url}
+    return f"""
+providers:
+  - {{id: first, provider_type: {first}, base_url: '{url[first]}', priority: 1, limits: {limits}, models: [{model}]}}
+  - {{id: second, provider_type: ollama, base_url: '{standin.ollama_url}', priority: 2, models: [{model}]}}
+"""
+
+
+async def test_whoever_is_full_is_waited_for_where_the_others_protocol_lacks_a_field(gateway: Opens) -> None:
+    async with (
+        StandIn(dimension=8) as standin,
+        gateway(config=two_protocols(standin, limits="{requests_per_minute: 1}")) as served,
+    ):
+        asked = {"model": "vectors", "input": "one", "dimensions": 4}
+        first, later = [await served.http.post("/v1/embeddings", json=asked) for _ in range(2)]
+
+    assert (first.status_code, later.status_code, later.json()["error"]["code"]) == (200, 429, "rate_limited")
+    assert 1 <= int(later.headers["retry-after"]) <= 61
+    assert later.headers["x-should-retry"] == "true"
+    assert [attempt["error"] for attempt in later.json()["error"]["attempts"]] == ["field_unsupported"]
+
+
+async def test_whose_circuit_is_open_is_waited_for_where_the_others_protocol_lacks_a_field(gateway: Opens) -> None:
+    circuits = Circuits(BreakerRules(failure_threshold=1, timeout_seconds=30))
+    async with StandIn(dimension=8) as standin, gateway(config=two_protocols(standin), circuits=circuits) as served:
+        standin.fail(500)
+        asked = {"model": "vectors", "input": "one", "dimensions": 4}
+        first, later = [await served.http.post("/v1/embeddings", json=asked) for _ in range(2)]
+
+    assert (first.status_code, later.status_code, later.json()["error"]["code"]) == (503, 503, "circuit_open")
+    assert 1 <= int(later.headers["retry-after"]) <= 30
+
+
+@pytest.mark.parametrize("full", [{"first": "ollama"}, {"limits": "{tokens_per_minute: 1}"}], ids=["protocol", "ever"])
+async def test_nobody_is_waited_for_who_could_not_serve_it_later_either(gateway: Opens, full: dict[str, str]) -> None:
+    circuits = Circuits(BreakerRules(failure_threshold=1, timeout_seconds=30))
+    if "first" in full:
+        circuits.note("first/vectors", ProviderUnavailable(provider_id="first"))
+    async with (
+        StandIn(dimension=8) as standin,
+        gateway(config=two_protocols(standin, **full), circuits=circuits) as served,
+    ):
+        asked = {"model": "vectors", "input": "one or two", "dimensions": 4}
+        refused = await served.http.post("/v1/embeddings", json=asked)
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "field_unsupported")
 
 
 async def test_very_many_texts_are_shortened_by_who_can(gateway: Opens) -> None:
