@@ -15,7 +15,7 @@ from sekha.gateway.finished import UnderWay
 from sekha.gateway.problems import Headers, money, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
 from sekha.gateway.weighing import weighed_chat
-from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, sekha_note
+from sekha.gateway.wire import ChatAsked, answer_headers, chat_asked, chat_reply, sekha_note, shows
 from sekha.pricing import Usage
 from sekha.providers.base import openai_usage
 from sekha.providers.events import bodies
@@ -150,14 +150,14 @@ def end_of(note: Mapping[str, object]) -> bytes:
 
 
 def end_with_usage(held: bytes, note: Mapping[str, object], model_id: str, run_id: str, *, usage: Usage) -> bytes:
-    """The same with the usage, in the event that was `held` back for it: what that says stands unless we counted.
+    """The same with the usage, in the event that was `held` back for it: what that says stands if it was charged.
 
     Who asked for usage expects it in a chunk, the last; others might stumble over one without choices.
     """
     last = next(bodies(held), None)
     before = b"" if last else held
     last = last or _usage_chunk(model_id, run_id)
-    if usage.counted or not last.get("usage"):
+    if not shows(last.get("usage"), usage):
         last["usage"] = openai_usage(usage)
     return before + b"data: " + orjson.dumps(last | {"sekha": note}) + b"\n\ndata: [DONE]\n\n"
 

@@ -17,6 +17,7 @@ from sekha.gateway.fields import dollars, flag, name_in, object_in, whole
 from sekha.gateway.problems import Headers, money
 from sekha.keys import EVERYBODY, Pass
 from sekha.messages import kind_of
+from sekha.pricing import Usage
 from sekha.providers.base import openai_usage
 from sekha.registry import TASKS, Task
 from sekha.tokens import decoded
@@ -33,6 +34,7 @@ __all__ = [
     "embed_reply",
     "embed_request",
     "sekha_note",
+    "shows",
     "tags_of",
     "with_note",
 ]
@@ -146,14 +148,25 @@ def embed_request(given: Mapping[str, Any], *, by: Pass = EVERYBODY) -> EmbedReq
 def chat_reply(reply: Reply, run_id: str) -> bytes:
     """The provider's own answer, with ours beside it under `sekha`."""
     note = sekha_note(reply, run_id, reply.total_cost)
-    if reply.raw is not None and not (reply.usage.counted and "usage" in reply.body):
-        more = b',"usage":' + orjson.dumps(openai_usage(reply.usage)) if reply.usage.counted else b""
+    shown = shows(reply.body.get("usage"), reply.usage)
+    if reply.raw is not None and (shown or "usage" not in reply.body):
+        more = b"" if shown else b',"usage":' + orjson.dumps(openai_usage(reply.usage))
         return with_note(reply.raw, note, more)
     body = dict(reply.body)
-    if reply.usage.counted:
-        # In place of what was no usage: `null`, or of another shape.
+    if not shown:
+        # In place of what was no usage, `null` or of another shape, or half of one.
         body["usage"] = openai_usage(reply.usage)
     return orjson.dumps(body | {"sekha": note})
+
+
+def shows(reported: object, usage: Usage) -> bool:
+    """Whether a provider's own report says in whole numbers what was charged, and so may stand."""
+    if not isinstance(reported, dict) or usage.counted:
+        return False
+    went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
+    if type(went_in) is not int or type(came_out) is not int:
+        return False
+    return went_in == usage.input_tokens and came_out == usage.output_tokens
 
 
 def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:

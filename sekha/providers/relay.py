@@ -184,6 +184,7 @@ class RelayProvider:
     def usage_of(self, begun: Begun, tiers: Collection[str] = ()) -> Usage | None:
         """What a call used that has ended; None for all that is not a whole answer with its usage.
 
+        Half of one is none, though its total says the rest: the caller is to be shown what the answer does not say.
         Neither is one of these service tiers an answer as any other.
         """
         response = begun.response
@@ -194,7 +195,7 @@ class RelayProvider:
             return None
         if tiers and body.get("service_tier") in tiers:
             return None
-        return _usage(body.get("usage"))
+        return _usage(body.get("usage"), by_total=False)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         events = await self._open(call, hands_on_usage=True)
@@ -825,16 +826,18 @@ def _items(body: Mapping[str, Any], count: int, failed: _Failing) -> list[Any]:
     return items
 
 
-def _usage(reported: object, *, replies: bool = True, tier: object = None) -> Usage | None:
+def _usage(reported: object, *, replies: bool = True, by_total: bool = True, tier: object = None) -> Usage | None:
     """No real call takes no tokens, so zeros are no report; and none takes more than any model could.
 
-    What comes out may go unsaid where nothing needs to, as where there are no `replies`. The `tier` is what the
-    answer names beside it.
+    What comes out may go unsaid where nothing needs to, as where there are no `replies`, and either half where the
+    rest follows `by_total`. The `tier` is what the answer names beside it.
     """
     if not isinstance(reported, dict):
         return None
     went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
     if type(went_in) is not int or type(came_out) is not int or went_in < 0 or came_out < 0:
+        if not by_total:
+            return None
         went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
     if not 0 < went_in + came_out <= MOST_TOKENS:
         return None

@@ -407,7 +407,7 @@ WHOLE: dict[str, tuple[int, list[Answer | None], str]] = {
     "usage that is none": (200, [whole(usage=[5])], "handed over"),
     "usage in words": (200, [whole(usage={"prompt_tokens": "7", "completion_tokens": None})], "handed over"),
     "half of its usage": (200, [whole(usage={"prompt_tokens": 9, "completion_tokens": None})], "handed over"),
-    "usage by its total": (200, [whole(usage={"prompt_tokens": 9, "total_tokens": 13})], "short"),
+    "usage by its total": (200, [whole(usage={"prompt_tokens": 9, "total_tokens": 13})], "handed over"),
     "no choices": (502, [whole(choices=[])] * 3, "handed over"),
     "choices of nothing": (502, [whole(choices=None)] * 3, "handed over"),
     "a choice without a message": (502, [whole(choices=[{"index": 0}])] * 3, "handed over"),
@@ -702,6 +702,48 @@ async def test_a_stream_ends_with_its_usage_however_that_is_written(tmp_path: Pa
     assert said["usage"]["completion_tokens"] == 3
     assert said["sekha"]["cost"] > 0
     assert side.seen.replies[0].body.count(b"completion_tokens") == 1
+
+
+HALVES: dict[str, tuple[dict[str, Any], bool]] = {
+    "what went in": ({"prompt_tokens": 9}, False),
+    "what came out": ({"completion_tokens": 3}, False),
+    "null": ({"prompt_tokens": 9, "completion_tokens": None}, False),
+    "a text": ({"prompt_tokens": "9", "completion_tokens": 3, "total_tokens": "12"}, False),
+    "below nothing": ({"prompt_tokens": 9, "completion_tokens": -3}, False),
+    "by its total": ({"prompt_tokens": 9, "total_tokens": 12}, True),
+    "null by its total": ({"prompt_tokens": None, "completion_tokens": 3, "total_tokens": 12}, True),
+    "a text by its total": ({"prompt_tokens": "9", "completion_tokens": 3, "total_tokens": 12}, True),
+    "no whole number by its total": ({"prompt_tokens": 9, "completion_tokens": 3.0, "total_tokens": 12}, True),
+}
+"""Usage of which half is missing or no number, and whether its total says the rest."""
+
+
+@pytest.mark.parametrize("where", ["whole", "alone", "with the last choice", "behind all of it"])
+async def test_who_is_charged_by_half_of_a_usage_is_shown_all_of_it(tmp_path: Path, where: str) -> None:
+    answers: list[Answer | None] = []
+    for half, _ in HALVES.values():
+        said = event(finish="stop", usage=half) if where == "with the last choice" else STOP + event(usage=half)
+        said = COUNTED + said if where == "behind all of it" else said
+        answers += [GOOD, whole(usage=half) if where == "whole" else streamed(SAY, said, DONE)]
+    body = body_of() if where == "whole" else body_of(stream=True, stream_options={"include_usage": True})
+
+    async def asks(side: Side) -> None:
+        for _ in HALVES:
+            await side.meet()
+            await side.ask(body)
+            await side.settled()
+
+    reported = [told or where == "behind all of it" for _, told in HALVES.values()]
+    took: list[Way] = ["short" if each and where != "whole" else "handed over" for each in reported]
+    side = await both(tmp_path, lambda: Upstream(*answers), asks, took=took, extra=PATIENT)
+
+    for reply, line, is_reported in zip(side.seen.replies, side.seen.lines[1::2], reported, strict=True):
+        said = reply.body if where == "whole" else reply.body.split(b"\n\n")[-3].removeprefix(b"data: ")
+        last = orjson.loads(said)
+        assert [type(last["usage"][name]) for name in USAGE] == [int] * 3
+        assert last["usage"]["prompt_tokens"] == line["input_tokens"]
+        assert last["usage"]["completion_tokens"] == line["output_tokens"]
+        assert ("usage" not in last["sekha"]) is is_reported
 
 
 @pytest.mark.parametrize(("wanted", "status"), [(False, 502), (True, 200)])
