@@ -96,7 +96,10 @@ class RawStream(Protocol):
 
     @property
     def usage(self) -> Usage | None:
-        """What the provider reported of the whole; None before its end, and where more was said after it."""
+        """What the provider reported of the whole; None before its end, and where more was said after it.
+
+        An error of its own is an end too.
+        """
         ...
 
     @property

@@ -453,7 +453,8 @@ class RelayStream:
         """What was reported, once it is of the whole: all was said by then, and nothing more is to come."""
         if self._reported is None or self._outdated or any(texts_in(self._kept[self._covered :])):
             return None
-        return self._reported if self._done or self._has_all() else None
+        # Whoever says that it failed wrote its last word too, and what it reported before is all that it knows.
+        return self._reported if self._done or self._refusal is not None or self._has_all() else None
 
     @property
     def went_in(self) -> Usage | None:
@@ -568,7 +569,10 @@ class RelayStream:
                     await self._response.wait()
         except StreamBroken as error:
             if self._refusal is not None:
-                raise _said_to_have_failed(self._response, self._refusal, self._failed) from None
+                refused = _said_to_have_failed(self._response, self._refusal, self._failed)
+                if refused.usage is None and self._reported is not None:
+                    refused.usage, refused.may_be_billed = self._reported, True
+                raise refused from None
             failure = self._failed.bad(error.detail)
             failure.usage = self._reported
             raise failure from None
@@ -615,11 +619,13 @@ class RelayStream:
                 self._done = True
                 break
             body = body_in(payload)
-            if (error := error_in(event, body)) is not None:
-                self._failure, self._refusal = self._failed.broken_off(error), payload
-                break
             reported = None if body is None else body.get("usage")
             usage = None if body is None else _usage(reported, tier=body.get("service_tier"))
+            if (error := error_in(event, body)) is not None:
+                self._failure, self._refusal = self._failed.broken_off(error), payload
+                if usage is not None:
+                    self._reported, covered = usage, len(handed_on)
+                break
             counts_alone = isinstance(reported, dict) and not (body and body.get("choices"))
             if event and (self._hands_on_usage or not counts_alone):
                 handed_on.append(event + b"\n\n")

@@ -17,8 +17,9 @@ import pytest
 from sekha.gateway.app import Gateway
 from sekha.gateway.logs import AccessLog, Lines
 from sekha.testing import StandIn
-from tests.fixtures.gateway import Opens, Served, listening, wait_until
+from tests.fixtures.gateway import Opens, Served, listening, payloads, wait_until
 from tests.fixtures.upstream import Upstream, with_length
+from tests.fixtures.ways import event, streamed
 
 
 @contextlib.asynccontextmanager
@@ -214,6 +215,55 @@ async def test_an_answer_that_is_none_costs_what_it_says_it_used(
 
     attempts = len(response.json()["error"]["attempts"])
     # Ten tokens at 1,000 dollars a million and two at twice that, or fourteen.
+    assert (response.status_code, spent) == (502, attempts * Decimal("0.014"))
+
+
+USED = {"prompt_tokens": 10, "completion_tokens": 2}
+WENT_WRONG = {"error": {"message": "It melted.", "type": "x"}}
+
+
+@BOTH
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize(
+    ("pieces", "charged"),
+    [
+        ((event("word " * 50), event(usage=USED), event(None, **WENT_WRONG)), Decimal("0.014")),
+        ((event("word " * 50) + event(usage=USED) + event(None, **WENT_WRONG),), Decimal("0.014")),
+        ((event("word " * 50), event(finish="error", usage=USED, **WENT_WRONG)), Decimal("0.014")),
+        ((event("word " * 50, usage=USED), event("word " * 50), event(None, **WENT_WRONG)), None),
+    ],
+    ids=["one by one", "together", "with the error", "words behind it"],
+)
+async def test_a_stream_that_fails_behind_its_usage_costs_what_that_says(
+    gateway: Opens, as_served: bool, wanted: bool, pieces: tuple[bytes, ...], charged: Decimal | None
+) -> None:
+    answers = [streamed(event("Hi", finish="stop", usage=USED), b"data: [DONE]\n\n"), streamed(*pieces)]
+    async with Upstream(*answers) as upstream, gateway(upstream, as_served=as_served) as served:
+        await served.stream(model="chat")
+        before = await served.spent()
+        _, text = await served.stream(model="chat", stream_options={"include_usage": wanted})
+        spent = await served.spent() - before
+
+    *_, last = payloads(text)
+    assert last["error"]["code"] == "stream_broken"
+    assert last["sekha"]["cost"] == float(spent)
+    # Words that come behind it are counted.
+    assert spent == charged if charged else spent > Decimal("0.1")
+
+
+@BOTH
+async def test_a_stream_that_fails_before_its_first_word_costs_the_usage_that_it_reported(
+    gateway: Opens, as_served: bool
+) -> None:
+    good = streamed(event("Hi", finish="stop", usage=USED), b"data: [DONE]\n\n")
+    failing = streamed(event("", usage=USED), event(None, **WENT_WRONG))
+    async with Upstream(good, failing) as upstream, gateway(upstream, as_served=as_served) as served:
+        await served.stream(model="chat")
+        before = await served.spent()
+        response, text = await served.stream(model="chat")
+        spent = await served.spent() - before
+
+    attempts = len(json.loads(text)["error"]["attempts"])
     assert (response.status_code, spent) == (502, attempts * Decimal("0.014"))
 
 
