@@ -37,7 +37,6 @@ ERROR = b'"error"'
 COUNTED = b'_tokens"'
 """No usage of a chat is without it, be it half of one."""
 _EVENT_BYTES = 8 * 1024 * 1024
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOBODY: Mapping[str, bool] = {}
 # A field that nobody knows means nothing, but for the `error:` that some write in place of an event.
 _LINE = re.compile(rb"(?!error:)[a-z][a-z0-9_-]*:|:|(data|event|id|retry)?\s*$")
@@ -111,7 +110,7 @@ def payloads(block: bytes) -> Iterator[bytes]:
 
 def is_sound(block: bytes) -> bool:
     """Whether a block is text, each line of it one that events are made of, and what its events carry JSON."""
-    return _is_text(block) and all(map(_is_event, block.removeprefix(_BYTE_ORDER_MARK).split(b"\n\n")))
+    return _is_text(block) and all(map(_is_event, block.split(b"\n\n")))
 
 
 def sound_in(block: bytes) -> tuple[bytes, bool]:

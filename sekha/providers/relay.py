@@ -546,6 +546,11 @@ class RelayStream:
                 if start not in _EVENT_STARTS:
                     _parsed(response, head + await response.body(), failed)
                     raise failed.bad("it is no stream of events")
+                if start:
+                    # A mark would hide the first event, from us and from many a client.
+                    data = head.removeprefix(_BYTE_ORDER_MARK)
+                elif data:
+                    continue
             seen += self._events.feed(data) if data else self._events.rest()
             if next(payloads(seen), None) is not None:
                 return seen

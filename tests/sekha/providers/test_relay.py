@@ -750,7 +750,27 @@ async def test_the_first_event_may_come_in_pieces(first: bytes, cuts: tuple[int,
 
     handed_on, _ = await streamed(piece_by_piece(*pieces, WORD, STOP, DONE))
 
-    assert handed_on == first + WORD + STOP
+    assert handed_on == first.removeprefix(MARK) + WORD + STOP
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 9, -1])
+async def test_a_byte_order_mark_hides_nothing_of_the_first_event(cut: int) -> None:
+    first = MARK + reporting(WORD, 2)
+    handed_on, stream = await streamed(piece_by_piece(first[:cut], first[cut:], STOP, DONE))
+    assert handed_on == reporting(WORD, 2) + STOP
+    assert (stream.said(), stream.usage) == ("word", Usage(input_tokens=6, output_tokens=2, cached_tokens=4))
+
+    failing = MARK + b'data: {"error":{"code":429,"message":"Slow down"}}\n\n'
+    async with relay_to(piece_by_piece(failing[:cut], failing[cut:])) as (provider, _):
+        with pytest.raises(RateLimited):
+            await provider.open_stream(chat())
+
+
+async def test_a_byte_order_mark_elsewhere_is_no_part_of_an_event() -> None:
+    received, error = await broken(ROLE, WORD, MARK + WORD, STOP, DONE)
+
+    assert received == ROLE + WORD
+    assert "what is no event" in str(error)
 
 
 @pytest.mark.parametrize("first", [(PING,), (PING, PING, ROLE), (b"data: {}\n\n",), (PING + ROLE,)])
