@@ -38,8 +38,9 @@ COUNTED = b'_tokens"'
 """No usage of a chat is without it, be it half of one."""
 _EVENT_BYTES = 8 * 1024 * 1024
 _NOBODY: Mapping[str, bool] = {}
-# A field that nobody knows means nothing, but for the `error:` that some write in place of an event.
-_LINE = re.compile(rb"(?!error:)[a-z][a-z0-9_-]*:|:|(data|event|id|retry)?\s*$")
+# A field that nobody knows means nothing, but for the `error:` that some write in place of an event, and for `Data:`,
+# whose writer meant something by it.
+_LINE = re.compile(rb"data:|(?!(?i:[\w.]*error|data):)[A-Za-z][\w.-]*:|:|(data|event|id|retry)?\s*$")
 _NOTHING = (b"", b"[]", b"null")
 
 
@@ -101,11 +102,11 @@ class EventSplitter:
 
 
 def payloads(block: bytes) -> Iterator[bytes]:
-    """What each event of a block carries; a comment carries nothing."""
+    """What each event of a block carries, without blanks around it; a comment carries nothing."""
     for event in block.split(b"\n\n"):
         lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
         if lines:
-            yield lines[0] if len(lines) == 1 else b"\n".join(lines)
+            yield lines[0] if len(lines) == 1 else b"\n".join(lines).strip()
 
 
 def is_sound(block: bytes) -> bool:

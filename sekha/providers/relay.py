@@ -14,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 import orjson
@@ -72,7 +73,7 @@ _OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
 _KEPT_BYTES = 4 * 1024 * 1024
 # From the provider's last word to the end of its answer, when its connection is free again.
 _TAIL_SECONDS = 1.0
-_EVENT_STARTS = b":abcdefghijklmnopqrstuvwxyz"  # a comment, `data:`, or another field
+_EVENT_STARTS = b":" + ascii_letters.encode()  # a comment, `data:`, or another field
 _DATA = b"data: "
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAMED = b"event:"

@@ -632,6 +632,17 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     "events of nothing alone": (502, [streamed(b"data:\n\n", b"data: null\n\n", DONE)] * 3, "handed over"),
     "a field that nobody knows": (200, [streamed(SAY, b"time: 12\n" + MORE, b" \n\n", *HELLO_EVENTS[2:])], "short"),
     "a field first that nobody knows": (200, [streamed(b"time: 12\n" + SAY, *HELLO_EVENTS[1:])], "handed over"),
+    "a field in capitals first": (200, [streamed(b"ID: 3\n" + SAY, *HELLO_EVENTS[1:])], "handed over"),
+    "fields in capitals": (
+        200,
+        [streamed(SAY, b"X-Bar: 1\n" + MORE, STOP, b"ID: 3\n" + COUNTED, b"X-Bar: 1\n" + DONE)],
+        "short",
+    ),
+    "empty lines of data": (
+        200,
+        [streamed(SAY, b"data:\n" + MORE, STOP, b"data:\n" + COUNTED, DONE[:-1] + b"data:\n\n")],
+        "short",
+    ),
     "no chunk first": (200, [streamed(PING, *HELLO_EVENTS)], "handed over"),
     "no chunk within": (200, [streamed(SAY, PING, *HELLO_EVENTS[1:])], "short"),
     "no chunk at all": (502, [streamed(PING, DONE)] * 3, "handed over"),

@@ -826,6 +826,9 @@ async def test_any_token_begins_a_stream_and_what_was_held_back_goes_out_before_
         b"data: [1]\n\n",
         b"hello\n\n",
         b'error: {"message":"overloaded"}\n\n',
+        b"Error: overloaded\n\n",
+        b"httpx.ReadError: overloaded\n\n",
+        b"Data: {}\n\n",
         b'id: 1\ndata: {"choices":\ndata: [{"del\n\n',
     ],
 )
@@ -852,7 +855,17 @@ async def test_any_line_of_events_and_any_language_is_handed_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "nothing", [b"data:\n\n", b"data: \n\n", b"event: keepalive\ndata:\n\n", b"data: []\n\n", b"data: null\nid: 7\n\n"]
+    "nothing",
+    [
+        b"data:\n\n",
+        b"data: \n\n",
+        b"event: keepalive\ndata:\n\n",
+        b"data: []\n\n",
+        b"data: null\nid: 7\n\n",
+        b"data:\ndata:\n\n",
+        b"data:\ndata: null\ndata\n\n",
+        b"X-Bar: 1\ndata:\n\n",
+    ],
 )
 @pytest.mark.parametrize("together", [False, True])
 async def test_an_event_of_nothing_is_left_out(nothing: bytes, together: bool) -> None:
@@ -864,11 +877,27 @@ async def test_an_event_of_nothing_is_left_out(nothing: bytes, together: bool) -
     assert stream.usage == Usage(input_tokens=6, output_tokens=2)
 
 
-@pytest.mark.parametrize("line", [b"time: 12\n", b" \n", b"data\n", b" \n\n"])
+@pytest.mark.parametrize(
+    "line", [b"time: 12\n", b" \n", b"data\n", b" \n\n", b"X-Bar: 1\n", b"ID: 3\n", b"x.y_Z:\n", b"data:\n"]
+)
 async def test_a_line_that_means_nothing_is_handed_on(line: bytes) -> None:
-    handed_on, _ = await streamed(piece_by_piece(line + ROLE, line + WORD, line + STOP, DONE))
+    handed_on, stream = await streamed(piece_by_piece(line + ROLE, line + WORD, line + STOP, USAGE, DONE))
 
     assert handed_on == line + ROLE + line + WORD + line + STOP
+    assert (stream.said(), stream.usage) == ("word", Usage(input_tokens=6, output_tokens=2))
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_the_lines_of_one_event_are_one_text(together: bool) -> None:
+    start, end = WORD.split(b'"word"')
+    lines = start + b'\ndata:\nX-Bar: 1\ndata: "word"' + end
+    said = (ROLE, b"data:\n" + lines, STOP[:-1] + b"data:\n\n")
+    pieces = (*said, USAGE[:-1] + b"data: \n\n", DONE[:-1] + b"data:\n\n")
+
+    handed_on, stream = await streamed(events(*([b"".join(pieces)] if together else pieces)))
+
+    assert handed_on == b"".join(said)
+    assert (stream.said(), stream.usage) == ("word", Usage(input_tokens=6, output_tokens=2))
 
 
 async def test_what_only_some_clients_read_is_handed_on_as_it_comes_and_counted() -> None:
