@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import ReadOnlySqlTransaction
 
 from sekha.errors import ConfigError, LedgerError, LedgerUnavailable, Problem
 from sekha.ledgers.database import Transaction, Value, expand, migrate
@@ -27,6 +28,10 @@ _IDLE_SECONDS = 30
 _NOTICES = {"keepalives_idle": 10, "keepalives_interval": 3, "keepalives_count": 3}
 """How soon it shows that a network lets nothing through, also while nobody asks."""
 _MIGRATING = 0x5E4A
+_READ_ONLY = (
+    "After a failover this may be the server that now stands by: let it take writes again, or name the one that does "
+    "under `ledger:` in sekha.yaml, or all of them with `target_session_attrs=read-write`"
+)
 
 
 class _Silent(psycopg.OperationalError):
@@ -62,8 +67,9 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
 class PostgresDatabase:
     """A few connections, each used by one thread at a time, and made when they are first needed.
 
-    A server that is silent is given up, and so is every connection to it: whoever comes next connects anew. No
-    transaction goes on once it was given up; a COMMIT that was sent may still be done.
+    A server that is silent is given up, and so is every connection to it: whoever comes next connects anew. So is one
+    that takes no writes: another may have taken its place. No transaction goes on once it was given up; a COMMIT that
+    was sent may still be done.
     """
 
     def __init__(self, url: str, *, answer_seconds: float = ANSWER_SECONDS) -> None:
@@ -94,7 +100,8 @@ class PostgresDatabase:
 
     def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:  # noqa: ARG002
         # Everything is durable here: the server may restart while those who hold money live on.
-        return self._threads.submit(self._run, work, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+        # Not READ WRITE, which writes also where whoever runs the server has asked that nothing be written.
+        return self._threads.submit(self._run, work, "BEGIN ISOLATION LEVEL READ COMMITTED")
 
     def read(self, work: Callable[[Transaction], T]) -> Future[T]:
         return self._threads.submit(self._run, work, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -124,8 +131,8 @@ class PostgresDatabase:
     def _give_up(self, connection: _Connection, error: BaseException) -> None:
         connection.close()
         self._used.discard(connection)
-        if isinstance(error, _Silent):
-            # Each would have to be waited for by itself to find that it is no better.
+        if isinstance(error, _Silent | ReadOnlySqlTransaction):
+            # Each would have to be tried by itself to find that it is no better.
             self._close_idle()
 
     def _close_idle(self) -> None:
@@ -181,6 +188,8 @@ class PostgresDatabase:
             yield
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise LedgerUnavailable(self._name, _first_line(error)) from error
+        except ReadOnlySqlTransaction as error:
+            raise LedgerUnavailable(self._name, f"{_first_line(error)}. {_READ_ONLY}") from error
         except psycopg.Error as error:
             raise LedgerError(
                 f"Ledger {self._name!r} cannot be used: {_first_line(error)}. Check that its user may create and "

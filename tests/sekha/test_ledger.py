@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pickle
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -176,6 +176,22 @@ async def test_a_postgresql_server_that_is_away_is_unavailable_and_its_password_
     assert unavailable.value.retryable
     assert "hunter2" not in str(unavailable.value)
     assert "hunter2" not in str(unavailable.value.__cause__)
+
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_a_postgresql_server_that_takes_no_writes_is_unavailable_until_it_does(
+    postgres_url: str, read_only: Callable[[], AbstractContextManager[None]], connected: bool
+) -> None:
+    async with opened(postgres_url) as ledger:
+        hold = await ledger.reserve([TEAM], {"team": Decimal(1)}, at=NOW, ttl_seconds=60)
+        async with opened(postgres_url) as other:
+            asked = ledger if connected else other
+            with read_only(), pytest.raises(LedgerUnavailable, match=r"read-only.*target_session_attrs") as unavailable:
+                await asked.settle(hold, SPEND)
+            await asked.settle(hold, SPEND)
+
+        assert unavailable.value.retryable
+        assert await ledger.spent(TEAM, at=NOW) == (Decimal("0.10"), Decimal(0))
 
 
 async def test_a_ledger_of_a_newer_sekha_names_the_way_out_and_is_left_alone(tmp_path: Path) -> None:
