@@ -29,7 +29,13 @@ def has_wrong_port(url: str) -> bool:
     except ValueError:
         return True
     ports = [host.rpartition("]")[2].partition(":")[2] for host in hosts]
-    return not all(not port or (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65_535) for port in ports)
+    return not all(not port or _is_port(port) for port in ports)
+
+
+def _is_port(written: str) -> bool:
+    # PostgreSQL passes over zeros in front, and Python makes no number of thousands of digits.
+    digits = written.lstrip("0")[:6]
+    return digits.isascii() and digits.isdigit() and int(digits) <= 65_535
 
 
 def without_secrets(url: str) -> str:

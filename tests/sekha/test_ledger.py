@@ -155,7 +155,7 @@ def test_a_malformed_postgresql_url_is_refused_without_its_password() -> None:
     assert refused.value.__cause__ is None
 
 
-@pytest.mark.parametrize("port", ["abc", "99999", "0", "hunter2/x"])
+@pytest.mark.parametrize("port", ["abc", "99999", "0", "0000000", "00000099999", "hunter2/x"])
 def test_a_port_that_is_none_is_refused_without_being_shown(port: str, tmp_path: Path) -> None:
     for opens in (open_ledger, partial(open_leased, folder=tmp_path)):
         with pytest.raises(ConfigError, match="names a port that is no number") as caught:
@@ -163,8 +163,9 @@ def test_a_port_that_is_none_is_refused_without_being_shown(port: str, tmp_path:
         assert "hunter2" not in str(caught.value)
 
 
-async def test_several_hosts_may_be_named(tmp_path: Path) -> None:
-    ledger = open_leased("postgresql://user@a.invalid:5432,b.invalid:5433/db", tmp_path)
+@pytest.mark.parametrize("hosts", ["a.invalid:5432,b.invalid:5433", "a.invalid:0000005432", "[::1]:05432,b.invalid"])
+async def test_several_hosts_may_be_named_and_ports_as_postgresql_reads_them(hosts: str, tmp_path: Path) -> None:
+    ledger = open_leased(f"postgresql://user@{hosts}/db", tmp_path)
     await ledger.aclose()
 
 
