@@ -83,6 +83,9 @@ class _Workers:
         self._taken_over: int | None = None
         """The last one that any worker serves with."""
         self._refused: set[int] = set()
+        """Those that were handed on and that some worker does not serve with."""
+        self._last = 0
+        """The generation that was handed on last: none is given twice, whatever was dropped."""
         self._listening = listening
         self._host: str = listening.getsockname()[0]
         self._count = count
@@ -120,10 +123,20 @@ class _Workers:
                 if not_taken_over(error) is not error:
                     await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            generation = max(self._handed) + 1
-            self._handed[generation] = loaded
+            self._drop_refused()
+            self._last += 1
+            self._handed[self._last] = loaded
             for worker in self._running.values():
-                _hand(worker, Handed(generation, loaded))
+                _hand(worker, Handed(self._last, loaded))
+
+    def _drop_refused(self) -> None:
+        """Keep no configuration that nobody begins with: a newer one takes the place of what was refused."""
+        self._handed = {
+            each: loaded
+            for each, loaded in self._handed.items()
+            if each == self._taken_over or each not in self._refused
+        }
+        self._refused &= self._handed.keys()
 
     async def _keep(self, number: int) -> None:
         """Have a worker of this number until the end."""
@@ -186,7 +199,8 @@ class _Workers:
             if before is None:
                 self._failure = said.refused
                 self.stop()
-        elif before is None or said.generation > before:
+        # One that was refused, and dropped before this worker came to it, is followed by another.
+        elif said.generation in self._handed and (before is None or said.generation > before):
             self._taken_over = said.generation
             self._handed = {each: loaded for each, loaded in self._handed.items() if each >= said.generation}
             self._refused = {each for each in self._refused if each > said.generation}

@@ -1,0 +1,73 @@
+"""What the process that watches several workers keeps of the configurations that it hands on."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import weakref
+from pathlib import Path
+
+import pytest
+
+from sekha.config import Config
+from sekha.gateway.server import bind
+from sekha.gateway.workers import run_workers
+from sekha.loading import Loaded, load
+from tests.fixtures.gateway import wait_until
+
+pytestmark = pytest.mark.timeout(90)
+
+WRITTEN = "providers:\n  - {id: ours, provider_type: builtin, models: [{model_id: echo, task: chat_small}]}\n"
+NOWHERE = "ledger: {url: 'sqlite:////proc/nope/ledger.db'}\n"
+"""Where no worker can open one."""
+
+
+class Told:
+    """Configurations as a test hands them in."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[Loaded] = asyncio.Queue()
+
+    def look(self) -> None:
+        pass
+
+    async def next(self) -> Loaded:
+        return await self.waiting.get()
+
+
+async def test_configurations_that_were_refused_are_not_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sekha.yaml"
+
+    def loaded(text: str) -> Loaded:
+        file.write_text(text)
+        return load(file)
+
+    said, told, ready = "", Told(), asyncio.Event()
+    handed: list[weakref.ref[Config]] = []
+
+    def refusals() -> int:
+        nonlocal said
+        said += capfd.readouterr().err
+        return said.count("is not taken over")
+
+    def kept() -> int:
+        gc.collect()
+        return len([each for each in handed if each() is not None])
+
+    running = asyncio.create_task(run_workers(loaded(WRITTEN), told, bind("127.0.0.1", 0), 2, ready=ready.set))
+    try:
+        await asyncio.wait_for(ready.wait(), 30)
+        for number in range(1, 4):
+            refused = loaded(WRITTEN + NOWHERE)
+            handed.append(weakref.ref(refused.config))
+            told.waiting.put_nowait(refused)
+            del refused
+            await wait_until(lambda wanted=number: refusals() >= 2 * wanted, seconds=30)
+
+        assert kept() == 1
+    finally:
+        if not running.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(running, 30)
