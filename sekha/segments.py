@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 __all__ = ["SegmentWriter", "Waiting", "ready_in", "waiting_in", "write_apart"]
@@ -38,8 +38,10 @@ class SegmentWriter:
     """Appends lines. For one thread; every write is one call to the system."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises `OSError` for a folder in which no file can be made, unless there is but no room in it now."""
         # What was asked and answered may lie in there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _try_to_write_in(folder)
         self._folder = folder
         self._file: int | None = None
         self._path = folder
@@ -141,6 +143,18 @@ def waiting_in(folder: Path) -> Waiting:
                     total += entry.stat().st_size
                     segments += 1
     return Waiting(total, segments)
+
+
+def _try_to_write_in(folder: Path) -> None:
+    try:
+        path, file = _new_in(folder)
+    except OSError as error:
+        # There may be room again, and until then each line that is lost is told of.
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+        return
+    path.unlink(missing_ok=True)
+    os.close(file)
 
 
 def _new_in(folder: Path) -> tuple[Path, int]:

@@ -22,6 +22,11 @@ from tests.fixtures.process import Gate, Serves
 from tests.sekha.cli.conftest import Command
 
 BUILTIN = "providers:\n  - {id: ours, provider_type: builtin, models: [{model_id: echo, task: chat_small}]}\n"
+REMEMBERS = """
+providers:
+  - {id: ours, provider_type: builtin, models: [{model_id: hashed-768, task: embedding, dimension: 768}]}
+memory: {collection: notes}
+"""
 
 
 def addresses(gate: Gate) -> set[str]:
@@ -231,6 +236,22 @@ async def test_a_folder_that_takes_nothing_is_named_and_the_gateway_does_not_beg
     [error] = [line for line in ended.err.splitlines() if line.startswith('{"error"')]
     assert ".sekha/gateway/recording cannot be written" in error
     assert "SEKHA_HOME" in error
+
+
+@pytest.mark.parametrize("kept", ["recording", "memory"])
+async def test_a_folder_that_is_there_and_in_which_no_file_can_be_made_is_named_as_well(
+    sekha: Command, kept: str
+) -> None:
+    sekha.write("sekha.yaml", REMEMBERS)
+    (sekha.folder / ".sekha/gateway").mkdir(parents=True)
+    # One that root cannot write to either.
+    (sekha.folder / ".sekha/gateway" / kept).symlink_to("/proc/self")
+
+    ended = await sekha("serve", "--port", "0", "--json")
+
+    assert ended.code == 3, ended.err
+    [error] = [line for line in ended.err.splitlines() if line.startswith('{"error"')]
+    assert f".sekha/gateway/{kept} cannot be written" in error
 
 
 @pytest.mark.prefect
