@@ -1,11 +1,12 @@
-"""A SIGHUP that comes before anybody can obey it waits, where it would end the process otherwise."""
+"""A SIGHUP that comes before anybody can obey it waits, and one that a terminal's end sends is told from a request."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 
-__all__ = ["came", "hold", "let_go"]
+__all__ = ["Terminal", "came", "hold", "let_go"]
 
 _before: signal.Handlers | None = None
 _came = False
@@ -32,6 +33,32 @@ def let_go() -> None:
         signal.signal(signal.SIGHUP, _before)
         if came():
             signal.raise_signal(signal.SIGHUP)
+
+
+class Terminal:
+    """The terminal whose end is to end this process, if there is one: the one that controls it, whatever it reads.
+
+    There is none under systemd, in a container or in CI, and `nohup` says that its end is not to matter.
+    """
+
+    def __init__(self) -> None:
+        self._ours = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _is_controlled()
+
+    @property
+    def is_gone(self) -> bool:
+        return self._ours and not _is_controlled()
+
+    def outlive(self) -> None:
+        """It ended and sent nothing, as a shell does that leaves its jobs behind: what comes now is from others."""
+        self._ours = False
+
+
+def _is_controlled() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _note(*_: object) -> None:

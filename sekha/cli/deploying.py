@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sekha import hangup
 from sekha.address import without_secrets
 from sekha.cli.invocation import BLOCK, Invocation, config_option, json_option
 from sekha.cli.opening import configuration, file_configuration, name_of
@@ -24,6 +25,9 @@ __all__ = ["PORT", "blocks", "deploy", "home_of", "named_for_children", "up"]
 
 PORT = 4200
 """Where Prefect's documentation, and so everyone, looks for a server."""
+
+HANGUP_SECONDS = 1.0
+"""Whoever is told that its terminal has ended is told within these."""
 
 
 @click.command()
@@ -164,11 +168,11 @@ async def _up(loaded: Loaded, port: int, gateway_port: int) -> None:
             # From here on Ctrl-C is how it is meant to end, and no accident.
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, ended.set)
-            terminals = [number for number in range(3) if os.isatty(number)]
+            terminal = hangup.Terminal()
 
             def hung_up() -> None:
-                # A terminal that was closed says so by the same signal, and is none any more.
-                if terminals and not any(map(os.isatty, terminals)):
+                # A terminal that was closed says so by the same signal.
+                if terminal.is_gone:
                     ended.set()
                 else:
                     prefect.reload_gateway()
@@ -186,11 +190,21 @@ async def _up(loaded: Loaded, port: int, gateway_port: int) -> None:
             show_table(table)
             tell("Ctrl-C ends it")
             watching = asyncio.create_task(prefect.watch())
+            outliving = asyncio.create_task(_outlive(terminal))
             asked = asyncio.create_task(ended.wait())
             await asyncio.wait([watching, asked], return_when=asyncio.FIRST_COMPLETED)
             tell("stopping")
             asked.cancel()
+            outliving.cancel()
             if watching.done():
                 watching.result()
             watching.cancel()
     note("Stopped.")
+
+
+async def _outlive(terminal: hangup.Terminal) -> None:
+    """Take a terminal that has ended and sent nothing for none, or the next request to reload would end it all."""
+    while not terminal.is_gone:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(HANGUP_SECONDS)
+    await asyncio.sleep(HANGUP_SECONDS)
+    terminal.outlive()

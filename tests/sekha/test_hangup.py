@@ -1,0 +1,91 @@
+"""Whose SIGHUP it is: a terminal's that has ended, or somebody's who wants the configuration read anew."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WAITS = """
+import os, signal
+from sekha import hangup
+
+terminal = hangup.Terminal()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+print("waits", flush=True)
+signal.sigwait([signal.SIGHUP])
+if {outlives}:
+    terminal.outlive()
+print(terminal.is_gone)
+"""
+
+
+@contextmanager
+def in_terminal(program: str, *, controlled: bool = True) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A program that reads and writes no terminal, in a session that may have one. With that one's other end."""
+    master, slave = os.openpty()
+
+    def take() -> None:
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={"PYTHONPATH": str(ROOT)},
+        text=True,
+        start_new_session=True,
+        preexec_fn=take if controlled else None,  # noqa: PLW1509 - one call to the system
+    )
+    os.close(slave)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "waits\n"
+        yield process, master
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def waits(*, ignored: bool = False, outlives: bool = False) -> str:
+    return ("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if ignored else "") + WAITS.format(
+        outlives=outlives
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "controlled", "gone"),
+    [
+        pytest.param(waits(), True, True, id="closed"),
+        pytest.param(waits(), False, False, id="none"),
+        pytest.param(waits(ignored=True), True, False, id="nohup"),
+        pytest.param(waits(outlives=True), True, False, id="outlived"),
+    ],
+)
+def test_a_terminal_is_gone_once_it_was_closed_whatever_its_program_reads(
+    program: str, controlled: bool, gone: bool
+) -> None:
+    with in_terminal(program, controlled=controlled) as (process, master):
+        os.close(master)
+        if not controlled:
+            process.send_signal(signal.SIGHUP)
+
+        assert process.communicate(timeout=20)[0] == f"{gone}\n"
+
+
+def test_a_signal_that_comes_while_the_terminal_is_there_is_not_of_its_end() -> None:
+    with in_terminal(waits()) as (process, master):
+        process.send_signal(signal.SIGHUP)
+
+        assert process.communicate(timeout=20)[0] == "False\n"
+
+    os.close(master)
