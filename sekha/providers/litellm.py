@@ -456,7 +456,7 @@ def _need_no_usage() -> None:
     from litellm.llms.anthropic.chat.handler import ModelResponseIterator
     from litellm.llms.anthropic.chat.transformation import AnthropicConfig
 
-    of_answer, of_event = AnthropicConfig.transform_parsed_response, ModelResponseIterator._handle_usage
+    of_answer, of_event = AnthropicConfig.transform_parsed_response, ModelResponseIterator.chunk_parser
 
     @wraps(of_answer)
     def read(self: Any, completion_response: Any, *args: Any, **kwargs: Any) -> Any:
@@ -465,11 +465,26 @@ def _need_no_usage() -> None:
         return of_answer(self, completion_response, *args, **kwargs)
 
     @wraps(of_event)
-    def count(self: Any, anthropic_usage_chunk: Any) -> Any:
-        return of_event(self, anthropic_usage_chunk) if isinstance(anthropic_usage_chunk, dict) else None
+    def parse(self: Any, chunk: Any) -> Any:
+        return of_event(self, _with_sound_usage(chunk))
 
     setattr(AnthropicConfig, "transform_parsed_response", read)  # noqa: B010 - as above
-    setattr(ModelResponseIterator, "_handle_usage", count)  # noqa: B010
+    setattr(ModelResponseIterator, "chunk_parser", parse)  # noqa: B010
+
+
+def _with_sound_usage(event: Any) -> Any:
+    """An event of Anthropic's without what is no usage, and the first without the output that it names.
+
+    That is a token or a few, written before anything is said: where the last event names none, LiteLLM would keep it.
+    """
+    if not isinstance(event, dict):
+        return event
+    message, usage = event.get("message"), event.get("usage", {})
+    if event.get("type") == "message_start" and isinstance(message, dict):
+        begun = message.get("usage")
+        usable = begun | {"output_tokens": 0} if isinstance(begun, dict) else {}
+        return event | {"message": message | {"usage": usable}}
+    return event if isinstance(usage, dict) else event | {"usage": {}}
 
 
 def _is_usage(reported: object) -> bool:

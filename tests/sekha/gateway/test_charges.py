@@ -17,8 +17,8 @@ import pytest
 from sekha.gateway.app import Gateway
 from sekha.gateway.logs import AccessLog, Lines
 from sekha.testing import StandIn
-from tests.fixtures.gateway import Opens, Served, listening, payloads, wait_until
-from tests.fixtures.upstream import Upstream, with_length
+from tests.fixtures.gateway import Opens, Served, config_for, listening, payloads, wait_until
+from tests.fixtures.upstream import Upstream, anthropic_stream, with_length
 from tests.fixtures.ways import event, streamed
 
 
@@ -284,6 +284,20 @@ async def test_a_cut_stream_costs_the_input_that_its_provider_reported_before_th
     assert cut["error"] == "stream_broken"
     assert cut["input_tokens"] == whole["input_tokens"]
     assert cut["output_tokens"] > 0
+
+
+@pytest.mark.parametrize("last", [None, {"output_tokens": 0}], ids=["null", "zero"])
+async def test_a_stream_whose_provider_never_says_what_came_out_costs_what_is_counted(
+    gateway: Opens, last: dict[str, int] | None
+) -> None:
+    text = {"type": "text", "text": ""}, {"type": "text_delta", "text": "word " * 200}
+    async with Upstream(anthropic_stream(text, usage=last)) as upstream:
+        config = config_for(upstream).replace("provider_type: openai", "provider_type: anthropic")
+        async with gateway(config=config) as served, logged(served) as (http, lines):
+            line = await tell(http, lines, stream=True)
+
+    assert (line["outcome"], line["input_tokens"]) == ("answered", 10)
+    assert line["output_tokens"] >= 200
 
 
 @BOTH

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
+from sekha.pricing import Usage
 from sekha.providers.base import ChatCall, Chunk
 from sekha.providers.litellm import LiteLLMProvider
 from sekha.registry import Model, ProviderKind, ProviderSpec
@@ -146,6 +147,20 @@ async def test_half_of_a_usage_is_none_at_anthropic(half: dict[str, object]) -> 
         whole = await provider.complete(call("anthropic"))
 
     assert (whole.text, whole.usage) == ("Hi", None)
+
+
+@pytest.mark.parametrize("last", [{}, {"usage": None}, {"usage": {"output_tokens": 0}}], ids=["absent", "null", "zero"])
+async def test_a_stream_of_anthropics_that_ends_without_its_output_reports_what_went_in_alone(
+    last: dict[str, object],
+) -> None:
+    ending = stopped("end_turn")
+    del ending[1]["usage"]
+    ending[1] |= last
+
+    chunks = await streamed("anthropic", *started(input_tokens=10, output_tokens=1), *ending)
+
+    assert {chunk.usage for chunk in chunks} == {None}
+    assert [chunk.went_in for chunk in chunks if chunk.went_in] == [Usage(input_tokens=10)]
 
 
 THINKING = {"type": "thinking", "thinking": "", "signature": ""}
