@@ -168,8 +168,9 @@ class LiteLLMProvider:
                     calls = number_calls(chunk, calls)
                 if not ended(pieces) and finishes(chunk):
                     break
-                if started and chunk.usage is not None and not chunk.usage.output_tokens:
-                    continue
+                usage = chunk.usage
+                if started and usage is not None and not (usage.input_tokens and usage.output_tokens):
+                    continue  # half of a report
                 yield chunk
                 started = started or says_something(chunk.body)
         except FieldUnsupported:

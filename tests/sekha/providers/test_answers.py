@@ -163,6 +163,14 @@ async def test_a_stream_of_anthropics_that_ends_without_its_output_reports_what_
     assert [chunk.went_in for chunk in chunks if chunk.went_in] == [Usage(input_tokens=10)]
 
 
+@pytest.mark.parametrize("first", [{"output_tokens": 1}, {}], ids=["half", "empty"])
+async def test_a_stream_of_anthropics_that_reports_its_output_alone_reports_nothing(first: dict[str, int]) -> None:
+    chunks = await streamed("anthropic", *started(**first), *stopped("end_turn"))
+
+    assert "".join(chunk.text for chunk in chunks) == "Hi"
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
 THINKING = {"type": "thinking", "thinking": "", "signature": ""}
 HIDDEN = {"type": "redacted_thinking", "data": "AAAA"}
 
