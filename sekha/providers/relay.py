@@ -438,7 +438,7 @@ class RelayStream:
         if response.status != 200 or response.error is not None or b"\r" in seen:
             return False
         start = self._looked_at
-        while (end := seen.find(b"\n\n", start)) > 0:
+        while (end := seen.find(b"\n\n", start)) >= 0:
             body = body_in(seen[start + len(_DATA) : end]) if seen.startswith(_DATA, start) else None
             if body is None or "error" in body or not _is_chunk(body):
                 return False

@@ -1073,6 +1073,9 @@ LATE: dict[str, tuple[bool, int, list[Answer]]] = {
     "the first event alone": (True, 200, [then_hang(SAY)]),
     "all but the end": (True, 200, [then_hang(SAY, STOP, COUNTED)]),
     "each event in time": (True, 200, [streamed(*HELLO_EVENTS, seconds=0.1)]),
+    "each event in time, behind a blank line": (True, 200, [streamed(b"\n\n", *HELLO_EVENTS, seconds=0.1)]),
+    "each event in time, behind half a blank line": (True, 200, [streamed(b"\n", *HELLO_EVENTS, seconds=0.1)]),
+    "each event in time, behind one of another sort": (True, 200, [streamed(b"\r\n", *HELLO_EVENTS, seconds=0.1)]),
 }
 
 
