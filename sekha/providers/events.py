@@ -18,6 +18,7 @@ __all__ = [
     "DONE",
     "ERROR",
     "EventSplitter",
+    "as_events",
     "bodies",
     "body_in",
     "endings",
@@ -216,6 +217,25 @@ def _number(written: str) -> float | None:
 
 def bodies(block: bytes) -> Iterator[dict[str, Any]]:
     return (body for payload in payloads(block) if (body := body_in(payload)) is not None)
+
+
+def as_events(answer: Mapping[str, Any]) -> bytes:
+    """A whole answer as the stream that says the same at once; each of its choices has its message."""
+    choices = []
+    for at, choice in enumerate(answer["choices"]):
+        said = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({"index": at, "finish_reason": None} | said | {"delta": _delta_of(choice["message"])})
+    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices}
+    return b"data: %b\n\ndata: %b\n\n" % (orjson.dumps(chunk), DONE)
+
+
+def _delta_of(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Clients put the calls of a stream together by an index, which those of a whole answer lack."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    numbered = [call | {"index": at} if isinstance(call, dict) else call for at, call in enumerate(calls)]
+    return {**message, "tool_calls": numbered}
 
 
 def says_something(body: Mapping[str, Any]) -> bool:

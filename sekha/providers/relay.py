@@ -37,6 +37,7 @@ from sekha.providers.events import (
     DONE,
     ERROR,
     EventSplitter,
+    as_events,
     bodies,
     body_in,
     endings,
@@ -119,7 +120,7 @@ class RelayProvider:
             self._unlearns(call.model.id, response)
         if response.status != 200:
             raise failed.refused(response, response.content)
-        return _completion(response, failed)
+        return _completion(response, response.content, failed)
 
     async def _ask(self, call: ChatCall, begun: Begun | None, failed: _Failing) -> tuple[Response, bytes]:
         """The whole answer, whatever its status, and what was sent."""
@@ -545,8 +546,8 @@ class RelayStream:
                 head += data
                 start = _first_byte(head)
                 if start not in _EVENT_STARTS:
-                    _parsed(response, head + await response.body(), failed)
-                    raise failed.bad("it is no stream of events")
+                    # Some do not heed `stream`, and what they said is paid for; asked again, they would do the same.
+                    return as_events(_completion(response, head + await response.body(), failed).body)
                 if start:
                     # A mark would hide the first event, from us and from many a client.
                     data = head.removeprefix(_BYTE_ORDER_MARK)
@@ -737,8 +738,7 @@ async def _answered(answer: Awaitable[Response], failed: _Failing) -> Response:
     return response
 
 
-def _completion(response: Response, failed: _Failing) -> Completion:
-    raw = response.content
+def _completion(response: Response, raw: bytes, failed: _Failing) -> Completion:
     body = _parsed(response, raw, failed)
     choices = body.get("choices")
     if not _is_whole(choices):

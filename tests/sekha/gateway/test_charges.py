@@ -19,7 +19,7 @@ from sekha.gateway.logs import AccessLog, Lines
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, config_for, listening, payloads, wait_until
 from tests.fixtures.upstream import Upstream, anthropic_stream, with_length
-from tests.fixtures.ways import event, streamed
+from tests.fixtures.ways import event, streamed, whole
 
 
 @contextlib.asynccontextmanager
@@ -267,6 +267,23 @@ async def test_a_stream_that_fails_before_its_first_word_costs_the_usage_that_it
     assert (response.status_code, spent) == (502, attempts * Decimal("0.014"))
 
 
+@BOTH
+@pytest.mark.parametrize(("more", "status"), [({}, 200), ({"choices": []}, 502)], ids=["an answer", "none"])
+async def test_what_comes_whole_in_place_of_a_stream_costs_the_usage_that_it_reports(
+    gateway: Opens, as_served: bool, more: dict[str, Any], status: int
+) -> None:
+    answers = [streamed(event("Hi", finish="stop", usage=USED), b"data: [DONE]\n\n"), whole(usage=USED, **more)]
+    async with Upstream(*answers) as upstream, gateway(upstream, as_served=as_served) as served:
+        await served.stream(model="chat")
+        before = await served.spent()
+        response, _ = await served.stream(model="chat")
+        spent = await served.spent() - before
+
+    attempts = len(upstream.requests) - 1
+    assert (response.status_code, spent) == (status, attempts * Decimal("0.014"))
+    assert attempts == 1 or status == 502
+
+
 async def test_a_failure_that_is_not_billed_leaves_the_cap_to_the_next(gateway: Opens) -> None:
     async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
         one.fail(500)
@@ -277,12 +294,12 @@ async def test_a_failure_that_is_not_billed_leaves_the_cap_to_the_next(gateway: 
 
 async def test_a_cut_stream_costs_the_input_that_its_provider_reported_before_the_first_word(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(standin, kind="anthropic") as served, logged(served) as (http, lines):
-        whole = await tell(http, lines)
+        full = await tell(http, lines)
         standin.cut(after=6)
         cut = await tell(http, lines, stream=True)
 
     assert cut["error"] == "stream_broken"
-    assert cut["input_tokens"] == whole["input_tokens"]
+    assert cut["input_tokens"] == full["input_tokens"]
     assert cut["output_tokens"] > 0
 
 

@@ -609,7 +609,10 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
     "mumbled": (200, [streamed(SAY, b"\x00\xff<html>\n\n", ends="never")], "handed over"),
     "no chunk at once": (200, [chunked(SAY, end=False) + b"zz\r\n", streamed(*HELLO_EVENTS)], "handed over"),
     "no chunk": (200, [in_two(chunked(SAY, end=False) + b"zz\r\n", -4)], "handed over"),
-    "whole and not streamed": (502, [GOOD] * 3, "handed over"),
+    "whole and not streamed": (200, [GOOD], "handed over"),
+    "whole and not streamed, without usage": (200, [whole(usage=None)], "handed over"),
+    "whole and not streamed, and an error inside": (502, [whole(error={"message": "no"})] * 3, "handed over"),
+    "whole and not streamed, without choices": (502, [whole(choices=[])] * 3, "handed over"),
     "an error first": (502, [streamed(WRONG_EVENT)] * 3, "handed over"),
     "an error first with its status": (
         429,

@@ -12,6 +12,8 @@ from openai import APIError
 
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, config_for, payloads, wait_until
+from tests.fixtures.upstream import Upstream
+from tests.fixtures.ways import whole
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
@@ -78,15 +80,15 @@ async def test_the_sdks_own_sum_of_a_stream_has_its_usage(gateway: Opens, report
         async with served.openai.chat.completions.stream(
             model="chat", messages=HELLO, stream_options={"include_usage": True}
         ) as stream:
-            whole = await stream.get_final_completion()
+            summed = await stream.get_final_completion()
 
-    assert whole.choices[0].message.content == SAID
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens > 0
+    assert summed.choices[0].message.content == SAID
+    assert summed.usage is not None
+    assert summed.usage.completion_tokens > 0
     # Clients in strict languages want these in every chunk.
-    assert whole.id
-    assert whole.created
-    assert whole.model == "chat"
+    assert summed.id
+    assert summed.created
+    assert summed.model == "chat"
 
 
 @pytest.mark.parametrize("kind", ["openai", "openrouter", "anthropic"])
@@ -123,6 +125,29 @@ async def test_a_tool_is_called_in_pieces(gateway: Opens) -> None:
 
     assert "".join(call.function.name or "" for call in calls if call.function) == "weather"
     assert "".join(call.function.arguments or "" for call in calls if call.function) == '{"city":"Reykjavik"}'
+
+
+async def test_who_does_not_heed_that_a_stream_is_asked_for_is_asked_once_and_streamed_all_the_same(
+    gateway: Opens,
+) -> None:
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    message = {"role": "assistant", "content": "Wait.", "tool_calls": calls}
+    answer = whole(choices=[{"index": 0, "message": message, "finish_reason": "tool_calls"}])
+    async with Upstream(answer) as upstream, gateway(upstream) as served:
+        async with served.openai.chat.completions.stream(
+            model="chat", messages=HELLO, stream_options={"include_usage": True}
+        ) as stream:
+            said = await stream.get_final_completion()
+        _, text = await served.stream(model="chat")
+
+    (choice,) = said.choices
+    assert (choice.message.content, choice.finish_reason) == ("Wait.", "tool_calls")
+    assert [call.function.name for call in choice.message.tool_calls or ()] == ["f", "g"]
+    assert said.usage is not None
+    assert said.usage.completion_tokens == 3
+    assert {chunk["object"] for chunk in payloads(text)} == {"chat.completion.chunk"}
+    assert text.endswith("data: [DONE]\n\n")
+    assert len(upstream.requests) == 2
 
 
 @pytest.mark.parametrize("kind", ["openai", "anthropic", "ollama", "openrouter"])

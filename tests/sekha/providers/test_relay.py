@@ -702,7 +702,7 @@ async def test_an_error_in_the_middle_breaks_the_stream_after_what_was_said() ->
         (events(ROLE + DONE), BadReply),
         (events(b'data: {"choices":[{"del\n\n', WORD, STOP, DONE), BadReply),
         (events(), BadReply),
-        (with_length(ANSWER), BadReply),
+        (with_length(ANSWER.replace(b'"message"', b'"delta"')), BadReply),
         (with_length(b"", "Retry-After: 2", status="503 No"), ProviderUnavailable),
     ],
 )
