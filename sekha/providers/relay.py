@@ -851,6 +851,8 @@ def _usage(reported: object, *, replies: bool = True, by_total: bool = True, tie
         if not by_total:
             return None
         went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
+    elif (thoughts := reported.get("completion_tokens_details")) is not None:
+        came_out += _thoughts_apart(thoughts, reported.get("total_tokens"), went_in + came_out)
     if not 0 < went_in + came_out <= MOST_TOKENS:
         return None
     details = reported.get("prompt_tokens_details")
@@ -880,6 +882,15 @@ def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, i
         went_in = known_in or total - known_out
         return (went_in, known_out) if went_in > 0 else (0, 0)
     return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
+
+
+def _thoughts_apart(details: object, total: object, without: int) -> int:
+    """Tokens that were thought and are no part of what is said to have come out, as xAI reports them.
+
+    OpenAI's own are a part of it. The total tells which: it is of all that is billed.
+    """
+    thoughts = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else 0
+    return thoughts if thoughts and total == without + thoughts else 0
 
 
 def _count(value: object) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -546,6 +547,35 @@ async def test_an_answer_costs_what_the_tier_costs_that_it_names(
 
     of_input, of_output = TIERS[billed]
     assert float(spent) == pytest.approx(2 * (of_input + of_output / 10))
+
+
+@pytest.mark.parametrize("as_served", [False, True], ids=["line", "short way"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_what_was_thought_is_billed_where_it_is_reported_apart(
+    gateway: Opens, as_served: bool, stream: bool
+) -> None:
+    counts = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 135}
+    usage = counts | {"completion_tokens_details": {"reasoning_tokens": 94}}
+    choice = {"index": 0, "finish_reason": "stop"}
+    answer = with_length(orjson.dumps({"choices": [choice | {"message": {"content": "Hi"}}], "usage": usage}))
+    if stream:
+        pieces = [{"choices": [choice | {"delta": {"content": "Hi"}}]}, {"choices": [], "usage": usage}]
+        events = b"".join(b"data: %b\n\n" % orjson.dumps(piece) for piece in pieces)
+        answer = with_length(events + b"data: [DONE]\n\n", "Content-Type: text/event-stream")
+    config = MAPPED.replace(
+        "task: chat_small", "task: chat_small, price: {{input_per_million: 1, output_per_million: 1}}"
+    )
+    asked = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    async with (
+        Upstream(answer) as upstream,
+        gateway(config=config.format(url=upstream.url), as_served=as_served) as served,
+    ):
+        for _ in range(2):  # the first of its kind never takes the short way
+            answered = await served.chat(**asked)
+            assert b'"usage":%b' % orjson.dumps(usage) in answered.content
+        spent = await served.spent()
+
+    assert spent == 2 * Decimal("0.000135")
 
 
 async def test_a_dearer_tier_is_held_at_its_own_price(gateway: Opens) -> None:

@@ -385,6 +385,12 @@ budgets: [{name: all, limit: 1000}]
 routing: {circuit_breaker: {failure_threshold: 1000}}
 """
 JSON = "Content-Type: application/json"
+THOUGHT_APART = {  # as xAI reports it
+    "prompt_tokens": 9,
+    "completion_tokens": 4,
+    "total_tokens": 33,
+    "completion_tokens_details": {"reasoning_tokens": 20},
+}
 WHOLE: dict[str, tuple[int, list[Answer | None], str]] = {
     "good": (200, [GOOD], "short"),
     "in two pieces": (200, [in_two(GOOD, 20)], "short"),
@@ -408,6 +414,7 @@ WHOLE: dict[str, tuple[int, list[Answer | None], str]] = {
     "usage in words": (200, [whole(usage={"prompt_tokens": "7", "completion_tokens": None})], "handed over"),
     "half of its usage": (200, [whole(usage={"prompt_tokens": 9, "completion_tokens": None})], "handed over"),
     "usage by its total": (200, [whole(usage={"prompt_tokens": 9, "total_tokens": 13})], "handed over"),
+    "thoughts apart": (200, [whole(usage=THOUGHT_APART)], "short"),
     "no choices": (502, [whole(choices=[])] * 3, "handed over"),
     "choices of nothing": (502, [whole(choices=None)] * 3, "handed over"),
     "a choice without a message": (502, [whole(choices=[{"index": 0}])] * 3, "handed over"),
@@ -580,6 +587,7 @@ STREAMS: dict[str, tuple[int, list[Answer | None], Way]] = {
         [streamed(SAY, STOP, event(usage={"prompt_tokens": 9, "total_tokens": 13}), DONE)],
         "short",
     ),
+    "thoughts apart": (200, [streamed(SAY, STOP, event(usage=THOUGHT_APART), DONE)], "short"),
     "neither usage nor end in a word": (200, [streamed(SAY, STOP, ends="later")], "handed over"),
     "line ends of another sort": (200, [streamed(*map(crlf, HELLO_EVENTS))], "handed over"),
     "a comment first": (200, [streamed(b": OPENROUTER PROCESSING\n\n", *HELLO_EVENTS)], "handed over"),

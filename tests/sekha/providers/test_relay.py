@@ -326,6 +326,34 @@ async def test_half_of_a_usage_is_made_whole_by_its_total(usage: str) -> None:
     assert handed_on == ROLE + WORD + STOP
 
 
+@pytest.mark.parametrize(
+    ("total", "details", "came_out"),
+    [
+        ("135", '{"reasoning_tokens":94}', 103),  # as xAI reports them
+        ("41", '{"reasoning_tokens":4}', 9),  # as OpenAI does
+        ("41", '{"reasoning_tokens":0}', 9),
+        ("41", "null", 9),
+        ("135", "{}", 9),
+        ("140", '{"reasoning_tokens":94}', 9),
+        ("null", '{"reasoning_tokens":94}', 9),
+        ("135", '{"reasoning_tokens":"94"}', 9),
+        ("135", "[94]", 9),
+    ],
+)
+async def test_thoughts_that_the_total_counts_apart_came_out_too(total: str, details: str, came_out: int) -> None:
+    counts = '"prompt_tokens":32,"completion_tokens":9'
+    usage = f'{{{counts},"total_tokens":{total},"completion_tokens_details":{details}}}'.encode()
+    body = ANSWER[: ANSWER.index(b"{", 2 + ANSWER.index(b'"usage"'))] + usage + b"}"
+    counted = b'data: {"id":"c","choices":[],"usage":%b}\n\n' % usage
+
+    async with relay_to(with_length(body)) as (provider, _):
+        whole = await provider.complete(chat())
+    _, stream = await streamed(events(ROLE, WORD, STOP, counted, DONE))
+
+    assert whole.usage == stream.usage == Usage(input_tokens=32, output_tokens=came_out)
+    assert usage in (whole.raw or b"")
+
+
 async def test_half_of_a_usage_that_the_caller_did_not_ask_for_is_not_handed_on() -> None:
     half = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":null}}\n\n'
 
