@@ -11,7 +11,7 @@ from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
-from sekha.messages import as_object, as_objects, kind_of, parts_of
+from sekha.messages import as_object, as_objects, check_no_other_model, kind_of, parts_of
 from sekha.pricing import Usage
 from sekha.providers.base import RawStream
 from sekha.registry import Task
@@ -255,6 +255,7 @@ def _tools_in(options: object) -> Sequence[Mapping[str, Any]]:
         raise InvalidRequest(f"`options` must be an object, not {kind_of(options)}.", field="options")
     if not options:
         return ()
+    check_no_other_model(options)
     as_object(options.get("stream_options"), "stream_options")
     modalities = options.get("modalities")
     if modalities is not None and not isinstance(modalities, (list, tuple)):

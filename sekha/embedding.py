@@ -11,6 +11,7 @@ from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
+from sekha.messages import check_no_other_model
 from sekha.pricing import Usage
 from sekha.routing import Ask, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
@@ -41,6 +42,7 @@ class EmbedRequest:
         for at, text in enumerate(self.texts):
             if not text:
                 raise InvalidRequest(f"Text {at} is empty, and nothing has no meaning to embed.", field=f"input[{at}]")
+        check_no_other_model(self.options)
 
     def ask(self) -> Ask:
         return Ask(

@@ -8,7 +8,21 @@ from typing import Any
 from sekha.errors import InvalidRequest
 from sekha.vision import url_of
 
-__all__ = ["as_object", "as_objects", "kind_of", "parts_of"]
+__all__ = ["as_object", "as_objects", "check_no_other_model", "kind_of", "parts_of"]
+
+_OTHER_MODELS = ("models", "route", "preset", "fallbacks")
+"""Fields by which OpenRouter, and other gateways, are told to answer with another model than the one asked for."""
+
+
+def check_no_other_model(options: Mapping[str, Any]) -> None:
+    """Refuse what would let a provider answer with a model whose price and permission nobody looked up."""
+    for name in _OTHER_MODELS:
+        if options.get(name):
+            raise InvalidRequest(
+                f"`{name}` lets the provider answer with another model, which is neither priced nor checked "
+                f"against the key. Leave `{name}` out, and list that model in sekha.yaml: Sekha falls back by itself.",
+                field=name,
+            )
 
 
 def parts_of(message: Mapping[str, Any], where: str) -> Sequence[Mapping[str, Any]]:

@@ -505,6 +505,52 @@ async def test_what_nobody_knows_the_price_of_is_the_callers_to_leave_out(
     assert standin.requests == []
 
 
+HOSTED = """
+providers:
+  - id: first
+    provider_type: openrouter
+    base_url: {url}
+    models: [{{model_id: openai/gpt-4o-mini, task: chat_small}}, {{model_id: m, task: embedding, dimension: 8}}]
+"""
+
+
+@pytest.mark.parametrize("price", ["", ", price: free"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("models", ["anthropic/claude-opus-4.1"]),
+        ("route", "fallback"),
+        ("preset", "mine"),
+        ("fallbacks", [{"model": "anthropic/claude-opus-4.1"}]),
+    ],
+)
+async def test_no_provider_is_let_answer_with_another_model(
+    gateway: Opens, field: str, value: object, price: str
+) -> None:
+    async with StandIn() as standin:
+        config = HOSTED.replace("chat_small", "chat_small" + price).replace("8}}", "8, price: free}}")
+        async with gateway(config=config.format(url=standin.openai_url)) as served:
+            chat = await served.chat(model="openai/gpt-4o-mini", **{field: value})
+            stream = await served.chat(model="openai/gpt-4o-mini", stream=True, **{field: value})
+            embedding = await served.http.post("/v1/embeddings", json={"model": "m", "input": "a", field: value})
+
+    for answer in (chat, stream, embedding):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", field)
+        assert f"Leave `{field}` out, and list that model in sekha.yaml" in error["message"]
+    assert standin.requests == []
+
+
+async def test_fields_that_name_no_other_model_stand_in_nobodys_way(gateway: Opens) -> None:
+    nothing: dict[str, Any] = {"models": [], "route": None, "preset": "", "transforms": ["middle-out"]}
+    async with StandIn() as standin, gateway(config=HOSTED.format(url=standin.openai_url)) as served:
+        answer = await served.chat(model="openai/gpt-4o-mini", **nothing)
+
+    assert answer.status_code == 200
+    sent = standin.requests[0].json
+    assert [field for field in nothing if field in sent] == ["models", "preset", "transforms"]
+
+
 TIERS = {"flex": (0.125, 1.0), "default": (0.25, 2.0), "priority": (0.45, 3.6)}
 """What gpt-5-mini costs in each of them: input and output, per million."""
 
