@@ -17,7 +17,7 @@ from sekha.vision import Pictures
 
 __all__ = ["PRICED_FIELDS", "Allowed", "Ask", "Conditions", "Count", "Counter", "Estimates", "Rules", "Size", "cap"]
 
-PRICED_FIELDS = frozenset({"modalities", "plugins", "service_tier", "tools", "web_search_options"})
+PRICED_FIELDS = frozenset({"modalities", "plugins", "provider", "service_tier", "tools", "web_search_options"})
 """What `Ask.priced_apart` may name that is a field of the request; anything else stands in its messages."""
 
 

@@ -11,7 +11,7 @@ from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
-from sekha.messages import as_object, as_objects, check_no_other_model, kind_of, parts_of
+from sekha.messages import as_object, as_objects, check_no_other_model, chooses_a_host, kind_of, parts_of
 from sekha.pricing import Usage
 from sekha.providers.base import RawStream
 from sekha.registry import Task
@@ -164,6 +164,8 @@ class ChatRequest:
                 return "modalities"
             if self.options.get("plugins"):
                 return "plugins"
+            if chooses_a_host(self.options.get("provider")):
+                return "provider"
             if any(_kind(tool).startswith("web_search") for tool in self.options.get("tools") or ()):
                 return "tools"
         for part in self._parts:

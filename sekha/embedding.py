@@ -11,7 +11,7 @@ from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
-from sekha.messages import check_no_other_model
+from sekha.messages import check_no_other_model, chooses_a_host
 from sekha.pricing import Usage
 from sekha.routing import Ask, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
@@ -50,6 +50,7 @@ class EmbedRequest:
             model=self.model,
             task="embedding",
             max_cost=self.max_cost,
+            priced_apart="provider" if chooses_a_host(self.options.get("provider")) else None,
             bulk=self.bulk,
             key=self.key,
             allowed=self.allowed,

@@ -8,10 +8,15 @@ from typing import Any
 from sekha.errors import InvalidRequest
 from sekha.vision import url_of
 
-__all__ = ["as_object", "as_objects", "check_no_other_model", "kind_of", "parts_of"]
+__all__ = ["as_object", "as_objects", "check_no_other_model", "chooses_a_host", "kind_of", "parts_of"]
 
 _OTHER_MODELS = ("models", "route", "preset", "fallbacks")
 """Fields by which OpenRouter, and other gateways, are told to answer with another model than the one asked for."""
+
+_OF_NO_HOST = frozenset(
+    {"allow_fallbacks", "data_collection", "enforce_distillable_text", "max_price", "require_parameters", "zdr"}
+)
+"""What OpenRouter's `provider` may say without choosing a host: what any of them has to keep."""
 
 
 def check_no_other_model(options: Mapping[str, Any]) -> None:
@@ -23,6 +28,15 @@ def check_no_other_model(options: Mapping[str, Any]) -> None:
                 f"against the key. Leave `{name}` out, and list that model in sekha.yaml: Sekha falls back by itself.",
                 field=name,
             )
+
+
+def chooses_a_host(provider: object) -> bool:
+    """Whether OpenRouter's `provider` picks one of a model's hosts by anything but its price: each has its own."""
+    if not isinstance(provider, (dict, Mapping)):
+        return bool(provider)
+    return any(
+        value and name not in _OF_NO_HOST and (name, value) != ("sort", "price") for name, value in provider.items()
+    )
 
 
 def parts_of(message: Mapping[str, Any], where: str) -> Sequence[Mapping[str, Any]]:

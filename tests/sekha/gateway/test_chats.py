@@ -510,8 +510,11 @@ providers:
   - id: first
     provider_type: openrouter
     base_url: {url}
-    models: [{{model_id: openai/gpt-4o-mini, task: chat_small}}, {{model_id: m, task: embedding, dimension: 8}}]
+    models:
+      - {{model_id: openai/gpt-4o-mini, task: chat_small{price}}}
+      - {{model_id: openai/text-embedding-3-small, task: embedding, dimension: 1536{price}}}
 """
+EMBEDDING = {"model": "openai/text-embedding-3-small", "input": "a"}
 
 
 @pytest.mark.parametrize("price", ["", ", price: free"])
@@ -527,12 +530,10 @@ providers:
 async def test_no_provider_is_let_answer_with_another_model(
     gateway: Opens, field: str, value: object, price: str
 ) -> None:
-    async with StandIn() as standin:
-        config = HOSTED.replace("chat_small", "chat_small" + price).replace("8}}", "8, price: free}}")
-        async with gateway(config=config.format(url=standin.openai_url)) as served:
-            chat = await served.chat(model="openai/gpt-4o-mini", **{field: value})
-            stream = await served.chat(model="openai/gpt-4o-mini", stream=True, **{field: value})
-            embedding = await served.http.post("/v1/embeddings", json={"model": "m", "input": "a", field: value})
+    async with StandIn() as standin, gateway(config=HOSTED.format(url=standin.openai_url, price=price)) as served:
+        chat = await served.chat(model="openai/gpt-4o-mini", **{field: value})
+        stream = await served.chat(model="openai/gpt-4o-mini", stream=True, **{field: value})
+        embedding = await served.http.post("/v1/embeddings", json=EMBEDDING | {field: value})
 
     for answer in (chat, stream, embedding):
         error = answer.json()["error"]
@@ -543,12 +544,36 @@ async def test_no_provider_is_let_answer_with_another_model(
 
 async def test_fields_that_name_no_other_model_stand_in_nobodys_way(gateway: Opens) -> None:
     nothing: dict[str, Any] = {"models": [], "route": None, "preset": "", "transforms": ["middle-out"]}
-    async with StandIn() as standin, gateway(config=HOSTED.format(url=standin.openai_url)) as served:
+    async with StandIn() as standin, gateway(config=HOSTED.format(url=standin.openai_url, price="")) as served:
         answer = await served.chat(model="openai/gpt-4o-mini", **nothing)
 
     assert answer.status_code == 200
     sent = standin.requests[0].json
     assert [field for field in nothing if field in sent] == ["models", "preset", "transforms"]
+
+
+@pytest.mark.parametrize(
+    ("provider", "price", "status"),
+    [
+        ({"only": ["azure"]}, "", 400),
+        ({"order": ["azure"], "allow_fallbacks": False}, "", 400),
+        ({"sort": "throughput"}, "", 400),
+        ({"order": ["azure"]}, ", price: {input_per_million: 1, output_per_million: 2}", 200),
+        ({"sort": "price", "max_price": {"prompt": 1}, "data_collection": "deny", "zdr": True, "order": []}, "", 200),
+    ],
+)
+async def test_who_chooses_a_host_has_to_have_its_price(
+    gateway: Opens, provider: dict[str, Any], price: str, status: int
+) -> None:
+    async with StandIn() as standin, gateway(config=HOSTED.format(url=standin.openai_url, price=price)) as served:
+        chat = await served.chat(model="openai/gpt-4o-mini", provider=provider)
+        embedding = await served.http.post("/v1/embeddings", json=EMBEDDING | {"provider": provider})
+
+    assert (chat.status_code, embedding.status_code) == (status, status)
+    if status == 400:
+        for error in (chat.json()["error"], embedding.json()["error"]):
+            assert (error["code"], error["param"]) == ("price_unknown", "provider")
+        assert standin.requests == []
 
 
 TIERS = {"flex": (0.125, 1.0), "default": (0.25, 2.0), "priority": (0.45, 3.6)}
