@@ -11,7 +11,15 @@ from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
-from sekha.messages import as_object, as_objects, check_no_other_model, chooses_a_host, kind_of, parts_of
+from sekha.messages import (
+    as_object,
+    as_objects,
+    check_no_other_model,
+    chooses_a_host,
+    is_of_provider,
+    kind_of,
+    parts_of,
+)
 from sekha.pricing import Usage
 from sekha.providers.base import RawStream
 from sekha.registry import Task
@@ -166,7 +174,7 @@ class ChatRequest:
                 return "plugins"
             if chooses_a_host(self.options.get("provider")):
                 return "provider"
-            if any(_kind(tool).startswith("web_search") for tool in self.options.get("tools") or ()):
+            if self._has_tools_of_providers:
                 return "tools"
         for part in self._parts:
             kind = _kind(part)
@@ -197,7 +205,13 @@ class ChatRequest:
     @property
     def unbounded(self) -> str | None:
         """What in the request is as many tokens as its provider makes of it; None where all can be counted."""
-        return next((kind for part in self._parts if (kind := _kind(part)) in MEDIA), None) if self._parts else None
+        found = next((kind for part in self._parts if (kind := _kind(part)) in MEDIA), None) if self._parts else None
+        # What such a tool reads goes in as well.
+        return found or ("tools" if self.options and self._has_tools_of_providers else None)
+
+    @property
+    def _has_tools_of_providers(self) -> bool:
+        return any(is_of_provider(tool) for tool in self.options.get("tools") or ())
 
     def ask(self, *, images_need_vision: bool = True) -> Ask:
         """What routing has to know of the request."""

@@ -360,7 +360,7 @@ def _priced(model: Model, estimates: Estimates) -> Estimate | None:
 def _unpriced(estimates: Estimates, model: Model) -> str:
     if estimates.knows_price(model):
         what = estimates.size.unbounded
-        return f"how much a `{what}` may cost is unknown: leave that out, or set `context_window:` for the model"
+        return f"how much `{what}` may cost is unknown: leave that out, or set `context_window:` for the model"
     if model.price is not None and (what := estimates.ask.priced_apart) is not None:
         return f"its price with `{what}` is unknown: leave that out, or set `price:` for the model"
     return "its price is unknown: set `price:` for it, or `unknown_price: free`"

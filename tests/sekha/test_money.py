@@ -268,8 +268,7 @@ async def test_a_file_costs_at_the_worst_what_fits_the_context_window(tmp_path: 
     unlimited, why = said["endless"]
     assert unlimited is None
     assert (
-        why
-        == f"how much a `{part['type']}` may cost is unknown: leave that out, or set `context_window:` for the model"
+        why == f"how much `{part['type']}` may cost is unknown: leave that out, or set `context_window:` for the model"
     )
     assert said["gratis"][0] is not None
     assert said["gpt-4o"][0] is not None  # the price map knows its window
@@ -316,7 +315,7 @@ async def test_what_was_said_aloud_before_is_sound_too(tmp_path: Path) -> None:
 
     why = {each.model.id: each.why for each in made.verdicts}
     assert "its price with `audio` is unknown" in why["gpt-4o"]
-    assert "how much a `audio` may cost is unknown" in why["endless"]
+    assert "how much `audio` may cost is unknown" in why["endless"]
 
 
 async def test_searches_and_plugins_that_are_billed_apart_are_refused_where_the_map_says_the_price(
@@ -330,6 +329,61 @@ async def test_searches_and_plugins_that_are_billed_apart_are_refused_where_the_
 
         assert said["gpt-4o"][1].startswith(f"its price with `{name}` is unknown")
         assert said["windowed"][0] is not None
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "web_search_20250305", "name": "web_search"},
+        {"type": "web_fetch_20250910", "name": "web_fetch"},
+        {"type": "code_execution_20250522", "name": "code_execution"},
+        {"type": "mcp_toolset", "mcp_server_name": "x"},
+        {"type": "advisor_20260301", "name": "advisor"},
+        {"type": "openrouter:web_search"},
+        {"type": "builtin_function", "function": {"name": "$web_search"}},
+        {"type": "nobody_knows", "name": "x"},
+        {"type": ["function"], "name": "x"},
+        {"googleSearch": {}},
+        {"type": "function", "googleSearch": {}},
+        {"type": "memory_20250818", "googleSearch": {}},
+    ],
+)
+async def test_a_tool_that_the_provider_runs_has_no_price_in_the_map_and_may_fill_the_window(
+    tmp_path: Path, tool: dict[str, Any]
+) -> None:
+    ours = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+    said = await judged(tmp_path, options={"tools": [ours, tool]})
+
+    assert said["gpt-4o"] == (None, "its price with `tools` is unknown: leave that out, or set `price:` for the model")
+    windowed, _ = said["windowed"]
+    assert windowed is not None
+    assert windowed.worst_case == Decimal("0.102")
+    assert windowed.expected < Decimal("0.01")
+    assert said["endless"][1].startswith("how much `tools` may cost is unknown")
+    assert said["gratis"][0] is not None
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", "function": {"name": "f", "parameters": {}}},
+        {"type": "custom", "custom": {"name": "f"}},
+        {"type": "custom", "name": "f", "input_schema": {}},
+        {"name": "f", "input_schema": {}},
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+        {"type": "computer_20250124", "name": "computer", "display_width_px": 1, "display_height_px": 1},
+        {"type": "memory_20250818", "name": "memory"},
+        {"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"},
+    ],
+)
+async def test_a_tool_that_the_caller_runs_costs_its_tokens(tmp_path: Path, tool: dict[str, Any]) -> None:
+    said = await judged(tmp_path, options={"tools": [tool]})
+
+    assert all(estimate is not None for estimate, _ in said.values())
+    assert said["windowed"][0] is not None
+    assert said["windowed"][0].worst_case < Decimal("0.01")
 
 
 async def test_a_request_for_a_model_that_is_free_asks_the_ledger_nothing(tmp_path: Path, ledger: Asked) -> None:
