@@ -1,7 +1,8 @@
 """Public prices and limits of models, read from the map that LiteLLM ships, without importing LiteLLM.
 
 What the map says is believed only where it can be: an entry of zero, one with half of its prices,
-or one that also charges by the request, or more for reasoning, is an unknown price, never a free model.
+or one that also charges by the request, for searches of its own, or more for reasoning, is an unknown price, never a
+free model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from sekha.registry import ProviderKind
 
 __all__ = ["ModelLimits", "PriceMap"]
 
+_SEARCHES = re.compile(r"(^|[/-])(search|deep-research|sonar)(-|$)")
+"""In the name of a model that searches unasked, for a fee beside the tokens. The map has that fee for others too, which
+search when they are asked to.
+"""
 _ABOVE = re.compile(r"input_cost_per_token_above_(\d+)k_tokens")
 _MAP = "model_prices_and_context_window_backup.json"
 _TIERS = ("flex", "priority")
@@ -67,7 +72,7 @@ class PriceMap:
         if _is_openrouter(kind, model_id) and model_id.endswith(":free"):
             return Price(source="price map")
         entry = self._find(kind, model_id)
-        return None if entry is None else _price(entry)
+        return None if entry is None or _SEARCHES.search(model_id) else _price(entry)
 
     def limits(self, kind: ProviderKind, model_id: str) -> ModelLimits | None:
         entry = self._find(kind, model_id)

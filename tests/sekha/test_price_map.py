@@ -72,6 +72,13 @@ def test_a_model_is_found_under_its_providers_name(kind: ProviderKind, model_id:
         ("litellm", "perplexity/sonar-small-online"),  # charges by the request as well
         ("litellm", "dashscope/qwen-turbo"),  # charges more for reasoning
         ("openai", "omni-moderation-latest"),
+        ("openai", "gpt-4o-search-preview"),  # search on every request, for a fee
+        ("openai", "gpt-4o-mini-search-preview-2025-03-11"),
+        ("openai", "gpt-5-search-api"),
+        ("openai", "o3-deep-research"),
+        ("openrouter", "openai/gpt-4o-search-preview"),
+        ("litellm", "openai/gpt-5-search-api"),
+        ("litellm", "perplexity/sonar-pro"),
         ("openrouter", "meta-llama/llama-3.1-8b-instruct"),
         ("ollama", "gpt-oss:20b-cloud"),
         ("litellm", "ollama/gpt-oss:20b-cloud"),
@@ -79,6 +86,20 @@ def test_a_model_is_found_under_its_providers_name(kind: ProviderKind, model_id:
 )
 def test_what_the_map_cannot_tell_is_unknown_and_not_free(kind: ProviderKind, model_id: str) -> None:
     assert PriceMap.bundled().price(kind, model_id) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_id"),
+    [
+        ("openai", "gpt-4o"),  # searches when it is asked to
+        ("anthropic", "claude-sonnet-4-5"),
+        ("litellm", "nebius/NousResearch/Hermes-4-70B"),
+    ],
+)
+def test_a_model_that_searches_when_it_is_asked_to_has_the_price_of_its_tokens(
+    kind: ProviderKind, model_id: str
+) -> None:
+    assert PriceMap.bundled().price(kind, model_id) is not None
 
 
 @pytest.mark.parametrize(
