@@ -29,7 +29,7 @@ from sekha.routing import Candidate, Plan
 from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.losses import Losses
-from sekha.steps.money import check_worst_case, cost_of, spend_of
+from sekha.steps.money import check_worst_case, cost_of, spend_of, with_images
 from sekha.steps.waits import unless_others_may
 from sekha.vectors.base import Vector
 
@@ -93,7 +93,7 @@ class Calls:
             completion, candidate, attempts, _ = answered
             model = candidate.model
             usage = completion.usage or await self._counted_usage(request, completion, model)
-            usage = _in_tier(_with_images(usage, request, model), request)
+            usage = _in_tier(with_images(usage, request.image_count, model), request)
             reply = Reply(
                 text=completion.text,
                 body=completion.body,
@@ -188,7 +188,7 @@ class Calls:
             went_in = opened.events.went_in or Usage(input_tokens=await _went_in(request, model))
             came_out, _ = await count_embedding([opened.events.said()], model.id)
             usage = replace(went_in, output_tokens=max(came_out, went_in.output_tokens), counted=True)
-        usage = _in_tier(_with_images(usage, request, model), request)
+        usage = _in_tier(with_images(usage, request.image_count, model), request)
         return Reply(
             text="",
             body={},
@@ -542,10 +542,3 @@ async def _went_in(request: ChatRequest, model: Model) -> int:
 def _in_tier(usage: Usage, request: ChatRequest) -> Usage:
     """Usage in the service tier that was asked for, where the provider names none."""
     return replace(usage, tier=request.tier) if usage.tier is None and request.options and request.tier else usage
-
-
-def _with_images(usage: Usage, request: ChatRequest, model: Model) -> Usage:
-    """Usage with the images that are priced apart: no provider says how many it was sent."""
-    if model.price is None or not model.price.per_image or not request.image_count:
-        return usage
-    return replace(usage, images=request.image_count)

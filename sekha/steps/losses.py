@@ -18,7 +18,7 @@ from sekha.pricing import Usage
 from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
 from sekha.settling import to_the_end
-from sekha.steps.money import cost_of, spend_of
+from sekha.steps.money import cost_of, spend_of, with_images
 
 __all__ = ["Losses"]
 
@@ -90,6 +90,8 @@ class Losses:
                     usage, amount = await at_worst(candidate)
                 else:
                     usage = reported if reported.tier else replace(reported, tier=self._chosen.ask.tier)
+                    pictures = self._chosen.ask.pictures
+                    usage = with_images(usage, len(pictures.each) if pictures else 0, candidate.model)
                     amount = cost_of(usage, candidate.model)
                 if amount:
                     await to_the_end(self._charge(candidate, usage, amount))

@@ -27,7 +27,7 @@ from sekha.steps.counting import Counters
 from sekha.tokens import TokenizerName
 from sekha.vision import are_heavy
 
-__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "check_worst_case", "cost_of", "spend_of"]
+__all__ = ["HOLD_SECONDS", "Known", "Money", "UsualReplies", "check_worst_case", "cost_of", "spend_of", "with_images"]
 
 HOLD_SECONDS = 900.0
 """A hold lasts this long, or twice as long as a call may take: only a process that died leaves one to expire."""
@@ -360,3 +360,10 @@ def cost_of(usage: Usage, model: Model) -> Decimal:
     if model.price is None:
         raise ValueError(f"{model.name!r} was called though its price is unknown")
     return cost(usage, model.price)
+
+
+def with_images(usage: Usage, images: int, model: Model) -> Usage:
+    """Usage with the images that are priced apart: no provider says how many it was sent."""
+    if model.price is None or not model.price.per_image or not images:
+        return usage
+    return replace(usage, images=images)

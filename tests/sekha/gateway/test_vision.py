@@ -14,6 +14,7 @@ import pytest
 
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served
+from tests.fixtures.upstream import Upstream, with_length
 
 PRIORITY = {"first": 1, "second": 2, "third": 3}
 PRICE = "{input_per_million: 1, output_per_million: 2}"
@@ -194,6 +195,28 @@ async def test_images_that_are_priced_apart_are_billed_whatever_usage_says(gatew
     assert spent == Decimal("0.75")
     told = re.findall(r'"estimated_cost":([\d.]+),"cost":([\d.]+)', response.text)
     assert told == [("0.75", "0.75")]
+
+
+async def test_images_that_are_priced_apart_are_billed_by_an_answer_that_is_none_too(gateway: Opens) -> None:
+    unusable = with_length(b'{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":2}}')
+    async with Upstream(unusable, unusable, unusable) as upstream:
+        config = f"""
+        providers:
+          - id: first
+            provider_type: openai
+            base_url: {upstream.url}
+            models:
+              - model_id: gpt-4o
+                task: chat_small
+                supports_vision: true
+                price: {{input_per_million: 1000, output_per_million: 2000, per_image: 0.25}}
+        """
+        async with gateway(config=config) as served:
+            response = await look(served, *[part(png())] * 3)
+            spent = await served.spent()
+
+    attempts = len(response.json()["error"]["attempts"])
+    assert (response.status_code, spent) == (502, attempts * Decimal("0.764"))
 
 
 @pytest.mark.parametrize(
