@@ -304,8 +304,12 @@ def thinking_of(given: Mapping[str, Any]) -> int:
     """What `ChatRequest.thinking` says of these options."""
     effort, thinking = given.get("reasoning_effort"), given.get("thinking")
     tokens = _THOUGHTS.get(effort, 0) if isinstance(effort, str) else 0
-    if isinstance(thinking, Mapping) and type(number := thinking.get("budget_tokens")) is int:
-        tokens = max(tokens, min(number, MOST_TOKENS))
+    if isinstance(thinking, Mapping):
+        if type(number := thinking.get("budget_tokens")) is int:
+            tokens = max(tokens, min(number, MOST_TOKENS))
+        elif thinking.get("type") == "adaptive":
+            # As many as LiteLLM then says to a model that cannot choose for itself.
+            tokens = max(tokens, _THOUGHTS["medium"])
     return tokens
 
 

@@ -708,6 +708,18 @@ async def test_a_cap_refuses_the_thoughts_that_it_does_not_afford(
     assert thoughts < sent.json["max_tokens"] <= thoughts + 1024
 
 
+async def test_a_cap_leaves_an_answer_beside_thoughts_whose_length_the_model_is_to_choose(gateway: Opens) -> None:
+    asked: dict[str, Any] = {"model": "claude-sonnet-4-5", "thinking": {"type": "adaptive"}}
+    async with StandIn() as standin, gateway(config=THINKER.format(url=standin.anthropic_url)) as served:
+        refused = await served.chat(**asked, max_cost=1100 * 15e-6)
+        answered = await served.chat(**asked, max_cost=3072 * 15e-6)
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (402, "cost_refused")
+    assert answered.status_code == 200
+    (sent,) = standin.requests
+    assert sent.json["thinking"]["budget_tokens"] + 512 <= sent.json["max_tokens"] <= 3072
+
+
 async def test_a_cap_leaves_the_callers_own_limit_alone(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(config=THINKER.format(url=standin.anthropic_url)) as served:
         answer = await served.chat(model="claude-sonnet-4-5", reasoning_effort="low", max_tokens=100, max_cost=0.009)
