@@ -160,13 +160,14 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
 
 
 def shows(reported: object, usage: Usage) -> bool:
-    """Whether a provider's own report says in whole numbers what was charged, and so may stand."""
+    """Whether a provider's own report says in whole numbers what was charged, its total at least, and so may stand."""
     if not isinstance(reported, dict) or usage.counted:
         return False
     went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
     if type(went_in) is not int or type(came_out) is not int:
         return False
-    return went_in == usage.input_tokens and came_out == usage.output_tokens
+    charged = usage.input_tokens + usage.output_tokens
+    return charged == went_in + came_out or charged == reported.get("total_tokens")
 
 
 def embed_reply(embedded: RawEmbedded, run_id: str) -> tuple[bytes, Headers]:

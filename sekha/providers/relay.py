@@ -851,10 +851,23 @@ def _usage(reported: object, *, replies: bool = True, by_total: bool = True, tie
         if not by_total:
             return None
         went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
-    elif (thoughts := reported.get("completion_tokens_details")) is not None:
-        came_out += _thoughts_apart(thoughts, reported.get("total_tokens"), went_in + came_out)
+    elif type(total := reported.get("total_tokens")) is int and total > went_in + came_out:
+        went_in, came_out = _with_the_rest(reported, went_in, came_out, total) if replies else (total, 0)
     if not 0 < went_in + came_out <= MOST_TOKENS:
         return None
+    read, written = _cached(reported)
+    cached = min(_count(read), went_in) if read else 0
+    return Usage(
+        input_tokens=went_in,
+        output_tokens=came_out,
+        cached_tokens=cached,
+        cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
+        tier=tier if isinstance(tier, str) else None,
+    )
+
+
+def _cached(reported: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What was read from the cache and what was written to it, as it is reported."""
     details = reported.get("prompt_tokens_details")
     if not isinstance(details, dict):
         details = _NO_DETAILS
@@ -864,15 +877,7 @@ def _usage(reported: object, *, replies: bool = True, by_total: bool = True, tie
         or reported.get("cache_read_input_tokens")
         or reported.get("prompt_cache_hit_tokens")
     )
-    written = details.get("cache_write_tokens") or reported.get("cache_creation_input_tokens")
-    cached = min(_count(read), went_in) if read else 0
-    return Usage(
-        input_tokens=went_in,
-        output_tokens=came_out,
-        cached_tokens=cached,
-        cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
-        tier=tier if isinstance(tier, str) else None,
-    )
+    return read, details.get("cache_write_tokens") or reported.get("cache_creation_input_tokens")
 
 
 def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, int]:
@@ -884,13 +889,16 @@ def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, i
     return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
 
 
-def _thoughts_apart(details: object, total: object, without: int) -> int:
-    """Tokens that were thought and are no part of what is said to have come out, as xAI reports them.
+def _with_the_rest(reported: Mapping[str, Any], went_in: int, came_out: int, total: int) -> tuple[int, int]:
+    """What went in and came out, where the total is more: it is of all that is billed.
 
-    OpenAI's own are a part of it. The total tells which: it is of all that is billed.
+    xAI and Gemini count thoughts apart from what came out, Gemini without another word of them; others tokens of
+    the cache apart from what went in. What nobody explains counts as the dearer of both, which is what came out.
     """
-    thoughts = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else 0
-    return thoughts if thoughts and total == without + thoughts else 0
+    rest = total - went_in - came_out
+    if rest == sum(map(_count, _cached(reported))):
+        return went_in + rest, came_out
+    return went_in, came_out + rest
 
 
 def _count(value: object) -> int:

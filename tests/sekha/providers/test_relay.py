@@ -327,30 +327,34 @@ async def test_half_of_a_usage_is_made_whole_by_its_total(usage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "details", "came_out"),
+    ("total", "more", "counts"),
     [
-        ("135", '{"reasoning_tokens":94}', 103),  # as xAI reports them
-        ("41", '{"reasoning_tokens":4}', 9),  # as OpenAI does
-        ("41", '{"reasoning_tokens":0}', 9),
-        ("41", "null", 9),
-        ("135", "{}", 9),
-        ("140", '{"reasoning_tokens":94}', 9),
-        ("null", '{"reasoning_tokens":94}', 9),
-        ("135", '{"reasoning_tokens":"94"}', 9),
-        ("135", "[94]", 9),
+        ("135", '"completion_tokens_details":{"reasoning_tokens":94}', (32, 103, 0)),  # as xAI reports them
+        ("41", '"completion_tokens_details":{"reasoning_tokens":4}', (32, 9, 0)),  # as OpenAI does
+        ("41", '"completion_tokens_details":null', (32, 9, 0)),
+        ("135", '"x":0', (32, 103, 0)),  # as Gemini does
+        ("1041", '"cache_read_input_tokens":1000', (1032, 9, 1000)),
+        ("1141", '"cache_read_input_tokens":1000', (32, 1109, 32)),
+        ("40", '"x":0', (32, 9, 0)),
+        ("null", '"completion_tokens_details":{"reasoning_tokens":94}', (32, 9, 0)),
+        ('"135"', '"x":0', (32, 9, 0)),
+        ("1e300", '"x":0', (32, 9, 0)),
     ],
 )
-async def test_thoughts_that_the_total_counts_apart_came_out_too(total: str, details: str, came_out: int) -> None:
-    counts = '"prompt_tokens":32,"completion_tokens":9'
-    usage = f'{{{counts},"total_tokens":{total},"completion_tokens_details":{details}}}'.encode()
+async def test_what_the_total_has_beyond_both_halves_is_counted(
+    total: str, more: str, counts: tuple[int, int, int]
+) -> None:
+    usage = f'{{"prompt_tokens":32,"completion_tokens":9,"total_tokens":{total},{more}}}'.encode()
     body = ANSWER[: ANSWER.index(b"{", 2 + ANSWER.index(b'"usage"'))] + usage + b"}"
     counted = b'data: {"id":"c","choices":[],"usage":%b}\n\n' % usage
+    went_in, came_out, cached = counts
 
     async with relay_to(with_length(body)) as (provider, _):
         whole = await provider.complete(chat())
     _, stream = await streamed(events(ROLE, WORD, STOP, counted, DONE))
 
-    assert whole.usage == stream.usage == Usage(input_tokens=32, output_tokens=came_out)
+    used = Usage(input_tokens=went_in, output_tokens=came_out, cached_tokens=cached)
+    assert whole.usage == stream.usage == used
     assert usage in (whole.raw or b"")
 
 
