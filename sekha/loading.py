@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from sekha import yaml_file
 from sekha.address import WRONG_PORT, has_wrong_port, is_loopback
-from sekha.config import ALSO_ACCEPTED, NOT_NEEDED, Config
+from sekha.config import ALSO_ACCEPTED, NOT_NEEDED, Config, ModelSection
 from sekha.errors import ConfigError, ConfigMissing, Problem, did_you_mean
 from sekha.registry import COLLECTION_NAME, TASKS
 from sekha.yaml_file import Place, Tree
@@ -113,6 +113,8 @@ def parse(
     except ValidationError as error:
         problems += [tree.problem(place, message) for place, message in _explained(error, written)]
     problems += [tree.problem(place, message) for place, message in _contradictions(data)]
+    if config is not None:
+        problems += [tree.problem(place, message) for place, message in _disagreements(config, written)]
     if problems or config is None:
         raise ConfigError(source, sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
     return Loaded(config, source, folder, (*warnings, *_doubts(config)))
@@ -330,11 +332,10 @@ def _shown(place: Place, written: Any) -> str:
     """What stands there instead, never with what a reference to a secret stands for."""
     if any(step in ("api_key", "hash") for step in place):
         return ""
-    for step in place:
-        try:
-            written = written[step]
-        except (KeyError, IndexError, TypeError):
-            return ""
+    try:
+        written = _at(place, written)
+    except LookupError:
+        return ""
     match written:
         case dict():
             return ", not a mapping"
@@ -345,6 +346,16 @@ def _shown(place: Place, written: Any) -> str:
             return f", not {_short(re.sub(r'(?<=//)[^/@]*@', '***@', written))}"
         case _:
             return f", not {_short(written)}"
+
+
+def _at(place: Place, written: Any) -> Any:
+    """What is written at a place. Raises `LookupError` where nothing is."""
+    for step in place:
+        try:
+            written = written[step]
+        except TypeError as error:
+            raise LookupError(step) from error
+    return written
 
 
 _EXPECTED = {
@@ -522,6 +533,62 @@ def _in_models(at: int, provider: Mapping[str, Any], models: dict[str, set[str]]
             yield place, f"embedding model {name!r} needs `dimension:`, the length of its vectors."
         for known in (name, f"{provider.get('id')}/{name}"):
             models.setdefault(known, set()).add(task)
+
+
+_OF_THE_MODEL = (
+    "context_window",
+    "max_output_tokens",
+    "dimension",
+    "revision",
+    "same_as",
+    "query_prefix",
+    "document_prefix",
+    "vision_capabilities",
+    "weight",
+    "price",
+)
+"""What holds of a model whatever it is used for. What it is able to do need be said for one task alone."""
+
+
+def _disagreements(config: Config, written: Any) -> Found:
+    """Values of one model that its entries, one for each of its tasks, give differently."""
+    for at, provider in enumerate(config.providers):
+        first: dict[tuple[str, Place], tuple[int, object]] = {}
+        for index, model in enumerate(provider.models):
+            for steps, value in _given(model):
+                earlier, before = first.setdefault((model.model_id, steps), (index, value))
+                if value == before:
+                    continue
+                here, there = (
+                    _told(("providers", at, "models", each, *steps), written, said)
+                    for each, said in ((index, value), (earlier, before))
+                )
+                yield (
+                    ("providers", at, "models", index, *steps),
+                    f"is {here}, and models[{earlier}] says {there} of {model.model_id!r}, which is one model whatever "
+                    "its task. Say it once for all of its tasks, or list it under a provider with another `id:`.",
+                )
+
+
+def _given(model: ModelSection) -> Iterator[tuple[Place, object]]:
+    """What an entry says of its model. Of a section everything: what it leaves out has a meaning there."""
+    for name in _OF_THE_MODEL:
+        value = getattr(model, name)
+        if value == ModelSection.model_fields[name].default:
+            continue  # a block has its defaults written out
+        if isinstance(value, BaseModel):
+            yield from (((name, inner), each) for inner, each in value)
+        else:
+            yield (name,), value
+
+
+def _told(place: Place, written: Any, value: object) -> str:
+    """A value as the file has it; by itself where the file leaves it to us."""
+    try:
+        value = _at(place, written)
+    except LookupError:
+        return "left out" if value is None else str(value)
+    return _short(value)
 
 
 def _twice(place: Place, names: list[Any], field: str) -> Found:

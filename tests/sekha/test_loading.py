@@ -10,7 +10,8 @@ import pytest
 
 from sekha.errors import ConfigError, ConfigMissing
 from sekha.loading import Loaded, find, load, parse
-from sekha.registry import TASKS
+from sekha.price_map import PriceMap
+from sekha.registry import TASKS, Registry
 
 CANARY = "sk-canary-0123456789"
 CAPITALS = "AKIAIOSFODNN7EXAMPLE"
@@ -81,6 +82,13 @@ def provider(**fields: Any) -> str:
     return json.dumps({"providers": [{"id": "a", "provider_type": "openai", **fields}]})
 
 
+def both(small: dict[str, Any], sees: dict[str, Any]) -> str:
+    """One model under two tasks."""
+    return provider(
+        models=[{"model_id": "m", "task": "chat_small", **small}, {"model_id": "m", "task": "vision", **sees}]
+    )
+
+
 # --- what loads ----------------------------------------------------------------------------
 
 
@@ -129,6 +137,26 @@ def test_2_0s_other_names_mean_the_same(write: Write) -> None:
     loaded = load(write(other, "other.yaml"), environ={"OPENAI_API_KEY": CANARY})
 
     assert loaded.config == load(write(VERSION_2_0), environ={"OPENAI_API_KEY": CANARY}).config
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"context_window": 9000, "price": {"input_per_million": "1.50", "output_per_million": 0}, "weight": 2},
+        {"context_window": None, "price": None, "weight": 1},
+        {"supports_vision": False, "supports_function_calling": False},
+    ],
+)
+def test_one_model_under_two_tasks_is_what_either_entry_says(other: dict[str, Any], write: Write) -> None:
+    said = {"context_window": 9000, "price": {"input_per_million": 1.5}, "weight": 2, "supports_function_calling": True}
+
+    config = load(write(both(said, other)), environ={}).config
+    (model,) = Registry.from_config(config, PriceMap({}))
+
+    assert (model.context_window, model.weight, model.vision, model.function_calling) == (9000, 2, True, True)
+    assert model.price is not None
+    assert model.price.input == Decimal("1.5")
 
 
 def test_keys_that_only_the_original_needs_are_named_in_a_warning(write: Write) -> None:
@@ -419,6 +447,38 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
         (
             provider(models=[{"model_id": "m", "task": "vision"}, {"model_id": "m", "task": "vision"}]),
             "'m' is listed for 'vision' twice, first as models[0].",
+        ),
+        (
+            "providers:\n- id: a\n  provider_type: openai\n  models:\n"
+            "  - {model_id: m, task: chat_small, context_window: 1000}\n"
+            "  - {model_id: m, task: vision, context_window: 9000}\n",
+            "line 6: providers[0].models[1].context_window: is 9000, and models[0] says 1000 of 'm', which is one "
+            "model whatever its task. Say it once for all of its tasks, or list it under a provider with another "
+            "`id:`.",
+        ),
+        (
+            both({"price": "free"}, {"price": {"input_per_million": 9}}),
+            "providers[0].models[1].price.input_per_million: is 9, and models[0] says 0 of 'm'",
+        ),
+        (
+            both({"price": {"input_per_million": 9, "per_image": 1}}, {"price": {"input_per_million": 9}}),
+            "providers[0].models[1].price.per_image: is left out, and models[0] says 1 of 'm'",
+        ),
+        (
+            both({"max_output_tokens": 10}, {"max_output_tokens": 20}),
+            "providers[0].models[1].max_output_tokens: is 20, and models[0] says 10 of 'm'",
+        ),
+        (
+            both({"dimension": 8}, {"dimension": 16}),
+            "providers[0].models[1].dimension: is 16, and models[0] says 8 of 'm'",
+        ),
+        (
+            both({"vision_capabilities": {"max_images": 1}}, {"vision_capabilities": {"max_image_size_mb": 20}}),
+            "providers[0].models[1].vision_capabilities.max_images: is 10, and models[0] says 1 of 'm'",
+        ),
+        (
+            both({"weight": 2}, {"weight": 3}),
+            "providers[0].models[1].weight: is 3, and models[0] says 2 of 'm'",
         ),
         (
             provider(models=[{"model_id": "m", "task": "vision", "price": "cheap"}]),
