@@ -70,16 +70,29 @@ class Ask(NamedTuple):
     """The service tier that is asked for, where that may be dearer than the ordinary one."""
 
     def scope(self, model: Model) -> Scope:
-        """What a call to the model would be charged to.
+        """What a call to the model would be charged to."""
+        return _scope(model.provider_id, model.id, self.task_at(model), self.key, self.tags)
 
-        Where no task is named it is the model's first, but images are looked at: whoever names the model does not
-        get round what `vision` may cost.
+    def task_at(self, model: Model) -> str:
+        """The task that a call to the model counts as.
+
+        Where none is named it is the model's first, of those that the key may use. But images are looked at: whoever
+        names the model does not get round what `vision` may cost, nor round who may use it.
         """
         task = self.task or (self.model if self.model in TASKS else None)
-        if task is None:
-            sees = (self.vision or self.pictures is not None) and "vision" in model.tasks
-            task = "vision" if sees else model.tasks[0]
-        return _scope(model.provider_id, model.id, task, self.key, self.tags)
+        if task is not None:
+            return task
+        if (self.vision or self.pictures is not None) and "vision" in model.tasks:
+            return "vision"
+        tasks = self.allowed.tasks if self.allowed is not None else ()
+        return next((each for each in model.tasks if each in tasks), model.tasks[0])
+
+    def may_use(self, model: Model) -> bool:
+        """Whether the caller's key may, as the task that the call counts as."""
+        allowed = self.allowed
+        if allowed is None:
+            return True
+        return allowed.covers(model) and (not allowed.tasks or self.task_at(model) in allowed.tasks)
 
     def __str__(self) -> str:
         what = self.model if self.model not in (None, "auto") else self.task or self.kind

@@ -138,8 +138,11 @@ def incapable(ask: Ask, model: Model) -> Lack | None:
     breach = ask.pictures.breach(model.vision_limits) if ask.pictures is not None else None
     if breach is not None:
         return Lack("limits", breach.why)
-    if ask.allowed is not None and not ask.allowed.covers(model):
-        return Lack("key", f"key {ask.key!r} may not use it")
+    if ask.allowed is not None and not ask.may_use(model):
+        may = f"key {ask.key!r} may not use"
+        if ask.allowed.covers(model):
+            return Lack("key", f"the call counts as {ask.task_at(model)!r}, which {may}")
+        return Lack("key", f"{may} it")
     return None
 
 

@@ -540,6 +540,8 @@ def _not_capable(
     lacking = {lack: model for model, _, lack in reversed(dropped)}
     if (model := lacking.get("key")) is not None and ask.allowed is not None and ask.key is not None:
         models, tasks = ask.allowed
+        if ask.allowed.covers(model):
+            return KeyNotAllowed(ask.key, ask.task_at(model), sorted(tasks))
         return KeyNotAllowed(ask.key, model.name, [*sorted(models), *sorted(tasks)])
     if "limits" in lacking and ask.pictures is not None:
         limits = dict.fromkeys(model.vision_limits for model, _, lack in dropped if lack == "limits")

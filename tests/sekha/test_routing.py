@@ -47,6 +47,7 @@ from sekha.routing import (
     explain,
     plan,
 )
+from sekha.vision import Picture, Pictures
 
 TOKENS = 100
 CHAT = Ask(kind="chat")
@@ -486,6 +487,49 @@ def test_a_key_that_may_use_nobody_who_could_serve_is_told_so() -> None:
     assert str(error).startswith("Key 'research' may not use 'a/eyes', but blind: ")
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        Ask(kind="chat", model="both", vision=True),
+        Ask(kind="chat", model="a/both", pictures=Pictures((Picture("image_url", "auto", None, scheme="https"),))),
+        Ask(kind="chat", model="auto", vision=True),
+        Ask(kind="chat", preferred_model="both", vision=True),
+        Ask(kind="chat", task="vision"),
+        Ask(kind="embedding", model="both", task="embedding"),
+    ],
+    ids=str,
+)
+def test_a_key_uses_a_model_only_as_what_it_may(ask: Ask) -> None:
+    both = model("a/both", "chat_small", "vision", "embedding", vision=True, dimension=8)
+    ask = ask._replace(key="research", allowed=Allowed(tasks=frozenset({"chat_small"})))
+
+    error = refused(ask, registry(both))
+
+    task = ask.task or "vision"
+    assert isinstance(error, KeyNotAllowed)
+    assert str(error).startswith(f"Key 'research' may not use {task!r}, but chat_small: ")
+
+
+def test_a_call_counts_as_the_first_of_a_models_tasks_that_its_key_may_use() -> None:
+    tasks: tuple[Task, ...] = ("chat_small", "chat_smart", "vision")
+    both = model("a/both", *tasks, vision=True)
+
+    counted = {
+        task: Ask(kind="chat", model="both", key="k", allowed=Allowed(tasks=frozenset({task}))).scope(both).task
+        for task in tasks
+    }
+
+    assert counted == {task: task for task in tasks}
+    assert Ask(kind="chat", model="both").scope(both).task == "chat_small"
+
+
+def test_images_go_to_who_counts_as_what_the_key_may_use() -> None:
+    known = registry(model("a/both", "chat_small", "vision", vision=True), model("b/sees", vision=True))
+    ask = Ask(kind="chat", vision=True, key="k", allowed=Allowed(tasks=frozenset({"chat_small"})))
+
+    assert order(route(ask, known)) == ["b/sees"]
+
+
 def test_a_thousand_that_are_dropped_are_not_all_listed() -> None:
     error = refused(CHAT, registry(*(model(f"p{number}/m", price=None) for number in range(100))))
 
@@ -784,7 +828,14 @@ asks = anybody | st.builds(
     tier=st.none() | st.just("priority"),
     bulk=st.booleans(),
     key=st.sampled_from([None, "k"]),
-    allowed=st.none() | st.just(Allowed(models=frozenset({"m", "a/n"}))),
+    allowed=st.none()
+    | st.sampled_from(
+        [
+            Allowed(models=frozenset({"m", "a/n"})),
+            Allowed(tasks=frozenset({"chat_small"})),
+            Allowed(tasks=frozenset(TASKS)),
+        ]
+    ),
     tags=st.frozensets(st.just("t")),
     tools=st.none() | st.none() | st.just("tools"),
     audio=st.sampled_from([False, False, True]),

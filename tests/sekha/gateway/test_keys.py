@@ -7,6 +7,7 @@ import base64
 import json
 import logging
 import struct
+from typing import Any
 
 import pytest
 
@@ -173,6 +174,47 @@ async def test_a_key_may_be_kept_to_tasks(gateway: Opens) -> None:
     assert embedded.status_code == 200
     assert chatted.status_code == by_task.status_code == 403
     assert len(standin.requests) == 1
+
+
+_BOTH = """
+providers:
+  - id: one
+    provider_type: openai
+    base_url: {url}
+    models:
+      - {{model_id: m1, task: chat_small, context_window: 9000, price: free}}
+      - {{model_id: m1, task: vision}}
+keys:
+  - {{name: small, hash: "{hash}", tasks: [chat_small]}}
+"""
+
+
+async def test_a_key_spends_only_as_the_tasks_that_it_may_use(gateway: Opens) -> None:
+    key = new_key()
+    seen = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://pictures.test/1"}}]}]
+    async with StandIn() as standin:
+        config = _BOTH.format(url=standin.openai_url, hash=hash_of(key))
+        async with gateway(standin, config=config) as served:
+            served.http.headers["Authorization"] = f"Bearer {key}"
+
+            asked: list[dict[str, Any]] = [
+                {"model": "m1", "messages": seen},
+                {"messages": seen},
+                {"model": "auto", "require_vision": True},
+                {"task": "vision"},
+            ]
+            refused = [await served.chat(**each) for each in asked]
+            routed = [await served.http.post("/api/v1/route", json=each) for each in asked]
+            named = await served.chat(model="m1")
+            as_task = await served.chat(model="chat_small", messages=seen)
+            costs = (await served.http.get("/api/v1/costs?by=task")).json()
+
+    said = "Key 'small' may not use 'vision', but chat_small: that is set under `keys:` in sekha.yaml."
+    assert [each.status_code for each in refused] == [403] * len(asked)
+    assert {each.json()["error"]["message"] for each in (*refused, *routed)} == {said}
+    assert named.status_code == as_task.status_code == 200
+    assert len(standin.requests) == 2
+    assert "vision" not in json.dumps(costs)
 
 
 async def test_where_a_key_is_an_operators_what_operators_look_at_is_for_those_alone(gateway: Opens) -> None:
