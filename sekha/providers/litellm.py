@@ -73,7 +73,7 @@ _CHAT_PREFIX: Mapping[ProviderKind, str] = {
 }
 _UNSEEN = ("aiohttp_openai/", "petals/", "sagemaker", "vertex_ai")
 """Models that LiteLLM reaches over connections of other libraries than HTTPX."""
-_OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
+_OURS = frozenset({"model", "messages", "stream", "stream_options"})
 
 
 class _Journey:

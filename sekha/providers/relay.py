@@ -69,7 +69,7 @@ __all__ = ["Begun", "RelayProvider", "RelayStream"]
 
 _CHAT = "/chat/completions"
 _EMBED = "/embeddings"
-_OURS = frozenset({"model", "messages", "stream", "stream_options", "timeout"})
+_OURS = frozenset({"model", "messages", "stream", "stream_options"})
 # Of a stream whose provider may yet report no usage, kept as it came to be counted.
 _KEPT_BYTES = 4 * 1024 * 1024
 # From the provider's last word to the end of its answer, when its connection is free again.

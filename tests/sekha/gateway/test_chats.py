@@ -77,6 +77,7 @@ async def test_fields_that_are_not_ours_reach_the_provider_as_they_came(gateway:
         "temperature": 0.25,
         "top_p": 0.5,
         "user": "u-1",
+        "timeout": 30,
         "frequency_penalty": 0.5,
         "logit_bias": {"50256": -100},
         "parallel_tool_calls": False,
@@ -85,7 +86,7 @@ async def test_fields_that_are_not_ours_reach_the_provider_as_they_came(gateway:
         "response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "object"}}},
     }
     async with StandIn() as standin, gateway(standin) as served:
-        await served.openai.chat.completions.create(model="chat", messages=HELLO, max_tokens=9, **fields)
+        await served.openai.chat.completions.create(model="chat", messages=HELLO, max_tokens=9, extra_body=fields)
         sent = standin.requests[-1].json
 
     assert {name: sent[name] for name in fields} == fields

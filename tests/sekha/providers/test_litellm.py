@@ -241,6 +241,17 @@ async def test_a_value_that_a_protocol_cannot_carry_is_refused_and_not_left_out(
     assert standin.requests == []
 
 
+@pytest.mark.parametrize("kind", ["anthropic", "ollama"])
+async def test_a_callers_own_timeout_is_refused_and_not_left_out(kind: ProviderKind) -> None:
+    async with StandIn() as standin:
+        spec = ProviderSpec(id="one", kind=kind, base_url=standin.url, api_key=SecretStr("k"))
+        with pytest.raises(FieldUnsupported) as caught:
+            await ask(spec, call("claude-sonnet-4-5", timeout=30))
+
+    assert caught.value.field == "timeout"
+    assert standin.requests == []
+
+
 async def test_ollama_is_given_no_tools_where_none_may_be_called() -> None:
     async with StandIn() as standin:
         spec = ProviderSpec(id="one", kind="ollama", base_url=standin.url)
