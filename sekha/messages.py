@@ -116,5 +116,12 @@ def _check_part(part: Mapping[str, Any], where: str) -> None:
         )
     if (said := part.get("text")) is not None and not isinstance(said, str):
         raise InvalidRequest(f"`{where}.text` must be text, not {kind_of(said)}.", field=f"{where}.text")
+    if part["type"] == "input_image":
+        # Some servers take it in a chat too, and would look at an image that nobody here saw as one.
+        raise InvalidRequest(
+            f"`{where}.type` is 'input_image', and an image of a chat has the type `image_url`: "
+            '`{"type": "image_url", "image_url": {"url": "…"}}`.',
+            field=f"{where}.type",
+        )
     if part["type"] == "image_url" or "image_url" in part:
         url_of(part.get("image_url"), f"{where}.image_url")

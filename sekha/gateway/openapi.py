@@ -350,7 +350,7 @@ _SCHEMAS: dict[str, Json] = {
     "Message": _MESSAGE,
     "ContentPart": _object(
         {
-            "type": _says(_TEXT, "`text` or `image_url`; others are handed on."),
+            "type": _says(_TEXT, "`text` or `image_url`; others are handed on, but for `input_image`."),
             "text": _TEXT,
             "image_url": _object(
                 {

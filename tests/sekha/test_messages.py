@@ -35,6 +35,8 @@ CALLED = {"role": "assistant", "tool_calls": [{"function": 5}]}
                 {"type": None, "image_url": {"url": "data:image/png;base64,AAAA"}},
                 {"input_audio": {"data": "AAAA", "format": "wav"}},
                 {"text": "x"},
+                {"type": "input_image", "image_url": "data:image/png;base64,AAAA"},
+                {"type": "input_image", "file_id": "file-1"},
                 {"type": 5, "text": "x"},
                 {},
             ]

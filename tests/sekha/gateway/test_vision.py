@@ -117,6 +117,11 @@ async def test_where_only_data_is_taken_a_url_is_refused_and_not_fetched(gateway
         ([part(png(0, 7))], PLACE.format(1), "is 0 × 7 pixels"),
         ([part("data:image/png;base64,****")], PLACE.format(1), "has broken base64"),
         ([part("file:///etc/passwd")], PLACE.format(1), "begins with 'file'"),
+        (
+            [{"type": "input_image", "image_url": "https://pictures.test/1"}],
+            "messages[0].content[1].type",
+            "is 'input_image', and an image of a chat has the type `image_url`",
+        ),
         ([part(png(), detail="most")], f"{PLACE.format(1)}.detail", "is 'most'; it is one of low, high, auto"),
     ],
 )
