@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema
 
@@ -33,6 +33,11 @@ __all__ = [
     "VisionCapabilities",
     "json_schema",
 ]
+
+
+LONGEST_SECONDS = 86_400
+"""A day. No clock counts for ever, and whoever writes more means something else."""
+Seconds: TypeAlias = Annotated[float, Field(le=LONGEST_SECONDS, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -120,7 +125,7 @@ class ProviderSection(Section):
         None, description="`${NAME}` of an environment variable, or `${block:NAME}` of a Prefect Secret block."
     )
     priority: int = Field(50, ge=1, le=100, description="1 to 100; lower goes first.")
-    timeout_secs: float = Field(120, gt=0, description="Seconds for one whole answer.")
+    timeout_secs: Seconds = Field(120, gt=0, description="Seconds for one whole answer.")
     limits: LimitsSection = Field(LimitsSection(), description="The provider's rate limits.")
     models: tuple[ModelSection, ...] = Field((), description="The models it offers.")
 
@@ -134,7 +139,7 @@ class DefaultModels(Section):
 
 class CircuitBreaker(Section):
     failure_threshold: int = Field(3, ge=1, description="Failures in a row that open the circuit.")
-    timeout_secs: float = Field(60, gt=0, description="Seconds until an open circuit lets one probe through.")
+    timeout_secs: Seconds = Field(60, gt=0, description="Seconds until an open circuit lets one probe through.")
     success_threshold: int = Field(2, ge=1, description="Probes in a row that close it again.")
 
 
@@ -165,8 +170,8 @@ class StoreSection(Section):
         description="Weaviate: how vectors lie in memory, for collections made from now on. "
         "`rq-8` takes a quarter, and ranks the nearest anew by the whole vectors.",
     )
-    query_timeout_secs: float = Field(15, gt=0, description="Weaviate: seconds for a search or a look, tries included.")
-    insert_timeout_secs: float = Field(60, gt=0, description="Weaviate: seconds for one message of writes or deletes.")
+    query_timeout_secs: Seconds = Field(15, gt=0, description="Weaviate: seconds for a search or a look, tries included.")
+    insert_timeout_secs: Seconds = Field(60, gt=0, description="Weaviate: seconds for one message of writes or deletes.")
 
 
 class LedgerSection(Section):
@@ -227,7 +232,7 @@ class RecordingSection(Section):
         "joined",
         description="`all` makes each step a task run; `joined` makes one of quick steps that follow one another.",
     )
-    retention_days: int = Field(14, ge=1, description="Days after which recorded runs are deleted.")
+    retention_days: int = Field(14, ge=1, le=36_500, description="Days after which recorded runs are deleted.")
 
 
 class BackupSection(Section):
