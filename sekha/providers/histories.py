@@ -144,7 +144,10 @@ def _as_thought(message: dict[str, Any], where: str) -> None:
     if redacted is not None:
         # LiteLLM forgets it among the parts.
         thoughts = list(takewhile(_is_thought, parts))
-        message["thinking_blocks"], message["content"] = thoughts, parts[len(thoughts) :]
+        message["content"] = parts[len(thoughts) :]
+        field = message.get("thinking_blocks") or []
+        # Some write the same thoughts in both places. Those of the field alone come first, as LiteLLM puts them.
+        message["thinking_blocks"] = [*(each for each in field if each not in thoughts), *thoughts]
         if any(map(_is_thought, message["content"])):
             raise Uncarried(f"{where}.content[{redacted}]")
 

@@ -176,8 +176,10 @@ def numbered(*thoughts: dict[str, Any]) -> list[dict[str, Any]]:
         {"content": "Hi", "thinking_blocks": numbered(THOUGHT, HIDDEN)},
         {"content": [THOUGHT, HIDDEN, TEXT]},
         {"content": [*numbered(THOUGHT, HIDDEN), TEXT]},
+        {"content": [HIDDEN, TEXT], "thinking_blocks": [THOUGHT]},
+        {"content": [THOUGHT, HIDDEN, TEXT], "thinking_blocks": numbered(THOUGHT, HIDDEN)},
     ],
-    ids=["field", "field, numbered", "parts", "parts, numbered"],
+    ids=["field", "field, numbered", "parts", "parts, numbered", "some in each", "all in both"],
 )
 async def test_thoughts_reach_anthropic_as_it_wrote_them(message: dict[str, Any]) -> None:
     _, answer, _ = await sent("anthropic", USER, {"role": "assistant", **message}, USER)
