@@ -170,8 +170,12 @@ class StoreSection(Section):
         description="Weaviate: how vectors lie in memory, for collections made from now on. "
         "`rq-8` takes a quarter, and ranks the nearest anew by the whole vectors.",
     )
-    query_timeout_secs: Seconds = Field(15, gt=0, description="Weaviate: seconds for a search or a look, tries included.")
-    insert_timeout_secs: Seconds = Field(60, gt=0, description="Weaviate: seconds for one message of writes or deletes.")
+    query_timeout_secs: Seconds = Field(
+        15, gt=0, description="Weaviate: seconds for a search or a look, tries included."
+    )
+    insert_timeout_secs: Seconds = Field(
+        60, gt=0, description="Weaviate: seconds for one message of writes or deletes."
+    )
 
 
 class LedgerSection(Section):

@@ -14,6 +14,10 @@ Place: TypeAlias = tuple[str | int, ...]
 """Where a value stands: `("providers", 0, "models", 2, "dimension")`."""
 
 
+_MOST_BITS = 4096
+"""Of a whole number, which may be hexadecimal: Python writes out none of more than 4,300 digits, in no message."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tree:
     """A document as plain values, with the line on which each of them starts."""
@@ -60,7 +64,7 @@ def read(text: str) -> Tree:
 
     def value_of(node: yaml.Node) -> Any:
         try:
-            return loader.construct_object(node, deep=True)
+            return _writable(loader.construct_object(node, deep=True))
         except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # What a tag promises, as `!!bool` does, and the text does not keep.
             said = str(error).splitlines()[0] if isinstance(error, ValueError) else "it is not what its tag says"
@@ -110,6 +114,12 @@ def read(text: str) -> Tree:
     finally:
         loader.dispose()
     return Tree(data, lines, tuple(problems))
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError("a number of thousands of digits means nothing here. Write a smaller one")
+    return value
 
 
 def dump(data: Any) -> str:

@@ -502,6 +502,19 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(text: str | bytes, says: str,
             "line 2: keys[0].models[2]: no model 'a/gpt5'. Did you mean 'a/gpt-5'? Models are listed under",
         ),
         ("budgets:\n- {name: a, limit: -1}\n", "line 2: budgets[0].limit: must be greater than or equal to 0, not -1."),
+        *[
+            (
+                text.format(f"0x{'f' * 5000}"),
+                "line 1: not valid YAML: a number of thousands of digits means nothing here. Write a smaller one",
+            )
+            for text in (
+                "server_port: {}\n",
+                "version: {}\n",
+                "? {}\n: 1\n",
+                "ledger: {{url: {}}}\n",
+                "budgets: [{{name: {}, limit: 1}}]\n",
+            )
+        ],
         ("providers:\n- {id: a, provider_type: openai, timeout_secs: .inf}\n", "timeout_secs: must be a finite number"),
         (provider(timeout_secs=1e12), "timeout_secs: must be less than or equal to 86400, not 1000000000000.0."),
         (
