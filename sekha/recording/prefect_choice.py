@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -76,18 +77,31 @@ def _database_sink(url: str, api: ApiSink | None) -> DatabaseSink | None:
     return sink
 
 
+@cache
+def _say_that_it_is_in_memory() -> None:
+    """Said once, since it is looked at again and again."""
+    log.warning(
+        "Prefect's database is in the memory of its own process, where nobody else gets at it, so nothing is recorded. "
+        "Name its server by PREFECT_API_URL, or a file by PREFECT_API_DATABASE_CONNECTION_URL."
+    )
+
+
 def _file_of(url: str) -> Path:
     return Path(url.partition("://")[2].removeprefix("/").partition("?")[0])
 
 
 def _open(url: str, *, alone: bool) -> Database | None:
-    """The database at SQLAlchemy's URL; None if there is none on this machine.
+    """The database at SQLAlchemy's URL; None if there is none on this machine, or within reach.
 
     One that is `alone`, with no API beside it, may come yet: Prefect makes it as it starts.
     """
     scheme, _, rest = url.partition("://")
     match scheme.partition("+")[0]:
         case "sqlite":
+            if ":memory:" in rest or "mode=memory" in rest:
+                if alone:
+                    _say_that_it_is_in_memory()
+                return None
             file = _file_of(url)
             if not alone and not file.is_file():
                 return None

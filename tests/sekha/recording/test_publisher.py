@@ -218,6 +218,30 @@ def test_without_a_server_it_says_so_and_sleeps(tmp_path: Path, make_run: Makes)
     assert len(SpoolReader(tmp_path).ready()) == 1
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite+aiosqlite:///:memory:",
+        "sqlite+aiosqlite:///file::memory:?cache=shared&uri=true",
+        "sqlite+aiosqlite:///file:prefect?mode=memory&cache=shared&uri=true",
+    ],
+)
+def test_a_database_in_another_process_memory_is_nowhere_to_publish(tmp_path: Path, url: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    program = "from sekha.recording.prefect_choice import open_sink; print(open_sink(), open_sink())"
+
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"PREFECT_HOME": str(tmp_path), "PREFECT_API_DATABASE_CONNECTION_URL": url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert said.stdout.strip() == "None None"
+    assert said.stderr.count("Prefect's database is in the memory of its own process") == 1
+
+
 def test_where_nobody_names_a_server_or_a_database_there_is_nowhere_to_publish(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     program = "from sekha.recording.prefect_choice import open_sink; print(open_sink())"
