@@ -22,6 +22,7 @@ from sekha.messages import (
 )
 from sekha.pricing import Usage
 from sekha.providers.base import RawStream
+from sekha.rates import Taken
 from sekha.registry import Task
 from sekha.routing import Ask, Candidate, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
@@ -349,6 +350,8 @@ class Opened:
     """Records the reply where an attempt before it failed and may be billed."""
     lost_cost: Decimal = Decimal(0)
     """Dollars for those attempts."""
+    taken: Taken | None = None
+    """What it took of the limits of its provider, until its end tells what it used."""
 
 
 @dataclass(frozen=True, slots=True)

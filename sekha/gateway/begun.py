@@ -254,7 +254,7 @@ class Shortened(ABC):
         if resources.circuits is not None:
             resources.circuits.note(name, None)
         resources.latencies.observe(name, waited)
-        if self._taken is not None and not self.streams:
+        if self._taken is not None:
             resources.rates.correct(self.provider_id, self._taken, went_in + came_out)
         self._by.used(went_in + came_out)
         lane.counts.answer(waited, went_in, came_out, float(self.cost))
@@ -335,6 +335,9 @@ class Shortened(ABC):
                 under_way = self._x.under_way = self._under_way()
                 note_asked(self._lane.model)
                 note_charged(self._spend())
+                if self._taken is not None:
+                    tokens = self.usage.input_tokens + self.usage.output_tokens
+                    self.serving.resources.rates.correct(self.provider_id, self._taken, tokens)
                 under_way.failed(error)
                 if not await self._broken_in_line(under_way, error):
                     raise
@@ -572,6 +575,7 @@ class BegunStream(Shortened):
             probe=None,
             began_at=self.serving.resources.clock.now() - (perf_counter() - self._reserved_at),
             charge=_nothing_more,
+            taken=self._taken,
         )
 
     def _calls(self) -> tuple[Step, ...]:

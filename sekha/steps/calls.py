@@ -130,8 +130,9 @@ class Calls:
                 return lost.attempt(candidate, _worst_of, cast("ByteProvider", provider).open_stream, call)
             return lost.attempt(candidate, _worst_of, ChunkStream.open, provider, call)
 
+        taken: dict[str, Taken] = {}
         try:
-            answered = await self._in_turn(chosen, once, lost.affords, whole=False, sent=sent)
+            answered = await self._in_turn(chosen, once, lost.affords, whole=False, sent=sent, taken=taken)
         except BaseException:
             await lost.free()
             raise
@@ -143,6 +144,7 @@ class Calls:
             began_at=self._open.clock.now() - answered.attempts[-1].seconds,
             charge=lost.charge,
             lost_cost=lost.cost,
+            taken=taken.get(answered.candidate.model.provider_id),
         )
 
     async def relay_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, pipe: Piped) -> Reply:
@@ -161,6 +163,7 @@ class Calls:
         if self._open.circuits is not None:
             self._open.circuits.note(opened.candidate.model.name, None, probe=opened.probe)
         reply = await self._streamed(request, chosen, opened)
+        self._correct(opened.candidate, opened.taken, reply.usage)
         await opened.charge(reply)
         return reply
 
@@ -177,6 +180,7 @@ class Calls:
                 self._open.circuits.note(opened.candidate.model.name, error, probe=opened.probe)
         await opened.events.aclose()
         part = await self._streamed(request, chosen, opened)
+        self._correct(opened.candidate, opened.taken, part.usage)
         check_worst_case(self._open, part)
         await self._charge(hold, spend_of(part, identity=hold.id, at=self._open.now()))
         await opened.charge(part)
@@ -355,10 +359,14 @@ class Calls:
         *,
         whole: bool = True,
         sent: Sent | None = None,
+        taken: dict[str, Taken] | None = None,
     ) -> Answered[T]:
-        """Ask the candidates in turn, as long as the request `affords` another attempt."""
+        """Ask the candidates in turn, as long as the request `affords` another attempt.
+
+        `taken` is told what the last call to each provider took of its limits.
+        """
         rates = self._open.rates
-        taken: dict[str, Taken] = {}
+        taken = {} if taken is None else taken
         counts = sent is None
         if sent is not None and sent.taken is not None:
             taken[chosen.first.model.provider_id] = sent.taken
@@ -396,11 +404,15 @@ class Calls:
         answer, candidate, attempts, _ = answered
         model = candidate.model
         self._open.latencies.observe(model.name, attempts[-1].seconds)
-        if took := taken.get(model.provider_id):
-            usage: Usage | None = getattr(answer, "usage", None)
-            if usage is not None:
-                rates.correct(model.provider_id, took, usage.input_tokens + usage.output_tokens)
+        if whole:  # a stream that has begun is counted at its end
+            self._correct(candidate, taken.get(model.provider_id), getattr(answer, "usage", None))
         return answered
+
+    def _correct(self, candidate: Candidate, taken: Taken | None, usage: Usage | None) -> None:
+        """Count a call against its provider's limits by what it used, in place of what it was taken for."""
+        if taken is not None and usage is not None:
+            tokens = usage.input_tokens + usage.output_tokens
+            self._open.rates.correct(candidate.model.provider_id, taken, tokens)
 
     async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: Losses, dimensions: int | None) -> Embedded:
         counted: dict[str, int] = {}

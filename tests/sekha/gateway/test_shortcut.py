@@ -1050,6 +1050,50 @@ async def test_a_providers_limits_are_reached_with_the_same_request(tmp_path: Pa
     assert "short" in side.went
 
 
+LENGTHY = event("word " * 3_000)
+ENDS: dict[str, Answer] = {
+    "whole": streamed(LENGTHY, event(finish="stop"), event(usage={"prompt_tokens": 9, "completion_tokens": 3_000})),
+    "broken off": streamed(LENGTHY, ends="never"),
+}
+
+
+@pytest.mark.parametrize("end", [*ENDS, "left"])
+@pytest.mark.parametrize("whose", ["provider"])
+async def test_a_stream_counts_by_what_it_used_however_it_ended(tmp_path: Path, whose: str, end: str) -> None:
+    """Nobody limits the reply, and it is six times as long as a usual one."""
+    limit = "tokens_per_minute: 5000"
+    config = f"""
+    providers:
+      - id: first
+        provider_type: openai
+        base_url: URL
+        limits: {{{limit if whose == "provider" else ""}}}
+        models: [{{model_id: chat, task: chat_small, max_output_tokens: 9000, price: {{input_per_million: 1}}}}]
+    """
+    body = body_of(stream=True)
+
+    async def asks(side: Side) -> None:
+        await side.meet()
+        for _ in range(2):
+            caller = await side.connect()
+            if end != "left":
+                await side.ask(body, caller=caller)
+            else:
+                caller.send(body, side.way)
+                await caller.reader.readuntil(b"word word")
+                caller.leave()
+            await side.settled()
+        await side.ask(body)
+
+    def makes() -> Upstream:
+        return Upstream(GOOD, ENDS.get(end) or then_hang(LENGTHY))
+
+    side = await both(tmp_path, makes, asks, took=None, config=config, waits=True)
+
+    assert side.seen.replies[-1].status == 429
+    assert len(side.seen.asked) == 3
+
+
 # --- who waits, and who leaves -------------------------------------------------------------
 
 
