@@ -171,8 +171,7 @@ class UnderWay:
             code = CLIENT_LEFT
         self.outcome, self.error = outcome, code
         self._note_charges()
-        if isinstance(error, SekhaError) and self.said is None and not getattr(error, "may_be_billed", False):
-            self._by.used(0)  # no reply will come for which tokens were taken of the key's
+        self._count_for_key(error)
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""
@@ -195,6 +194,16 @@ class UnderWay:
             self._count_spent(bill.spends.values())
         elif bill.asked is not None:
             self.cost = Decimal(0)
+
+    def _count_for_key(self, error: BaseException) -> None:
+        """Count against the key's limits what a request used that has no answer, or none that arrived."""
+        usage, taken = self.usage, self._by.taken
+        if usage is not None:
+            tokens = usage.input_tokens + usage.output_tokens
+            # Of what is charged at its worst nobody knows how long the reply was.
+            self._by.used(max(tokens, taken.tokens) if self._bill.lost and taken is not None else tokens)
+        elif isinstance(error, SekhaError) and self.said is None and not getattr(error, "may_be_billed", False):
+            self._by.used(0)  # no reply will come for which tokens were taken
 
     def _count_spent(self, spends: Iterable[Spend]) -> None:
         for spend in spends:

@@ -320,6 +320,25 @@ async def test_a_reply_whose_length_nobody_limits_is_taken_for_a_usual_one(gatew
     assert sorted(answer.status_code for answer in answers) in ([200, 429, 429], [429, 429, 429])
 
 
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_a_request_that_failed_counts_where_it_may_be_billed(gateway: Opens, as_served: bool) -> None:
+    key = new_key()
+    async with (
+        StandIn() as first,
+        StandIn() as second,
+        gateway(first, second, as_served=as_served, extra=_limited(key, 1000)) as served,
+    ):
+        served.http.headers["Authorization"] = f"Bearer {key}"
+        first.fail(400)
+        refused = await served.chat(model="chat", max_tokens=600)
+        first.garbage(times=None)
+        second.fail(400, times=None)
+
+        billed = [await served.chat(model="chat", max_tokens=600) for _ in range(2)]
+
+    assert [answer.status_code for answer in (refused, *billed)] == [400, 400, 429]
+
+
 async def test_the_data_of_images_and_files_are_no_tokens(gateway: Opens) -> None:
     key = new_key()
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 512, 512) + bytes(1_000_000)

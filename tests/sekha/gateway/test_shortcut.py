@@ -1058,11 +1058,13 @@ ENDS: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("end", [*ENDS, "left"])
-@pytest.mark.parametrize("whose", ["provider"])
+@pytest.mark.parametrize("whose", ["provider", "key"])
 async def test_a_stream_counts_by_what_it_used_however_it_ended(tmp_path: Path, whose: str, end: str) -> None:
     """Nobody limits the reply, and it is six times as long as a usual one."""
-    limit = "tokens_per_minute: 5000"
+    key, limit = new_key(), "tokens_per_minute: 5000"
+    headers = [f"authorization: Bearer {key}"]
     config = f"""
+    keys: [{{name: k, hash: "{hash_of(key)}"{f", {limit}" if whose == "key" else ""}}}]
     providers:
       - id: first
         provider_type: openai
@@ -1073,17 +1075,17 @@ async def test_a_stream_counts_by_what_it_used_however_it_ended(tmp_path: Path, 
     body = body_of(stream=True)
 
     async def asks(side: Side) -> None:
-        await side.meet()
+        await side.meet(headers=headers)
         for _ in range(2):
             caller = await side.connect()
             if end != "left":
-                await side.ask(body, caller=caller)
+                await side.ask(body, caller=caller, headers=headers)
             else:
-                caller.send(body, side.way)
+                caller.send(body, side.way, headers=headers)
                 await caller.reader.readuntil(b"word word")
                 caller.leave()
             await side.settled()
-        await side.ask(body)
+        await side.ask(body, headers=headers)
 
     def makes() -> Upstream:
         return Upstream(GOOD, ENDS.get(end) or then_hang(LENGTHY))
