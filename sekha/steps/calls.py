@@ -16,7 +16,7 @@ from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import FieldUnsupported, ProviderError
+from sekha.errors import FieldUnsupported, NotLoaded, ProviderError
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, Provider, RawEmbeddings, RawStream
@@ -371,14 +371,19 @@ class Calls:
         if sent is not None and sent.taken is not None:
             taken[chosen.first.model.provider_id] = sent.taken
 
-        def counted(candidate: Candidate, seconds: float) -> Awaitable[T]:
+        async def counted(candidate: Candidate, seconds: float) -> T:
             nonlocal counts
             provider_id, estimate = candidate.model.provider_id, candidate.estimate
             if not counts:
                 counts = True
             elif took := rates.take(provider_id, estimate.input_tokens + estimate.output_tokens):
                 taken[provider_id] = took
-            return once(candidate, seconds)
+            try:
+                return await once(candidate, seconds)
+            except (FieldUnsupported, NotLoaded) as error:
+                if not error.may_be_billed and (unused := taken.pop(provider_id, None)):  # nothing was sent
+                    rates.give_back(provider_id, unused)
+                raise
 
         def room(candidate: Candidate) -> float:
             # By what goes in, as the plan asked for those that come first.

@@ -144,6 +144,18 @@ async def test_nobody_is_waited_for_who_could_not_serve_it_later_either(gateway:
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "field_unsupported")
 
 
+async def test_what_is_never_sent_takes_nothing_of_a_providers_limits(gateway: Opens) -> None:
+    asked = {"model": "first/vectors", "input": "one"}
+    async with (
+        StandIn(dimension=8) as standin,
+        gateway(config=two_protocols(standin, first="ollama", limits="{requests_per_minute: 3}")) as served,
+    ):
+        unsent = [await served.http.post("/v1/embeddings", json={**asked, "dimensions": 5}) for _ in range(3)]
+        sent = [await served.http.post("/v1/embeddings", json=asked) for _ in range(4)]
+
+    assert [answer.status_code for answer in (*unsent, *sent)] == [400, 400, 400, 200, 200, 200, 429]
+
+
 async def test_very_many_texts_are_shortened_by_who_can(gateway: Opens) -> None:
     async with StandIn(dimension=8) as standin, gateway(standin) as served:
         asked = {"model": "vectors", "input": ["one"] * 600}
