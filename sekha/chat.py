@@ -259,6 +259,8 @@ class Reply:
     """`body` as the provider wrote it, where it came in OpenAI's shape."""
     lost_cost: Decimal = Decimal(0)
     """Dollars for attempts before it that failed and may be billed all the same; no part of `cost`."""
+    replies: int = 1
+    """As many as were asked for (`n`), whose tokens `usage` has together."""
 
     @property
     def total_cost(self) -> Decimal:

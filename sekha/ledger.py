@@ -98,6 +98,8 @@ class Spend:
     estimated: Decimal
     usage: Usage
     at: datetime
+    replies: int = 1
+    """Into how many replies its output tokens go; 0 where nobody knows, and then no length is learned from it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ __all__ = [
     "record_all",
     "record_batch",
     "record_upto",
+    "reply_length",
     "report",
     "usual_output_tokens",
 ]
@@ -209,8 +210,14 @@ def _replies_of(what: Spend | Tally) -> list[_Reply]:
     provider, model, _, _ = _stored(what.scope)
     if provider is None or model is None:
         return []
-    replies = [(what.at, what.usage.output_tokens)] if isinstance(what, Spend) else what.replies
+    replies = [(what.at, reply_length(what))] if isinstance(what, Spend) else what.replies
     return [(provider, model, micros_of(at), min(tokens, MOST)) for at, tokens in replies if tokens > 0]
+
+
+def reply_length(spend: Spend) -> int:
+    """Tokens of one reply; 0 where there is none to learn from."""
+    tokens, replies = spend.usage.output_tokens, spend.replies
+    return tokens if replies == 1 else -(-tokens // replies) if replies else 0
 
 
 def _insert_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None:

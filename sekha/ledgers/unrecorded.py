@@ -13,7 +13,7 @@ import orjson
 from sekha.ledger import Spend
 from sekha.ledgers.pools import Pool
 from sekha.ledgers.slices import Kept
-from sekha.ledgers.spends import Batch, Tally
+from sekha.ledgers.spends import Batch, Tally, reply_length
 
 __all__ = ["KnownScope", "Sealed", "Unrecorded"]
 
@@ -120,7 +120,7 @@ class Unrecorded:
         tally.input_tokens += usage.input_tokens
         if usage.output_tokens:
             tally.output_tokens += usage.output_tokens
-            tally.replies.append((at, usage.output_tokens))
+            tally.replies.append((at, reply_length(spend)))
         if usage.cached_tokens:
             tally.cached_tokens += usage.cached_tokens
         if usage.images:

@@ -108,6 +108,7 @@ class Calls:
                 reason=candidate.reason,
                 charged_to=chosen.ask.scope(model),
                 lost_cost=lost.cost,
+                replies=request.replies,
             )
             await lost.charge(reply)
         except BaseException:
@@ -206,6 +207,7 @@ class Calls:
             reason=opened.candidate.reason,
             charged_to=chosen.ask.scope(model),
             lost_cost=opened.lost_cost,
+            replies=request.replies,
         )
 
     def _call(self, request: ChatRequest, candidate: Candidate, seconds: float) -> ChatCall:

@@ -139,6 +139,7 @@ class Losses:
             estimated=candidate.estimate.expected,
             usage=usage,
             at=self._open.now(),
+            replies=1 if self._chosen.estimates is None else self._chosen.estimates.size.replies,
         )
         ledger = await self._open.ledger()
         await ledger.charge(self._again[-1] if self._again else self._hold, spend)

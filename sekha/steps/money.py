@@ -352,6 +352,7 @@ def spend_of(outcome: Reply | Embedded | RawEmbedded, *, identity: str, at: date
         estimated=outcome.estimated_cost,
         usage=outcome.usage,
         at=at,
+        replies=outcome.replies if isinstance(outcome, Reply) else 1,
     )
 
 

@@ -70,6 +70,7 @@ def spend(
     task: str | None = "chat_small",
     key: str | None = None,
     tags: frozenset[str] = frozenset(),
+    replies: int = 1,
 ) -> Spend:
     return Spend(
         scope=Scope(provider=provider, model=model, task=task, key=key, tags=tags),
@@ -77,6 +78,7 @@ def spend(
         estimated=Decimal(estimated or cost),
         usage=Usage(input_tokens=input_tokens, output_tokens=output_tokens),
         at=at,
+        replies=replies,
     )
 
 
@@ -430,6 +432,14 @@ async def test_the_usual_reply_is_the_95th_percentile_of_the_last_200(ledger: Le
     await asyncio.gather(*(ledger.charge(hold, reply) for reply in reversed(replies)))
 
     assert await ledger.usual_output_tokens("openai", "openai/gpt-5-mini") == 210
+
+
+async def test_several_replies_to_one_request_are_each_as_long_as_a_part_of_it(ledger: Ledger) -> None:
+    hold = await nothing_held(ledger)
+    for _ in range(10):
+        await ledger.charge(hold, spend("0", output_tokens=7_999, replies=8))
+
+    assert await ledger.usual_output_tokens("openai", "openai/gpt-5-mini") == 1_000
 
 
 async def test_reports_group_calls_and_money_the_dearest_first(ledger: Ledger) -> None:

@@ -165,6 +165,23 @@ async def test_every_reply_and_its_log_probabilities_come_back(gateway: Opens) -
     assert [said.logprob for said in logprobs.content] == [-0.25] * 4
 
 
+@pytest.mark.parametrize("as_served", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_replies_at_once_do_not_make_one_look_longer(
+    gateway: Opens, as_served: bool, stream: bool
+) -> None:
+    async with StandIn() as standin:
+        async with gateway(standin, as_served=as_served) as served:
+            for _ in range(12):
+                await served.chat(model="chat", n=8, stream=stream)
+        async with gateway(standin, as_served=as_served) as served:
+            asked = {"model": "chat", "messages": HELLO}
+            routed = [(await served.http.post("/api/v1/route", json={**asked, "n": n})).json() for n in (1, 8)]
+
+    estimates = [each["candidates"][0]["price"] for each in routed]
+    assert [(each["reply_length"], each["output_tokens"]) for each in estimates] == [("history", 4), ("history", 32)]
+
+
 async def test_a_tool_is_called_and_its_result_is_answered(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(standin) as served:
         asked: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Reykjavik"}]
