@@ -188,6 +188,8 @@ class Estimates:
     """Budget → dollars left when this was estimated; a budget that is not here is untouched."""
     at: datetime | None = None
     """When the budgets were looked at."""
+    largest_call: int | None = None
+    """Tokens of the largest call at the most, where it may be sent in several."""
 
     @property
     def ask(self) -> Ask:
@@ -201,6 +203,11 @@ class Estimates:
             if tokens > most:  # noqa: PLR1730 - for each request, and `max` takes three times as long
                 most = tokens
         return most
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens for which the limits of a provider need to have room: each further call waits for its own."""
+        return self.tokens if self.largest_call is None else self.largest_call
 
     def of(self, model: Model) -> Estimate | None:
         """What one call to the model will cost; None where its price is unknown."""

@@ -118,6 +118,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     circuits: Gate | None = None,
     pauses: Waits | None = None,
     limits: Callable[[Candidate], float] | None = None,
+    limits_first: bool = False,
     affords: Callable[[Candidate], bool] | None = None,
     whole: bool = True,
     began_at: float | None = None,
@@ -134,8 +135,9 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     A 429 that says how long to wait is noted in `pauses`, and a candidate that is paused has its turn
     when the pause is over, whichever request was told of it.
 
-    After a failure `limits` is asked for how many seconds the limits of a candidate's provider let no more pass. One
-    that they keep back has its turn when there is room, if that is in time; for ever, and it is asked no more.
+    After a failure `limits` is asked for how many seconds the limits of a candidate's provider let no more pass, and
+    with `limits_first` before all calls. One that they keep back has its turn when there is room, if that is in time;
+    for ever, and it is asked no more.
 
     A candidate is passed over while its circuit lets no call through; `CircuitOpen` when that leaves
     nobody. Every call that ends is noted, once. When `call` returns not the `whole` answer but a stream
@@ -164,7 +166,10 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                     )
                     failed.put_off(candidate.model, seconds, "so it said to a request before this one")
                     continue
-                if failed is not None and limits is not None and (seconds := limits(candidate)):
+                if limits is not None and (failed is not None or limits_first) and (seconds := limits(candidate)):
+                    failed = failed or _Failed(
+                        retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
+                    )
                     failed.put_off(candidate.model, seconds, "its `limits:` are reached")
                     continue
                 probe: str | None = None

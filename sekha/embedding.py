@@ -30,6 +30,8 @@ class EmbedRequest:
     max_cost: Decimal | None = None
     bulk: bool = False
     """Many requests' worth of texts: `max_cost_per_request` does not cap it."""
+    at_once: int | None = None
+    """Texts that are sent together at the most; None where that is for who takes them to say."""
     tags: frozenset[str] = frozenset()
     key: str | None = None
     """The name of the caller's key, whose budgets it counts against."""

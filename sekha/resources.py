@@ -116,7 +116,7 @@ class Resources:
         """What is shut or slow just now for a request of this size."""
         return Conditions(
             _NONE_OPEN if self.circuits is None else self.circuits.open_now,
-            self.rates.throttled(estimates.tokens) if self._limited else _NONE_THROTTLED,
+            self.rates.throttled(estimates.tokens_at_once) if self._limited else _NONE_THROTTLED,
             self.latencies.seconds(),
             self.clock.random(),
             self.pauses.now(),

@@ -18,8 +18,8 @@ from sekha.providers.base import Provider
 from sekha.providers.relay import RelayProvider
 from sekha.registry import Model
 from sekha.routing import Plan, plan
-from sekha.steps.calls import texts_per_call
 from sekha.steps.money import HOLD_SECONDS, Known
+from sekha.steps.parts import texts_per_call
 from sekha.tokens import TokenizerName, count_each
 
 __all__ = ["Fork", "Junction", "Lane", "lane_of"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
@@ -16,11 +18,10 @@ from sekha.bill import note_asked, note_charged
 from sekha.calling import Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
-from sekha.errors import FieldUnsupported, NotLoaded, ProviderError
+from sekha.errors import FieldUnsupported, NotLoaded, ProviderError, RateLimited
 from sekha.ledger import Hold, Spend
 from sekha.pricing import Usage
 from sekha.providers.base import ByteProvider, ChatCall, Completion, Embeddings, Provider, RawEmbeddings, RawStream
-from sekha.providers.carrying import HINTS
 from sekha.providers.chunks import ChunkStream
 from sekha.rates import Taken
 from sekha.registry import Model, ProviderKind
@@ -30,6 +31,7 @@ from sekha.settling import to_the_end
 from sekha.steps.counting import count_chat, count_embedding, count_reply
 from sekha.steps.losses import Losses
 from sekha.steps.money import check_worst_case, cost_of, spend_of, with_images
+from sekha.steps.parts import only_theirs, texts_per_call
 from sekha.steps.waits import unless_others_may
 from sekha.vectors.base import Vector
 
@@ -37,14 +39,14 @@ if TYPE_CHECKING:
     from sekha.ingest import Batch, BatchEmbedded
     from sekha.providers.relay import Begun, RelayProvider
 
-__all__ = ["TEXTS_PER_CALL", "Calls", "Sent", "SentSteps", "texts_per_call"]
+__all__ = ["Calls", "Sent", "SentSteps"]
 
 T = TypeVar("T")
+log = logging.getLogger("sekha.calls")
 
-TEXTS_PER_CALL: Mapping[ProviderKind, int] = {"builtin": 4096, "openai": 512, "ollama": 128, "openrouter": 96}
-"""Texts sent to a provider at once. Others may reach any API through LiteLLM, so they get the least, 96."""
 CALLS_AT_ONCE = 4
-_FEWEST_TEXTS = 96
+_ROOM_SECONDS = 300.0
+"""What part of a request waits no longer for room: a minute brings some, but others want it too. A hold outlasts it."""
 
 _OPENAI_COMPATIBLE: frozenset[ProviderKind] = frozenset({"openai", "openrouter"})
 
@@ -66,10 +68,6 @@ class SentSteps:
     call: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Reply]]
     open: Callable[[ChatRequest, Plan, Hold, Sent], Awaitable[Opened]]
     embed: Callable[[EmbedRequest, Plan, Hold, Sent], Awaitable[RawEmbedded]]
-
-
-def texts_per_call(kind: ProviderKind) -> int:
-    return TEXTS_PER_CALL.get(kind, _FEWEST_TEXTS)
 
 
 class Calls:
@@ -227,7 +225,7 @@ class Calls:
     async def embed_raw(self, request: EmbedRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> RawEmbedded:
         """Embed the texts, and leave the vectors in the bytes in which a provider wrote them where that can be."""
         # What was sent was all of it, and what only a provider can heed goes to it in one piece.
-        whole = sent is not None or any(_only_theirs(request, each.model) for each in chosen.candidates)
+        whole = sent is not None or any(only_theirs(request, each.model) for each in chosen.candidates)
         if not whole and len(request.texts) > self._texts_per_call(chosen):
             embedded = await self._embed(request.texts, chosen, hold, "", request.options.get("dimensions"))
             return _raw_of(embedded, await _written(request, embedded.vectors, embedded.model_id, embedded.usage))
@@ -299,7 +297,7 @@ class Calls:
     ) -> Embedded:
         """`dimensions` are the ones that the file declares, and go to those whose protocol has them."""
         size = self._texts_per_call(chosen)
-        limit = asyncio.Semaphore(CALLS_AT_ONCE)
+        limit, room = asyncio.Semaphore(CALLS_AT_ONCE), asyncio.Lock()
 
         failures: list[ProviderError] = []
         losses: list[Decimal] = []
@@ -311,7 +309,14 @@ class Calls:
                     return None
                 lost = Losses(self._open, chosen, hold, identity, losses)
                 try:
-                    embedded = await self._embed_once(some, chosen, lost, dimensions)
+                    own, counted = chosen, dict[str, int]()
+                    if self._open.rates:
+                        own = await self._sized(some, chosen, counted)
+                        async with room:  # one after another, or the last might never have its turn
+                            await self._wait_for_room(own)
+                        if failures:
+                            return None
+                    embedded = await self._embed_once(some, own, lost, dimensions, counted)
                 except ProviderError as error:
                     # The calls under way are let finish: they are paid for, and their cost has to be known.
                     failures.append(error)
@@ -362,10 +367,12 @@ class Calls:
         whole: bool = True,
         sent: Sent | None = None,
         taken: dict[str, Taken] | None = None,
+        planned: bool = True,
     ) -> Answered[T]:
         """Ask the candidates in turn, as long as the request `affords` another attempt.
 
-        `taken` is told what the last call to each provider took of its limits.
+        `taken` is told what the last call to each provider took of its limits. Where those were not `planned` for
+        with this call alone, they are asked before the first one too.
         """
         rates = self._open.rates
         taken = {} if taken is None else taken
@@ -401,6 +408,7 @@ class Calls:
                 circuits=self._open.circuits,
                 pauses=self._open.pauses,
                 limits=room if rates else None,
+                limits_first=not planned,
                 affords=affords,
                 whole=whole,
                 began_at=None if sent is None else sent.at,
@@ -421,23 +429,47 @@ class Calls:
             tokens = usage.input_tokens + usage.output_tokens
             self._open.rates.correct(candidate.model.provider_id, taken, tokens)
 
-    async def _embed_once(self, texts: Sequence[str], chosen: Plan, lost: Losses, dimensions: int | None) -> Embedded:
-        counted: dict[str, int] = {}
+    async def _sized(self, texts: Sequence[str], chosen: Plan, counted: dict[str, int]) -> Plan:
+        """The plan for these texts alone, which are a part of all that are embedded under it."""
+        own: list[Candidate] = []
+        for each in chosen.candidates:
+            tokens = await _count_once(texts, each.model, counted)
+            own.append(each._replace(estimate=each.estimate._replace(input_tokens=tokens)))
+        return replace(chosen, candidates=tuple(own))
 
-        async def tokens(model: Model) -> int:
-            """Of these texts alone, since the plan's estimate is for all that are embedded under it."""
-            if model.id not in counted:
-                counted[model.id], _ = await count_embedding(texts, model.id)
-            return counted[model.id]
+    async def _wait_for_room(self, chosen: Plan) -> None:
+        """Wait until the limits of somebody's provider let the next call pass. Whoever goes on at once has that room.
+
+        That is no part of the time that the call may take: a minute may be longer than all of it.
+        """
+        rates, clock = self._open.rates, self._open.clock
+        until = clock.now() + _ROOM_SECONDS
+
+        def seconds() -> float:
+            return min(rates.wait(model.provider_id, estimate.input_tokens) for model, estimate, _ in chosen.candidates)
+
+        while (wait := seconds()) > 0:
+            first = chosen.first.model
+            if clock.now() + wait > until:
+                raise RateLimited(
+                    "its `limits:` are reached",
+                    provider_id=first.provider_id,
+                    model_id=first.id,
+                    retry_after_seconds=None if wait == math.inf else wait,
+                )
+            log.info("waiting %.1f s for room in the limits of %s", wait, first.provider_id)
+            await clock.sleep(wait)
+
+    async def _embed_once(
+        self, texts: Sequence[str], chosen: Plan, lost: Losses, dimensions: int | None, counted: dict[str, int]
+    ) -> Embedded:
+        def tokens(model: Model) -> Awaitable[int]:
+            """Of these texts alone, since the plan's estimate may be for all that are embedded under it."""
+            return _count_once(texts, model, counted)
 
         async def at_worst(candidate: Candidate) -> tuple[Usage, Decimal]:
             usage = Usage(input_tokens=await tokens(candidate.model), counted=True)
             return usage, cost_of(usage, candidate.model)
-
-        if self._open.rates:
-            asked = [(each, await tokens(each.model)) for each in chosen.candidates]
-            own = [each._replace(estimate=each.estimate._replace(input_tokens=count)) for each, count in asked]
-            chosen = replace(chosen, candidates=tuple(own))
 
         def once(candidate: Candidate, seconds: float) -> Awaitable[Embeddings]:
             model = candidate.model
@@ -448,7 +480,7 @@ class Calls:
                 embed = partial(cast("ByteProvider", provider).embed, dimensions=dimensions)
             return lost.attempt(candidate, at_worst, embed, model, texts, timeout_seconds=timeout_seconds)
 
-        answered = await self._in_turn(chosen, once, lost.affords)
+        answered = await self._in_turn(chosen, once, lost.affords, planned=False)
         model, embeddings = answered.candidate.model, answered.value
         usage, expected = embeddings.usage, Decimal(0)
         if usage is None or not (model.price and model.price.is_free):
@@ -473,16 +505,6 @@ class Calls:
         return Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
 
 
-def _only_theirs(request: EmbedRequest, model: Model) -> str | None:
-    """The first field that only a provider whose protocol has it can heed; None where there is none."""
-    for name, wanted in request.options.items():
-        if wanted is None or name in HINTS or name == "encoding_format":
-            continue
-        if name != "dimensions" or wanted != model.dimension:
-            return name
-    return None
-
-
 def _placeless(field: str, model: Model) -> FieldUnsupported:
     known = field == "dimensions"
     lacks = f"its protocol has no `{field[:40]}`" + (f", and its vectors have {model.dimension}" if known else "")
@@ -494,6 +516,13 @@ def _placeless(field: str, model: Model) -> FieldUnsupported:
     return error
 
 
+async def _count_once(texts: Sequence[str], model: Model, counted: dict[str, int]) -> int:
+    """Tokens of these texts, kept in `counted` by model id."""
+    if model.id not in counted:
+        counted[model.id], _ = await count_embedding(texts, model.id)
+    return counted[model.id]
+
+
 async def _worst_of(candidate: Candidate) -> tuple[Usage, Decimal]:
     estimate = candidate.estimate
     return Usage(input_tokens=estimate.input_tokens, counted=True), estimate.worst_case
@@ -503,7 +532,7 @@ async def _embed_elsewhere(
     provider: Provider, request: EmbedRequest, model: Model, *, timeout_seconds: float
 ) -> Embeddings:
     """Embed by another protocol than OpenAI's, which has a place for texts and for nothing else."""
-    if (field := _only_theirs(request, model)) is not None:
+    if (field := only_theirs(request, model)) is not None:
         raise _placeless(field, model)
     return await provider.embed(model, request.texts, timeout_seconds=timeout_seconds)
 

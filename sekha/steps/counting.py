@@ -15,6 +15,7 @@ from sekha.chat import ChatRequest
 from sekha.images import Formula, formula_of
 from sekha.providers.events import said_in
 from sekha.registry import Registry
+from sekha.steps.parts import largest_of
 
 __all__ = ["INLINE", "Counters", "count_chat", "count_embedding", "count_reply"]
 
@@ -81,15 +82,20 @@ class Counters:
             for name, way in zip(names, ways, strict=True)
         }
 
-    async def count_texts(self, texts: Sequence[str], names: Sequence[str]) -> dict[str, Count]:
-        """What each of these counters makes of texts to embed."""
+    async def count_texts(
+        self, texts: Sequence[str], names: Sequence[str], at_once: int | None = None
+    ) -> tuple[dict[str, Count], int]:
+        """What each of these counters makes of texts to embed, and the most that any makes of `at_once` of them."""
 
-        def count() -> dict[str, Count]:
+        def count() -> tuple[dict[str, Count], int]:
             made: dict[str, Count] = {}
+            largest = 0
             for name in names:
                 each = tokens.count_each(texts, self._ways[name].tokenizer)
                 made[name] = Count(sum(each), max(each, default=0))
-            return made
+                if at_once is not None:
+                    largest = max(largest, largest_of(each, at_once))
+            return made, largest
 
         return count() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(count)
 

@@ -66,6 +66,7 @@ class Keeping:
                 model=space.asked_as,
                 max_cost=request.max_cost,
                 bulk=True,
+                at_once=size,
                 tags=request.tags,
             ),
             batches=tuple(

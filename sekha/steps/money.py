@@ -24,6 +24,7 @@ from sekha.registry import Model
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan, cheapest, considered, explain, plan
 from sekha.steps.counting import Counters
+from sekha.steps.parts import FEWEST_TEXTS, texts_at_once
 from sekha.tokens import TokenizerName
 from sekha.vision import are_heavy
 
@@ -82,6 +83,7 @@ class Money:
                 spent, held = await ledger.spent(budget, at=at)
                 left[budget.name] = remaining(budget, spent, held)
         usual: Mapping[str, int] = {}
+        largest: int | None = None
         if isinstance(request, ChatRequest):
             usual = self._usual.known()
             images, counters, names = 0, self._counters.of_words, known.counters
@@ -101,7 +103,12 @@ class Money:
             )
         else:
             counters = self._counters.of_words
-            counts = await self._counters.count_texts(request.texts, known.counters)
+            at_once: int | None = None
+            if resources.rates and len(request.texts) > min(FEWEST_TEXTS, request.at_once or FEWEST_TEXTS):
+                models = (entrant.model for entrant in known.lined_up.entrants)
+                at_once = texts_at_once(request, models, resources.registry)
+            counts, most = await self._counters.count_texts(request.texts, known.counters, at_once)
+            largest = None if at_once is None else most
             size = Size(ask)
         return Estimates(
             size=size,
@@ -113,6 +120,7 @@ class Money:
             budgets=resources.budgets,
             remaining=left,
             at=at,
+            largest_call=largest,
         )
 
     def estimates(self, size: Size, counts: Mapping[str, Count]) -> Estimates:

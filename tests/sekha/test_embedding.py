@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from sekha.embedding import EmbedRequest
-from sekha.errors import InvalidRequest, NoCandidate, ProviderRejected, ProviderUnavailable, UnknownModel
+from sekha.errors import InvalidRequest, LimitsReached, NoCandidate, ProviderRejected, ProviderUnavailable, UnknownModel
 from sekha.pricing import Usage
 from sekha.providers.builtin import hashed_embeddings
-from sekha.steps.calls import TEXTS_PER_CALL
+from sekha.steps.parts import TEXTS_PER_CALL
 from tests.fixtures.pipeline import TWO_PROVIDERS, Opens
 
 MANY = [f"text {number}" for number in range(2 * TEXTS_PER_CALL["openai"] + 1)]
@@ -180,3 +180,36 @@ async def test_a_text_longer_than_the_context_window_is_refused_before_it_is_sen
 
 def test_no_text_shows_when_a_request_is_printed() -> None:
     assert "secret" not in repr(EmbedRequest(texts=("a secret",)))
+
+
+async def test_what_is_sent_in_several_calls_needs_room_for_one_of_them(pipeline: Opens) -> None:
+    """All are 3,100 tokens, and the largest call has about half of them."""
+    async with pipeline(limited_to(1_600)) as opened:
+        first, second = opened.actors["first"], opened.actors["second"]
+        first.acts, second.acts = [None] * 3, [down("second")] * 9
+
+        embedded = await opened.runtime.embed(MANY, model="first/vectors")
+
+        assert [len(texts) for texts in first.embedded] == [512, 512, 1]
+        assert np.array_equal(embedded.vectors, hashed_embeddings(MANY, 8))
+        assert 60 < opened.time.seconds - 1000 < 70
+        assert await opened.held() == 0
+
+
+async def test_a_call_for_which_its_provider_has_no_room_goes_to_another_that_has(pipeline: Opens) -> None:
+    async with pipeline(limited_to(1_600)) as opened:
+        opened.actors["first"].acts = [None]
+
+        await opened.runtime.embed(MANY)
+
+        assert [len(texts) for texts in opened.actors["first"].embedded] == [512, 1]
+        assert [len(texts) for texts in opened.actors["second"].embedded] == [512]
+        assert opened.time.slept == []
+
+
+async def test_a_call_that_never_has_room_is_refused_before_any_is_made(pipeline: Opens) -> None:
+    async with pipeline(limited_to(1_000)) as opened:
+        with pytest.raises(LimitsReached):
+            await opened.runtime.embed(MANY, model="first/vectors")
+
+        assert opened.actors["first"].embedded == []

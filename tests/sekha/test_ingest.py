@@ -84,6 +84,20 @@ async def test_the_money_on_record_is_that_of_the_calls_that_were_made(pipeline:
         assert await opened.held() == 0
 
 
+async def test_more_than_a_minute_lets_pass_takes_more_than_a_minute(pipeline: Opens) -> None:
+    """Each batch is about 12 tokens, of which all together are 60."""
+    limited = TWO_PROVIDERS.replace("    priority: 1\n", "    priority: 1\n    limits: {tokens_per_minute: 30}\n")
+    config = limited.replace("{model: vectors}", "{model: first/vectors}")
+    async with pipeline(config) as opened:
+        opened.actors["first"].acts = [None] * 5
+
+        report = await ingest(opened, sections("a.md", 10))
+
+        assert (report.embedded, report.failures) == (10, ())
+        assert sorted(embedded(opened)) == sorted(f"# {number}\ntext {number}" for number in range(10))
+        assert 120 < opened.time.seconds - 1000 < 200
+
+
 async def test_the_same_text_again_costs_nothing(pipeline: Opens) -> None:
     async with pipeline() as opened:
         await ingest(opened, sections("a.md", 5))
