@@ -273,7 +273,7 @@ class Config(Section):
     budgets: tuple[BudgetSection, ...] = Field((), description="What may be spent.")
     keys: tuple[KeySection, ...] = Field((), description="Who may use the gateway.")
     allow_unauthenticated: bool = Field(
-        False, description="Whether the gateway may listen beyond loopback without keys."
+        False, description="Whether the gateway may listen beyond loopback without keys, or lose them by a reload."
     )
     memory: MemorySection | None = Field(None, description="Whether the gateway keeps what passes it.")
     recording: RecordingSection = Field(RecordingSection(), description="Which requests Prefect shows.")

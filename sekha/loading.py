@@ -37,6 +37,8 @@ class Loaded:
     folder: Path
     """What relative paths in it start from."""
     warnings: tuple[str, ...] = ()
+    says_nothing: bool = False
+    """Whether nothing is set in it, as in a file that is empty or has comments alone."""
 
     def path(self, relative: str) -> Path:
         return (self.folder / Path(relative).expanduser()).resolve()
@@ -99,7 +101,7 @@ def parse(
 
     problems = list(tree.problems)
     data, lines, warnings = _renamed(data, tree.lines)
-    tree = replace(tree, lines=lines)
+    tree, says_nothing = replace(tree, lines=lines), not data
     for place, message in _registry_from(environ, data, lines):
         problems.append(tree.problem(place, message))
     written = data
@@ -117,7 +119,7 @@ def parse(
         problems += [tree.problem(place, message) for place, message in _disagreements(config, written)]
     if problems or config is None:
         raise ConfigError(source, sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
-    return Loaded(config, source, folder, (*warnings, *_doubts(config)))
+    return Loaded(config, source, folder, (*warnings, *_doubts(config)), says_nothing)
 
 
 # --- details -------------------------------------------------------------------------------

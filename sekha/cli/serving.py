@@ -115,7 +115,7 @@ async def _run(
 
 def allowed_host(config: Config, wanted: str) -> str:
     """Where to listen: beyond this machine only with keys, or when the file says that none are needed."""
-    from sekha.gateway.server import may_listen_at
+    from sekha.gateway.reach import may_listen_at
 
     return wanted if may_listen_at(wanted, config) else "127.0.0.1"
 

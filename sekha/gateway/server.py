@@ -10,24 +10,21 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sekha import hangup, tokens
-from sekha.address import is_loopback
-from sekha.errors import ConfigError, Problem, SekhaError
+from sekha.errors import SekhaError
 from sekha.gateway.app import Gateway
 from sekha.gateway.http_server import WRITE_SECONDS, Connections, HttpExchange
 from sekha.gateway.logs import AccessLog
 from sekha.gateway.metrics import Metrics
 from sekha.gateway.opening import open_serving
+from sekha.gateway.reach import check_reload
 from sekha.gateway.sources import Source
 from sekha.loading import Loaded
 from sekha.providers.opening import import_ahead
 from sekha.rates import Minutes
 from sekha.registry import Registry
-
-if TYPE_CHECKING:
-    from sekha.config import Config
 
 __all__ = [
     "AGAIN_SECONDS",
@@ -35,10 +32,8 @@ __all__ = [
     "HEAD_SECONDS",
     "Server",
     "bind",
-    "check_reach",
     "fast_loop",
     "foreseen",
-    "may_listen_at",
     "not_taken_over",
     "on_signals",
     "serve",
@@ -79,22 +74,6 @@ def bind(host: str, port: int) -> socket.socket:
         raise
     listening.setblocking(False)
     return listening
-
-
-def may_listen_at(host: str, config: Config) -> bool:
-    """Whether others may reach it there: only with keys, or when the file says that none are needed."""
-    return bool(config.keys) or config.allow_unauthenticated or is_loopback(host)
-
-
-def check_reach(loaded: Loaded, host: str) -> None:
-    """Raise `ConfigError` for a configuration that would let everybody in who reaches this address."""
-    if not may_listen_at(host, loaded.config):
-        said = (
-            f"lists no key, while the gateway listens on {host}: everybody there could spend your money. Make a key "
-            "with `sekha keys create` and list it under `keys:`, set `allow_unauthenticated: true`, or start it "
-            "anew, on loopback."
-        )
-        raise ConfigError(loaded.source, [Problem("keys", said)])
 
 
 def not_taken_over(error: Exception) -> SekhaError:
@@ -297,7 +276,7 @@ class _Following:
         await asyncio.wait([task, *self._replaced])
 
     async def _take_over(self, loaded: Loaded) -> None:
-        check_reach(loaded, self._host)
+        check_reload(loaded, self._loaded, self._host)
         serving = await self._open(loaded)
         asyncio.get_running_loop().run_in_executor(None, _load_ahead, serving.resources.registry)
         replaced = asyncio.ensure_future(self._gateway.replace(serving))

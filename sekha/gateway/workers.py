@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import cast
 
 from sekha.errors import SekhaError
-from sekha.gateway.server import AGAIN_SECONDS, check_reach, not_taken_over, on_signals
+from sekha.gateway.reach import check_reload
+from sekha.gateway.server import AGAIN_SECONDS, not_taken_over, on_signals
 from sekha.gateway.sources import Handed, Source, Word
 from sekha.loading import Loaded
 from sekha.pipes import framed, receive
@@ -118,7 +119,7 @@ class _Workers:
             try:
                 loaded = await source.next()
                 # Here too, so that no worker begins with it that comes in another's place.
-                check_reach(loaded, self._host)
+                check_reload(loaded, self._to_begin_with().loaded, self._host)
             except Exception as error:  # whatever it is, the next configuration must be handed on
                 if not_taken_over(error) is not error:
                     await asyncio.sleep(AGAIN_SECONDS)

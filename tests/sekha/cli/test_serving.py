@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sekha.keys import hash_of, new_key
 from sekha.testing import StandIn
 from tests.fixtures.gateway import config_for, wait_until
 from tests.fixtures.prefect import Server
@@ -101,6 +102,82 @@ async def test_a_reload_that_drops_the_keys_is_refused_while_others_can_reach_it
     assert "`keys:`" in said
     assert "`allow_unauthenticated: true`" in said
     assert "echo" in opened
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ("", "says nothing"),
+        ("# providers: []\n", "says nothing"),
+        (BUILTIN, "lists no key"),
+        (f"{BUILTIN}keys:\n", "lists no key"),
+    ],
+    ids=["empty", "a comment", "cut off before the keys", "cut off behind their name"],
+)
+async def test_a_reload_while_the_file_is_being_written_leaves_no_door_open_and_takes_nothing_away(
+    serving: Serves, workers: str, left: str, said: str
+) -> None:
+    key = new_key()
+    keys = f"keys:\n  - {{name: a, hash: '{hash_of(key)}'}}\n"
+    async with serving(BUILTIN + keys, "--workers", workers) as gate:
+        if workers == "2":
+            await wait_until(lambda: len(gate.workers) == 2, seconds=20)
+        gate.file.write_text(left)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"], seconds=20)
+
+        statuses = set()
+        for _ in range(6):
+            async with httpx.AsyncClient(base_url=gate.said["url"], trust_env=False, verify=False) as stranger:
+                strange = await stranger.get("/metrics")
+                known = await stranger.get("/metrics", headers={"Authorization": f"Bearer {key}"})
+                statuses.add((strange.status_code, known.status_code))
+        [refused] = [line["event"] for line in gate.logged if line["level"] == "error"]
+        gate.file.write_text(BUILTIN.replace("echo", "whole") + keys)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("read anew" in event for event in gate.events) == int(workers), seconds=20)
+        gate.http.headers["Authorization"] = f"Bearer {key}"
+        written = await gate.models()
+
+    assert statuses == {(401, 200)}
+    assert "is not taken over" in refused
+    assert said in refused
+    assert "whole" in written
+
+
+async def test_a_reload_without_the_keys_is_taken_over_where_the_file_says_that_none_are_needed(
+    serving: Serves,
+) -> None:
+    keys = f"keys:\n  - {{name: a, hash: 'sha256:{'0' * 64}'}}\n"
+    async with serving(BUILTIN + keys) as gate:
+        gate.file.write_text(BUILTIN)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"], seconds=20)
+        [refused] = [line["event"] for line in gate.logged if line["level"] == "error"]
+        gate.file.write_text(BUILTIN + "allow_unauthenticated: true\n")
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: any("read anew" in event for event in gate.events), seconds=20)
+        opened = await gate.http.get("/metrics")
+        gate.file.write_text(BUILTIN)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: sum("read anew" in event for event in gate.events) == 2, seconds=20)
+
+    assert "`allow_unauthenticated: true`" in refused
+    assert opened.status_code == 200
+
+
+async def test_a_file_that_said_nothing_from_the_start_may_go_on_doing_so(serving: Serves) -> None:
+    async with serving("# still to be written\n") as gate:
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: any("read anew" in event for event in gate.events), seconds=20)
+        gate.file.write_text(BUILTIN)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: _lists(gate, "echo"), seconds=20)
+
+
+async def _lists(gate: Gate, model: str) -> bool:
+    return model in await gate.models()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -286,6 +363,26 @@ async def test_an_edited_block_is_taken_over_by_processes_that_import_no_prefect
 
     assert "sekha" in imported
     assert "prefect" not in imported
+
+
+@pytest.mark.prefect
+@pytest.mark.timeout(240)
+async def test_a_block_that_is_edited_to_list_no_key_is_not_taken_over(
+    prefect: Server, serving: Serves, sekha: Command
+) -> None:
+    there = {"PREFECT_API_URL": prefect.local.api_url, "PREFECT_HOME": str(prefect.home)}
+
+    async def push(text: str) -> None:
+        sekha.write("pushed.yaml", text)
+        pushed = await sekha("-c", "pushed.yaml", "blocks", "push", "--name", "guarded", environment=there)
+        assert pushed.code == 0, pushed.err
+
+    await push(f"{BUILTIN}keys:\n  - {{name: a, hash: 'sha256:{'0' * 64}'}}\n")
+    async with serving("", "--poll", "0.5", named="block:guarded", environment=there) as gate:
+        await push(BUILTIN)
+        await wait_until(lambda: any("lists no key any more" in event for event in gate.events), seconds=30)
+
+        assert (await gate.http.get("/metrics")).status_code == 401
 
 
 async def _answers_as(gate: Gate, model: str) -> bool:
