@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-__all__ = ["LONGEST_SECONDS", "Pauses"]
+__all__ = ["Pauses"]
 
-LONGEST_SECONDS = 3600.0
-"""Whoever asks for more is tried again after an hour all the same: a slip must not shut a model out for good."""
 _MOMENT = 0.001
 """What is left of a pause by the rounding of clocks and timers is none."""
 _NOBODY: Mapping[str, float] = {}
@@ -26,7 +24,7 @@ class Pauses:
 
     def note(self, name: str, seconds: float) -> None:
         """Leave a model alone for so long. A shorter word does not take back a longer one."""
-        until = self._clock() + min(seconds, LONGEST_SECONDS)
+        until = self._clock() + seconds
         if until > self._until.get(name, 0.0):
             self._until[name] = until
 

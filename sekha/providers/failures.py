@@ -222,7 +222,8 @@ _UNEXPECTED = re.compile(r"Got unexpected response from Ollama: (.*)")
 _NO_JSON = ("empty or invalid response", "unable to get json response")
 _FIELD = re.compile(r"[\w.\[\]-]{1,100}")
 _HOST = re.compile(r"[a-z0-9_.-]{1,100}")
-_LONGEST_SECONDS = 2.0**31
+_LONGEST_SECONDS = 3600.0
+"""Whoever asks for more is tried again after an hour all the same: a slip must not shut a model out for good."""
 _DETAIL_CHARACTERS = 200
 _ECHO_CHARACTERS = 24
 
@@ -367,7 +368,7 @@ def wordless(error: Exception) -> Wordless:
 def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
     """`Retry-After` in seconds, whether it is written as seconds or as a date; None without one, and for nonsense.
 
-    Of a very long time it is the longest that HTTP has to be able to count.
+    An hour at the most, for callers are told what the provider is then left alone for.
     """
     value = headers.get("retry-after")
     if value is None:

@@ -209,6 +209,22 @@ async def test_who_is_left_alone_is_asked_when_that_is_over_and_the_others_faile
     assert answer.json()["sekha"]["attempts"] == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_served", [False, True])
+async def test_whoever_asks_to_be_left_alone_for_ages_is_so_for_an_hour_and_the_first_caller_is_told_that_too(
+    gateway: Opens, as_served: bool, stream: bool
+) -> None:
+    async with StandIn() as standin, gateway(standin, as_served=as_served) as served:
+        await served.chat(model="first/chat")  # from the second on, the short way is taken
+        standin.fail(429, retry_after="99999999999999999999")
+        first = await served.chat(model="first/chat", stream=stream)
+        second = await served.chat(model="first/chat", stream=stream)
+
+    assert (first.status_code, first.headers["retry-after"]) == (429, "3600")
+    assert 3500 < int(second.headers["retry-after"]) <= 3600
+    assert "retry after 3600 s" in first.json()["error"]["message"]
+
+
 async def test_who_is_left_alone_for_longer_than_a_request_may_take_is_a_429_at_once(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(standin, rounds=3, timeout_secs=1) as served:
         standin.fail(429, retry_after=60, times=None)
