@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from sekha.errors import CollectionConflict, CollectionMissing, StoreError, StoreUnavailable
 from sekha.registry import Space
-from sekha.spaces import alias_of, index_for, indexes_of
+from sekha.spaces import alias_of, collections_in, index_for, indexes_of
 from sekha.vectors.base import Collection, VectorStore
 
 __all__ = ["Indexes", "Readable"]
@@ -39,9 +39,13 @@ class _Seen:
 class Indexes:
     """What lies where in the store, looked up at most once in two seconds by those who read."""
 
-    def __init__(self, store: Callable[[], Awaitable[VectorStore]], *, now: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Callable[[], Awaitable[VectorStore]], *, now: Callable[[], float], declared: Iterable[str] = ()
+    ) -> None:
+        """`declared` are the collections that the file names, as it writes them."""
         self._store = store
         self._now = now
+        self._declared = tuple(declared)
         self._seen: _Seen | None = None
         self._looking = asyncio.Lock()
 
@@ -53,7 +57,7 @@ class Indexes:
             seen = await self._look(0)
             indexes = indexes_of(collection, seen.collections)
         if not indexes:
-            raise CollectionMissing(alias_of(collection), [index.name for index in seen.collections])
+            raise CollectionMissing(collection, collections_in(seen.collections, self._declared))
         unknown = [index.name for index in indexes if index.name not in seen.sizes]
         if unknown and len(indexes) > 1:
             store = await self._store()

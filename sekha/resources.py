@@ -86,7 +86,9 @@ class Resources:
         """Told the provider and the model whenever a call cost more than its worst case."""
         self._warned_at: dict[str, float] = {}
         self._opening = asyncio.Lock()
-        self.indexes = Indexes(self.store, now=clock.now)
+        memory = loaded.config.memory
+        declared = (*self.registry.collections, *([memory.collection] if memory is not None else []))
+        self.indexes = Indexes(self.store, now=clock.now, declared=declared)
 
     async def store(self) -> VectorStore:
         async with self._opening:

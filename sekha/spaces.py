@@ -14,7 +14,7 @@ from typing import Final
 from sekha.registry import Model, Registry, Space
 from sekha.vectors.base import Collection
 
-__all__ = ["alias_in", "alias_of", "embedder_of", "index_for", "indexes_of", "names_index_of"]
+__all__ = ["alias_in", "alias_of", "collections_in", "embedder_of", "index_for", "indexes_of", "names_index_of"]
 
 LONGEST_SLUG: Final = 60
 
@@ -37,6 +37,13 @@ def alias_in(index: Collection) -> str | None:
     """The alias that an index's name begins with; None for a name that none of ours has."""
     found = _names(r"([A-Z]\w*?)", index.dimension).fullmatch(index.name)
     return None if found is None else found[1]
+
+
+def collections_in(there: Iterable[Collection], declared: Iterable[str]) -> list[str]:
+    """The collections that a store's indexes are of, as they are declared, else with a small letter first."""
+    names = {alias_of(name): name for name in declared}
+    aliases = dict.fromkeys(alias for index in there if (alias := alias_in(index)) is not None)
+    return [names.get(alias, alias[:1].lower() + alias[1:]) for alias in aliases]
 
 
 def names_index_of(alias: str, name: str) -> bool:

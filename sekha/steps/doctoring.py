@@ -15,7 +15,7 @@ from sekha.embedding import Embedded, EmbedRequest
 from sekha.errors import InvalidRequest, did_you_mean
 from sekha.registry import Space
 from sekha.resources import Resources
-from sekha.spaces import alias_in, alias_of, embedder_of, index_for, indexes_of, names_index_of
+from sekha.spaces import alias_of, collections_in, embedder_of, index_for, indexes_of, names_index_of
 from sekha.vectors.base import Collection, VectorStore
 
 if TYPE_CHECKING:
@@ -178,9 +178,8 @@ class Doctoring:
         registry, memory = self._open.registry, self._open.loaded.config.memory
         named = [*registry.collections, *([memory.collection] if memory is not None else [])]
         aliases = {alias_of(name): name for name in named}
-        for index in there:
-            if (base := alias_in(index)) is not None:
-                aliases.setdefault(base, base[:1].lower() + base[1:])
+        for name in collections_in(there, named):
+            aliases.setdefault(alias_of(name), name)
         if not asked:
             return list(aliases.values())
         for name in asked:

@@ -356,6 +356,24 @@ async def test_a_key_finds_what_it_asked_and_nobody_elses(
     assert by_words == {"bob"}
 
 
+@pytest.mark.parametrize("asked", ["Conversations_16", "conversation"])
+async def test_who_misses_the_name_is_told_the_one_to_ask_for(
+    gate: Remembers, chats: StandIn, embedder: StandIn, asked: str
+) -> None:
+    headers, keys = keyring(bob="")
+    async with gate(config(chats, embedder, extra=keys)) as served:
+        served.http.headers.update(headers["bob"])
+        await served.chat("How do whales sleep?")
+        await served.kept(1)
+        await served.serving.runtime.ingest([Document(source="sea.md", text="Whales sleep upright.")], "seas")
+
+        answer = await served.http.post("/api/v1/search", json={"query": "whales", "collection": asked})
+
+    assert answer.status_code == 404
+    assert f"{asked!r}. Did you mean 'conversations'?" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["message"].endswith("Collections here: conversations, seas.")
+
+
 async def test_another_collection_is_for_every_key(gate: Remembers, chats: StandIn, embedder: StandIn) -> None:
     headers, keys = keyring(bob="")
     async with gate(config(chats, embedder, extra=keys)) as served:
