@@ -15,7 +15,7 @@ from sekha.chat import ChatRequest
 from sekha.embedding import EmbedRequest
 from sekha.errors import InvalidRequest, NoCandidate
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.fields import name_in, object_in, whole
+from sekha.gateway.fields import flag, name_in, object_in, whole
 from sekha.gateway.pages import say
 from sekha.gateway.problems import answer_to, problem
 from sekha.gateway.serving import BODY_MB, BODY_SECONDS, Serving
@@ -61,15 +61,20 @@ async def route(serving: Serving, x: Exchange) -> None:
 
 
 def _asked(given: Mapping[str, Any], by: Pass) -> ChatRequest | EmbedRequest:
-    """The chat or the embedding that is asked about. Either's own body is taken as it is."""
+    """The chat or the embedding that is asked about. Either's own body is taken, or refused, as it would be."""
     task = name_in(given, "task")
     if task is not None and task not in TASKS:
         raise InvalidRequest(f"There is no task {task[:64]!r}. Tasks are {', '.join(TASKS)}.", field="task")
     said = {name: value for name, value in given.items() if value is not None and name != "context_size"}
-    if task == "embedding" or (task is None and "input" in said and "messages" not in said):
+    request: ChatRequest | EmbedRequest
+    if "messages" not in said and ("input" in said or task == "embedding"):
         preferred = name_in(given, "preferred_model")
-        return embed_request({**_TEXT, "model": preferred, **said}, by=by)
-    return chat_request({**_CHAT, **said}, by=by)
+        request = embed_request({**_TEXT, "model": preferred, **said}, by=by)
+    else:
+        request = chat_request({**_CHAT, **said}, by=by)
+        flag(said, "stream", default=False)
+    flag(said, "store", default=True)
+    return request
 
 
 def _as_large_as(tokens: int | None, estimates: Estimates) -> Estimates:

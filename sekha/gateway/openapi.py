@@ -458,7 +458,7 @@ _SCHEMAS: dict[str, Json] = {
                 "Tokens that go in, where there are no messages to count.",
             ),
             "messages": _or_null(_CHAT["messages"]),
-            "input": _says(_or_null(_INPUT), "With the task `embedding`."),
+            "input": _says(_or_null(_INPUT), "What is to be embedded, where there are no messages."),
             "metadata": _METADATA,
             **_LENGTHS,
         },
@@ -791,8 +791,8 @@ _PATHS: dict[str, Json] = {
             "route",
             "Explain who would answer",
             "Every candidate with its price, circuit, budgets and capability, and the rule that kept or dropped it. "
-            "Calls nobody. Takes the body of a chat or of an embedding as it is: with `input` and no `messages`, or "
-            "with the task `embedding`, it is an embedding's.",
+            "Calls nobody. Takes the body of a chat or of an embedding as it is: with `messages` it is a chat's, and "
+            "without them, with `input` or the task `embedding`, an embedding's.",
             tag="operation",
             body="RouteRequest",
             example={"task": "chat_small", "context_size": 2000, "max_cost": 0.05},

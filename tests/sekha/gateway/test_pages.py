@@ -102,6 +102,31 @@ async def test_the_route_of_a_chat_is_asked_with_its_own_body(gateway: Opens) ->
         assert {each["model_id"]: each["rule"] for each in said["candidates"]} == {"eyes": None, "chat": "capability"}
 
 
+ASKED = [{"role": "user", "content": "Hello there."}]
+
+
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASKED, "task": "embedding"}),
+        ("/v1/chat/completions", {"messages": ASKED, "input": "a", "task": "embedding"}),
+        ("/v1/chat/completions", {"messages": ASKED, "stream": "yes"}),
+        ("/v1/chat/completions", {"messages": ASKED, "store": "yes"}),
+        ("/v1/embeddings", {"input": "a", "task": "chat_small"}),
+        ("/v1/embeddings", {"input": "a", "store": "yes"}),
+    ],
+)
+async def test_a_body_that_the_call_refuses_has_no_route_and_the_same_answer(
+    gateway: Opens, call: str, body: dict[str, Any]
+) -> None:
+    async with StandIn() as standin, gateway(standin) as served:
+        refused = await served.http.post(call, json=body)
+        routed = await served.http.post("/api/v1/route", json=body)
+
+    assert refused.status_code == routed.status_code == 400
+    assert routed.json() == refused.json()
+
+
 async def test_the_route_of_an_embedding_is_explained_too(gateway: Opens) -> None:
     async with StandIn() as standin, gateway(standin) as served:
         by_task = await served.http.post("/api/v1/route", json={"task": "embedding", "input": ["a", "b"]})
