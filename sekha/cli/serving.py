@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -78,11 +79,14 @@ def _open_streams() -> None:
 async def _serve(invocation: Invocation, host: str | None, port: int | None, workers: int, poll: float) -> None:
     from sekha.cli.watching import Watched, lives_in_prefect
     from sekha.gateway.sources import WhenAsked
+    from sekha.loading import find
 
     name = name_of(invocation)
     run = partial(_run, host=host, port=port, workers=workers, as_json=invocation.as_json)
     if name is None or not lives_in_prefect(name):
-        read = partial(configuration, invocation)
+        # A file that is away for a moment, while it is replaced, is not looked for elsewhere.
+        found = find(invocation.config, os.environ)
+        read = partial(configuration, invocation if found is None else replace(invocation, config=str(found)))
         return await run(read(), WhenAsked(read))
     async with Watched(name, poll) as watched:
         return await run(await watched.next(), watched)

@@ -167,6 +167,28 @@ async def test_a_reload_without_the_keys_is_taken_over_where_the_file_says_that_
     assert opened.status_code == 200
 
 
+async def test_a_file_that_was_found_and_is_gone_is_not_replaced_by_another_or_by_none(sekha: Command) -> None:
+    sekha.write("sekha.yaml", BUILTIN)
+    sekha.write("config.yaml", BUILTIN.replace("echo", "anothers"))
+    process = await sekha.start("serve", "--port", "0")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        await process.stdout.readline()
+        (sekha.folder / "sekha.yaml").unlink()
+        process.send_signal(signal.SIGHUP)
+        said = ""
+        async with asyncio.timeout(20):
+            while "read anew" not in said and "not taken over" not in said:
+                said = (await process.stderr.readline()).decode()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
+
+    assert "sekha.yaml: 1 problem" in said
+    assert "there is no such file" in said
+
+
 async def test_a_file_that_said_nothing_from_the_start_may_go_on_doing_so(serving: Serves) -> None:
     async with serving("# still to be written\n") as gate:
         gate.tell(signal.SIGHUP)
