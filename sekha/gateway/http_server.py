@@ -636,11 +636,10 @@ class HttpConnection(asyncio.Protocol):
     def _leave(self, x: HttpExchange) -> None:
         """Cancel a request whose caller is gone."""
         x.left = True
-        if x.task is None and x.begun is not None:
-            # Once it runs: a task that is cancelled before does nothing at all.
-            self.all.loop.call_soon(x.hand_over().cancel)
-        elif x.task is not None:
-            x.task.cancel()
+        task = x.hand_over() if x.task is None and x.begun is not None else x.task
+        if task is not None:
+            # Once it runs, since it may be as new as this turn: a task that is cancelled before does nothing at all.
+            self.all.loop.call_soon(task.cancel)
 
     def _serve(self, x: HttpExchange, length: int | None = None) -> None:
         """Serve it: a short body of known length is waited for, since it is here as a rule, or in a moment."""

@@ -13,7 +13,7 @@ import pytest
 
 from sekha.errors import SekhaError
 from sekha.gateway.exchange import Exchange
-from sekha.gateway.http_server import HEAD_BYTES, Connections
+from sekha.gateway.http_server import HEAD_BYTES, Connections, HttpExchange
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, payloads, wait_until
 
@@ -27,7 +27,7 @@ class App:
         self._answers = answers
         self.left: list[str] = []
 
-    def begin(self, x: Exchange, body: bytes, /) -> bool:
+    def begin(self, x: HttpExchange, body: bytes, /) -> bool:
         return False
 
     async def exchange(self, x: Exchange, /) -> None:
@@ -499,6 +499,28 @@ async def test_a_request_is_cancelled_at_once_when_its_caller_leaves() -> None:
         caller.leave()
 
         await wait_until(lambda: app.left == ["/slow"])
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+async def test_whoever_leaves_in_the_moment_in_which_his_requests_task_begins_is_noticed(handed_over: bool) -> None:
+    async def never(x: Exchange) -> None:
+        await asyncio.Event().wait()
+
+    async with serving(never) as (connections, app, connect):
+        caller = await connect()
+        await wait_until(lambda: len(connections))
+
+        def leaves(x: HttpExchange, body: bytes, /) -> bool:
+            connections.abort(within_seconds=5)
+            if handed_over:
+                x.hand_over()
+            return handed_over
+
+        app.begin = leaves  # type: ignore[method-assign]
+        await caller.send(b"POST /late HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}")
+
+        await wait_until(lambda: app.left == ["/late"])
+        assert not connections.tasks
 
 
 async def test_who_sends_nothing_and_who_has_nothing_more_to_send_are_let_go() -> None:
