@@ -65,6 +65,7 @@ class Gateway:
         self._routes = routes
         self._prefixes = tuple((route.partition("{")[0], route) for route in routes if "{" in route)
         self._idle = asyncio.Event()
+        self._given_up = False
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -87,10 +88,15 @@ class Gateway:
         if before.memory is not None:
             # Else what the new one takes would wait, and the old one's embedder be asked, until its last stream ended.
             await before.memory.stand_back()
-        while before.under_way:
+        while before.under_way and not self._given_up:
             self._idle.clear()
             await self._idle.wait()
         await before.aclose()
+
+    def give_up(self) -> None:
+        """Wait no more for requests of configurations that were replaced: those that have not ended never will."""
+        self._given_up = True
+        self._idle.set()
 
     def begin(self, x: HttpExchange, body: bytes) -> bool:
         """Begin to answer an ordinary request without a task, and say whether it is one."""

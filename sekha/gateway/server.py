@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -49,6 +51,8 @@ DRAIN_SECONDS = 120.0
 """What is under way has these to end in once the process was told to."""
 CUT_SECONDS = 5.0
 """What was cut has these to settle in."""
+CLOSE_SECONDS = 30.0
+"""What is open has these to be closed in: more than a ledger takes that has gone silent."""
 BACKLOG = 2048
 COLLECTED_AFTER = (20_000, 20, 20)
 """What a request makes is freed with its last reference, and leaves the collector next to nothing to look for."""
@@ -115,7 +119,8 @@ async def serve(
     """Serve until SIGTERM or Ctrl-C, and finish what is under way. SIGHUP has the configuration read anew.
 
     Also ends when `source` does. `followed` is told of each configuration after the first what kept it from being
-    taken over, or None. Raises the `SekhaError` that keeps the first one from being opened.
+    taken over, or None. Raises the `SekhaError` that keeps the first one from being opened. However it ends, the
+    process has `CLOSE_SECONDS` to end in as well.
     """
     # A reload gives nobody a fresh minute.
     open_ = partial(open_serving, metrics=metrics, workers=workers, minutes=minutes or Minutes())
@@ -132,9 +137,28 @@ async def serve(
             asyncio.get_running_loop().run_in_executor(None, _load_ahead, gateway.serving.resources.registry)
             await server.run()
     finally:
+        _end_within(CLOSE_SECONDS)
+        gateway.give_up()
         await following.end(task)
         await gateway.serving.aclose()
         metrics.close()
+
+
+def _end_within(seconds: float) -> None:
+    """Have this process end by then, whatever is stuck in it: a task, a thread or the event loop."""
+    last = threading.Timer(seconds, _end_as_it_stands, [seconds])
+    last.daemon = True
+    last.start()
+
+
+def _end_as_it_stands(seconds: float) -> None:
+    log.error(
+        "closing took longer than %g s, and the process ends as it stands. Start it again on the same folder: it "
+        "finishes what the journals, the outbox and the spool hold",
+        seconds,
+    )
+    logging.shutdown()
+    os._exit(1)  # any other way waits for what is stuck
 
 
 @contextlib.contextmanager
@@ -164,9 +188,11 @@ class Server:
         head_seconds: float = HEAD_SECONDS,
         drain_seconds: float = DRAIN_SECONDS,
         write_seconds: float = WRITE_SECONDS,
+        cut_seconds: float = CUT_SECONDS,
     ) -> None:
         self._listening = listening
         self._drain_seconds = drain_seconds
+        self._cut_seconds = cut_seconds
         self._connections = Connections(
             gateway,
             head_seconds=head_seconds,
@@ -197,6 +223,12 @@ class Server:
             await self._stopping.wait()
             server.close()
             await connections.end()
+            if connections.tasks:
+                log.warning(
+                    "%d requests did not end within %g s of being cut, and are left as they are",
+                    len(connections.tasks),
+                    self._cut_seconds,
+                )
         finally:
             server.close()
             connections.close()
@@ -206,7 +238,7 @@ class Server:
     def _cut(self, why: str) -> None:
         if self._connections:
             log.warning("%d connections are cut: %s", len(self._connections), why)
-        self._connections.abort(within_seconds=CUT_SECONDS)
+        self._connections.abort(within_seconds=self._cut_seconds)
 
 
 def _note_refused(gateway: Gateway, x: HttpExchange, code: str) -> None:

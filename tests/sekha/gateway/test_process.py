@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -15,12 +15,18 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sekha.gateway.exchange import Exchange
+from sekha.gateway.metrics import Metrics
+from sekha.gateway.server import Server, bind
+from sekha.gateway.serving import Serving
 from sekha.keys import hash_of, new_key
 from sekha.ledger import Budget
 from sekha.ledgers import open_ledger
+from sekha.loading import load
+from sekha.resources import Resources
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, config_for, listening, wait_until
-from tests.fixtures.process import Gate, Serves, left_behind
+from tests.fixtures.process import ROOT, Gate, Serves, left_behind
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -121,6 +127,60 @@ async def test_an_idle_connection_does_not_keep_it_from_ending(serving: Serves) 
         gate.tell(signal.SIGINT)
 
         assert await gate.ended(10) == 0
+
+
+async def test_a_request_that_never_ends_keeps_neither_the_server_nor_the_configuration_it_began_with(
+    gateway: Opens, tmp_path: Path
+) -> None:
+    go_on = asyncio.Event()
+
+    async def never(serving: Serving, x: Exchange) -> None:
+        while not go_on.is_set():
+            with suppress(asyncio.CancelledError):
+                await go_on.wait()
+
+    async with StandIn() as standin, gateway(standin, routes={"/never": {"GET": never}}) as gate:
+        before, app = gate.serving, gate.gateway
+        server = Server(app, bound := bind("127.0.0.1", 0), cut_seconds=0.2)
+        running = asyncio.create_task(server.run())
+        _, writer = await asyncio.open_connection(*bound.getsockname())
+        writer.write(b"GET /never HTTP/1.1\r\n\r\n")
+        await wait_until(lambda: before.under_way)
+        replacing = asyncio.create_task(
+            app.replace(Serving(Resources(load(tmp_path / "sekha.yaml", environ={})), Metrics()))
+        )
+
+        server.stop()
+        server.stop()
+
+        await asyncio.wait_for(running, 10)
+        assert before.under_way
+        assert not replacing.done()
+        app.give_up()
+        await asyncio.wait_for(replacing, 10)
+        go_on.set()
+        await wait_until(lambda: not before.under_way)
+        writer.close()
+
+
+@pytest.mark.soak
+async def test_whatever_is_stuck_at_the_end_the_process_ends(serving: Serves, tmp_path: Path) -> None:
+    stuck = tmp_path / "stuck"
+    stuck.mkdir()
+    (stuck / "sitecustomize.py").write_text("import threading\nthreading.Thread(target=threading.Event().wait).start()")
+    environment = {"PYTHONPATH": f"{stuck}:{ROOT}"}
+    async with StandIn() as standin, serving(config_for(standin), environment=environment) as gate:
+        assert (await gate.chat()).status_code == 200
+
+        gate.tell(signal.SIGTERM)
+
+        assert await gate.ended(60) == 1
+
+    assert gate.logged[-1]["level"] == "error"
+    assert "the process ends as it stands" in gate.events[-1]
+    spent, held = await money(gate)
+    assert spent > 0
+    assert held == 0
 
 
 @pytest.mark.soak
