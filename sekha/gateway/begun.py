@@ -490,9 +490,13 @@ class BegunStream(Shortened):
     def _end(self, stream: RelayStream) -> None:
         self._called_at = perf_counter()
         usage = stream.usage
-        if usage is not None and usage.tier not in self._lane.tiers and self._settle(usage):
+        if usage is None or usage.tier in self._lane.tiers:
+            self._x.hand_over()
+            return
+        written = self._settle(usage)
+        stream.let_go()  # whatever becomes of the answer, nobody reads on
+        if written:
             self._x.end_now(self._last())
-            stream.let_go()
             self._ended()
         else:
             self._x.hand_over()
@@ -525,7 +529,6 @@ class BegunStream(Shortened):
         return end_with_usage(self._held, self._note(), self.model_id, self.run_id, usage=self.usage)
 
     async def _tell(self) -> None:
-        cast("RelayStream", self._stream).let_go()
         await self._x.end(self._last())
 
     async def _call_in_line(self, under_way: UnderWay, plan: Plan, hold: Hold, sent: Sent) -> Reply:

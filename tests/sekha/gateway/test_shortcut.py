@@ -1665,6 +1665,23 @@ async def test_what_can_neither_be_written_nor_recorded_is_told_as_in_the_line(t
     await both(tmp_path, makes, asks, took=["short", "handed over"])
 
 
+async def test_a_stream_that_can_be_recorded_nowhere_does_not_keep_its_providers_connection(tmp_path: Path) -> None:
+    async def asks(side: Side) -> None:
+        upstream = side.upstream
+        assert isinstance(upstream, Upstream)
+        await side.meet()
+        await side.ask(body_of())
+        await asyncio.sleep(0.1)  # both are in the spool
+        fill_journal(side, left="a hold")
+        with room_for(0):
+            await side.ask(body_of(stream=True))
+            await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            await upstream.closed.wait()
+
+    await both(tmp_path, lambda: Upstream(GOOD, GOOD, then_hang(*HELLO_EVENTS)), asks, took=["short", "handed over"])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_a_chat_made_is_freed_with_its_last_reference(tmp_path: Path, stream: bool) -> None:
     async with (
