@@ -443,20 +443,31 @@ class HttpConnection(asyncio.Protocol):
     def _parse(self, data: bytes) -> None:
         while data:
             arriving, rest = self._arriving, b""
+            room = HEAD_BYTES - self._head_bytes
+            if len(data) > room:
+                # So that a head is not measured together with what follows it.
+                data, rest = data[:room], data[room:]
             if arriving is None or not arriving.headed:
-                room = HEAD_BYTES - self._head_bytes
-                if len(data) > room:
-                    # So that a head is not measured together with what follows it.
-                    data, rest = data[:room], data[room:]
                 self._head_bytes += len(data)
             self._feed(data)
             if self._unusable:
                 break
+            if not self._head_bytes and self._arriving is not None and not self._arriving.headed:
+                self._head_bytes = self._begun_in(data)
             if rest and self._head_bytes == HEAD_BYTES:  # no head ended in there
                 self._refuse(431, InvalidRequest(_LONG_HEAD))
                 break
             data = rest
         self._raw = b""
+
+    def _begun_in(self, data: bytes) -> int:
+        """Bytes of a head that has begun in there, behind the end of another request, and not ended yet."""
+        if not self._url:
+            return 0  # a few letters of its method
+        # The parser does not say where a request ends, and what came before may look like this one; what follows may
+        # as well, but only of somebody who wants to send some bytes more.
+        begins = data.rfind(b"%b %b" % (self._parser.get_method(), self._url))
+        return len(data) - max(begins, 0)
 
     def _feed(self, data: bytes) -> None:
         try:

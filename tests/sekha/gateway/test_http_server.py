@@ -426,6 +426,33 @@ async def test_a_head_above_the_limit_is_refused_however_it_comes(beyond: int, f
     assert answered.count(b"HTTP/1.1 ") == 1
 
 
+BEFORE = {
+    "bare": b"GET /first HTTP/1.1\r\n\r\n",
+    "with a body": b"POST /first HTTP/1.1\r\ncontent-length: 20\r\n\r\nGET /?x HTTP/1.1\r\n\r\n",
+    "with a long body": b"POST /first HTTP/1.1\r\ncontent-length: 100000\r\n\r\n" + b"b" * 100_000,
+    "in chunks": b"POST /first HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3;x\r\nabc\r\n0\r\nx: y\r\n\r\n",
+    "in long chunks": b"POST /first HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+    + b"10000\r\n%b\r\n" % (b"b" * 65_536) * 2
+    + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("first", [0, 20_000, HEAD_BYTES, 110_000])
+@pytest.mark.parametrize("beyond", [0, 1, 15_000, HEAD_BYTES - 1, 3 * HEAD_BYTES])
+@pytest.mark.parametrize("before", BEFORE)
+async def test_a_head_is_measured_alone_though_it_comes_right_behind_another_request(
+    before: str, beyond: int, first: int
+) -> None:
+    head = b"GET /?x HTTP/1.1\r\nconnection: close\r\nx: "
+    head += b"x" * (HEAD_BYTES + beyond - len(head) - 4) + b"\r\n\r\n"
+    sent = BEFORE[before] + head
+
+    answered = await until_the_end(*(part for part in (sent[:first], sent[first:]) if part))
+
+    statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", answered)]
+    assert statuses == [200, 431 if beyond else 200]
+
+
 @pytest.mark.parametrize("first", [0, 1, 30_000, HEAD_BYTES - 1, HEAD_BYTES, HEAD_BYTES + 1])
 async def test_a_head_of_just_the_limit_is_taken_with_all_that_follows_it(first: int) -> None:
     head = b"POST / HTTP/1.1\r\ncontent-length: 100000\r\nx: "
