@@ -9,20 +9,23 @@ from __future__ import annotations
 from contextvars import ContextVar
 from decimal import Decimal
 
+from sekha.calling import Attempt
 from sekha.ledger import Spend
 from sekha.registry import Model
 
-__all__ = ["Bill", "note_asked", "note_charged", "open_bill"]
+__all__ = ["Bill", "note_asked", "note_attempt", "note_charged", "open_bill"]
 
 
 class Bill:
-    """The charges of one request, in the order in which they were made."""
+    """The calls and the charges of one request, in the order in which they ended and were made."""
 
-    __slots__ = ("asked", "lost", "spends")
+    __slots__ = ("asked", "attempts", "lost", "spends")
 
     def __init__(self) -> None:
         self.asked: Model | None = None
         """The model that was asked last."""
+        self.attempts: list[Attempt] = []
+        """All of them; an answer lists those alone that led to it."""
         self.spends: dict[str, Spend] = {}
         """All that is on record, by identity: the ledger takes each once."""
         self.lost: list[Spend] = []
@@ -50,6 +53,12 @@ def open_bill() -> Bill:
 def note_asked(model: Model) -> None:
     if (bill := _open.get()) is not None:
         bill.asked = model
+
+
+def note_attempt(attempt: Attempt) -> None:
+    """Note a call that ended, however it did."""
+    if (bill := _open.get()) is not None:
+        bill.attempts.append(attempt)
 
 
 def note_charged(spend: Spend, *, lost: bool = False) -> None:

@@ -14,11 +14,13 @@ from sekha.registry import Model
 from sekha.routing import Candidate
 from sekha.values import value
 
-__all__ = ["Answered", "Attempt", "Clock", "Gate", "Retries", "Waits", "call_in_turn"]
+__all__ = ["CANCELLED", "Answered", "Attempt", "Clock", "Gate", "Retries", "Waits", "call_in_turn"]
 
 T = TypeVar("T")
 log = logging.getLogger("sekha.calling")
 
+CANCELLED = "cancelled"
+"""What stands for the code of an error where an attempt was cut, as the request was that it was made for."""
 _LEAST_SECONDS = 1.0
 """A call with less time than this, or than a tenth of all there was, is not begun: it would be paid for and cut off."""
 
@@ -56,7 +58,7 @@ class Attempt:
     model_id: str
     seconds: float
     error: str | None = None
-    """The error's code; None when it answered."""
+    """The error's code, or `CANCELLED`; None when it answered."""
     detail: str = ""
 
 
@@ -120,6 +122,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     limits: Callable[[Candidate], float] | None = None,
     limits_first: bool = False,
     affords: Callable[[Candidate], bool] | None = None,
+    told: Callable[[Attempt], None] | None = None,
     whole: bool = True,
     began_at: float | None = None,
 ) -> Answered[T]:
@@ -144,6 +147,9 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     that has begun, its reader notes the end; a probe has done its part by beginning.
 
     After a failure whoever the request no longer `affords` is asked no more.
+
+    Each attempt is `told` as it ends, one that is cut too: of a request that is cancelled there is nothing else to read
+    it from. Of a stream that has begun its reader tells that as well.
 
     With `began_at`, the first candidate was let through and asked then, and its first `call` but waits for it.
     """
@@ -188,18 +194,25 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                         retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
                     )
                     failed.note(candidate.model, error, now() - began, probe)
+                    if told is not None:
+                        told(failed.attempts[-1])
                     if not error.falls_back:
                         raise
                     if affords is not None and not affords(candidate):
                         failed.give_up(name)
-                except BaseException:
+                except BaseException as error:
                     if circuits is not None and probe is not None:
                         circuits.give_back(name, probe)
+                    # A cancellation is no `Exception`; what is one went wrong on our side.
+                    if told is not None and not isinstance(error, Exception):
+                        told(_attempt(candidate.model, now() - began, CANCELLED))
                     raise
                 else:
                     if circuits is not None and (whole or probe is not None):
                         circuits.note(name, None, probe=probe)
                     attempt = _attempt(candidate.model, now() - began)
+                    if told is not None and whole:
+                        told(attempt)
                     return Answered(
                         answer, candidate, (attempt,) if failed is None else (*failed.attempts, attempt), probe
                     )
@@ -253,7 +266,7 @@ class _Failed:
                 circuits.give_back(name, probe)
         if self._pauses is not None and isinstance(error, RateLimited) and error.retry_after_seconds:
             self._pauses.note(name, error.retry_after_seconds)
-        error.attempts = self.attempts = (*self.attempts, _attempt(model, seconds, error))
+        error.attempts = self.attempts = (*self.attempts, _attempt(model, seconds, error.code, error.detail))
         self._kept_back.pop(name, None)
         self._errors.pop(name, None)
         self._errors[name] = error
@@ -353,11 +366,5 @@ def _nobody(candidates: Sequence[Candidate], circuits: Gate | None) -> Exception
     )
 
 
-def _attempt(model: Model, seconds: float, error: ProviderError | None = None) -> Attempt:
-    return Attempt(
-        provider_id=model.provider_id,
-        model_id=model.id,
-        seconds=seconds,
-        error=None if error is None else error.code,
-        detail="" if error is None else error.detail,
-    )
+def _attempt(model: Model, seconds: float, error: str | None = None, detail: str = "") -> Attempt:
+    return Attempt(provider_id=model.provider_id, model_id=model.id, seconds=seconds, error=error, detail=detail)

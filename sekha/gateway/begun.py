@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from sekha.bill import note_asked, note_charged
+from sekha.bill import note_asked, note_attempt, note_charged
 from sekha.calling import Attempt
 from sekha.chat import ChatRequest, Opened, Reply, carried_out, with_reply_limit
 from sekha.embedding import EmbedRequest, RawEmbedded
@@ -295,6 +295,9 @@ class Shortened(ABC):
             attempts=(Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=waited),),
         )
 
+    def _attempt(self) -> Attempt:
+        return Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited)
+
     def _asked_for(self) -> dict[str, object]:
         """What the run says of the request, without a word of it."""
         return {"messages": len(self._given["messages"]), "images": 0}
@@ -334,6 +337,7 @@ class Shortened(ABC):
                 # It is paid for, whoever got it.
                 under_way = self._x.under_way = self._under_way()
                 note_asked(self._lane.model)
+                note_attempt(self._attempt())
                 note_charged(self._spend())
                 if self._taken is not None:
                     tokens = self.usage.input_tokens + self.usage.output_tokens
@@ -570,11 +574,10 @@ class BegunStream(Shortened):
     def _opened(self, plan: Plan) -> Opened | None:
         if self._stream is None or not self._opened_at:
             return None
-        attempt = Attempt(provider_id=self.provider_id, model_id=self.model_id, seconds=self._waited)
         return Opened(
             events=self._stream,
             candidate=plan.first,
-            attempts=(attempt,),
+            attempts=(self._attempt(),),
             probe=None,
             began_at=self.serving.resources.clock.now() - (perf_counter() - self._reserved_at),
             charge=_nothing_more,

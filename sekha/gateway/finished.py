@@ -153,13 +153,13 @@ class UnderWay:
     def failed(self, error: BaseException) -> None:
         """Note a failure, a refusal, or a caller who left."""
         serving = self._serving
-        attempts: tuple[Attempt, ...] = ()
+        attempts = tuple(self._bill.attempts)
+        _count(serving, attempts)
         outcome: Outcome = "failed"
         if isinstance(error, ProviderError):
-            attempts = error.attempts
-            _count(serving, attempts)
-            if attempts:
-                self.provider_id, self.model_id = attempts[-1].provider_id, attempts[-1].model_id
+            if error.attempts:
+                last = error.attempts[-1]
+                self.provider_id, self.model_id = last.provider_id, last.model_id
         elif isinstance(error, asyncio.CancelledError | ConnectionError):
             outcome = "cancelled"
         elif isinstance(error, SekhaError) and not error.retryable:

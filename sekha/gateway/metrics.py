@@ -57,7 +57,7 @@ REQUEST_SECONDS = Family(
 )
 CALLS = Family(
     name="sekha_provider_calls_total",
-    says="Calls to providers, by how they ended: answered, or the code of the error.",
+    says="Calls to providers, by how they ended: answered, cancelled as the caller left, or the code of the error.",
     labels=(*_MODEL, "outcome"),
 )
 CALL_SECONDS = Family(

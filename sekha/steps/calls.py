@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import orjson
 
-from sekha.bill import note_asked, note_charged
-from sekha.calling import Answered, call_in_turn
+from sekha.bill import note_asked, note_attempt, note_charged
+from sekha.calling import CANCELLED, Answered, call_in_turn
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import FieldUnsupported, NotLoaded, ProviderError, RateLimited
@@ -161,6 +161,7 @@ class Calls:
             await events.aclose()
         if self._open.circuits is not None:
             self._open.circuits.note(opened.candidate.model.name, None, probe=opened.probe)
+        note_attempt(opened.attempts[-1])
         reply = await self._streamed(request, chosen, opened)
         self._correct(opened.candidate, opened.taken, reply.usage)
         await opened.charge(reply)
@@ -170,13 +171,15 @@ class Calls:
         self, request: ChatRequest, chosen: Plan, hold: Hold, opened: Opened, error: BaseException
     ) -> None:
         """Charge what had arrived when a stream broke off or its reader left."""
+        # Until it broke off, and not until it began.
+        seconds = self._open.clock.now() - opened.began_at
+        last = replace(opened.attempts[-1], seconds=seconds, error=CANCELLED)
         if isinstance(error, ProviderError):
-            # Until it broke off, and not until it began.
-            seconds = self._open.clock.now() - opened.began_at
-            last = replace(opened.attempts[-1], seconds=seconds, error=error.code, detail=error.detail)
+            last = replace(last, error=error.code, detail=error.detail)
             error.attempts = (*opened.attempts[:-1], last)
             if self._open.circuits is not None:
                 self._open.circuits.note(opened.candidate.model.name, error, probe=opened.probe)
+        note_attempt(last)
         await opened.events.aclose()
         part = await self._streamed(request, chosen, opened)
         self._correct(opened.candidate, opened.taken, part.usage)
@@ -410,6 +413,7 @@ class Calls:
                 limits=room if rates else None,
                 limits_first=not planned,
                 affords=affords,
+                told=note_attempt,
                 whole=whole,
                 began_at=None if sent is None else sent.at,
             )

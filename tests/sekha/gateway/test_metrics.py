@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -75,6 +76,31 @@ async def test_what_was_asked_answered_and_paid_is_counted(gateway: Opens) -> No
         assert said.value("sekha_dollars_total") == pytest.approx(float(await served.spent()))
         assert said.value("sekha_requests_under_way") == 1  # this one
         assert said.value("sekha_workers") == 1
+
+
+@pytest.mark.parametrize("as_served", [False, True], ids=["line", "short way"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_calls_for_a_caller_who_left_are_counted_the_one_that_was_cut_too(
+    gateway: Opens, as_served: bool, stream: bool
+) -> None:
+    async with StandIn() as first, StandIn() as second, gateway(first, second, as_served=as_served) as served:
+        await served.chat(model="chat")
+        first.fail(500)
+        if stream:
+            second.stall(after=3)
+        else:
+            second.hang()
+        asking = asyncio.create_task(served.chat(model="chat", stream=stream))
+        await second.arrived.wait()
+        asking.cancel()
+        await wait_until(lambda: not served.serving.under_way)
+
+        said = Scrape((await served.http.get("/metrics")).text)
+
+    assert said.value("sekha_provider_calls_total", provider="first", outcome="provider_unavailable") == 1
+    assert said.value("sekha_provider_calls_total", provider="second", outcome="cancelled") == 1
+    assert said.value("sekha_provider_seconds_count", provider="first") == 2
+    assert said.value("sekha_provider_seconds_count", provider="second") == 1
 
 
 async def test_the_state_of_circuits_and_budgets_is_told(gateway: Opens) -> None:

@@ -33,6 +33,7 @@ from sekha.keys import hash_of, new_key
 from sekha.ledger import Budget
 from sekha.ledgers import open_leased, open_ledger
 from sekha.providers.litellm import begin_import
+from sekha.recording.prefect_rows import receipt
 from sekha.steps.counting import INLINE
 from sekha.testing import StandIn
 from tests.fixtures.full import room_for
@@ -1230,9 +1231,35 @@ async def test_who_leaves_ends_the_call_and_pays_for_it_as_in_the_line(tmp_path:
     assert side.went == ["handed over", "line"]
     assert side.notes == [("held", {"all": 0})]
     assert [line["status"] for line in side.seen.lines] == [200, 499, 200]
-    assert side.seen.runs[1].outcome == "cancelled"
+    left = side.seen.runs[1]
+    assert (left.outcome, [attempt.error for attempt in left.attempts]) == ("cancelled", ["cancelled"])
+    assert left.attempts[0].seconds >= 0.03
+    assert "| cancelled |" in (receipt(left) or "")
+    calls = 'sekha_provider_calls_total{provider="first",model="chat",outcome="%s"}'
+    assert (side.seen.counts[calls % "cancelled"], side.seen.counts[calls % "answered"]) == (1, 2)
     if not begins:  # nobody knows what it came to
         assert side.seen.budgets["all"] > Decimal("0.2")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_failed_before_a_caller_left_is_counted_and_on_the_record(tmp_path: Path, stream: bool) -> None:
+    async def asks(side: Side) -> None:
+        upstream = side.upstream
+        assert isinstance(upstream, Upstream)
+        await side.meet()
+        caller = await side.connect()
+        caller.send(body_of(stream=stream), side.way)
+        await wait_until(lambda: side.serving.resources.pauses.wait("first/chat"))
+        caller.leave()
+        await side.settled()
+
+    limited = b"HTTP/1.1 429 Too Many\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n"
+    side = await both(tmp_path, lambda: Upstream(GOOD, limited), asks, took=None)
+
+    left = side.seen.runs[1]
+    assert (left.outcome, [attempt.error for attempt in left.attempts]) == ("cancelled", ["rate_limited"])
+    assert "| rate_limited |" in (receipt(left) or "")
+    assert side.seen.counts['sekha_provider_calls_total{provider="first",model="chat",outcome="rate_limited"}'] == 1
 
 
 async def test_who_leaves_before_all_is_asked_asks_for_nothing(tmp_path: Path) -> None:
