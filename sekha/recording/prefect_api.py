@@ -29,7 +29,7 @@ from sekha.recording.run import Event, Run
 
 __all__ = ["ApiSink"]
 
-Path = Literal["/flows/", "/flow_runs/", "/artifacts/", "/events"]
+Path = Literal["/flows/", "/flow_runs/", "/artifacts/", "/artifacts/filter", "/events"]
 
 # What the server says of the request itself, and will say again.
 REFUSES = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
@@ -78,15 +78,25 @@ class ApiSink:
             # The same run sent twice is one run.
             "idempotency_key": run.id,
         }
-        flow_run_id = str(self._post("/flow_runs/", body)["id"])
+        status, flow_run = self._send("/flow_runs/", body)
+        flow_run_id = str(flow_run["id"])
         if run.steps:
             # A task run refers to its flow run, which has to be there first.
             self._post("/events", [_task_run_event(step, flow_run_id) for step in steps_of(run)])
-        if markdown := receipt(run):
+        # An artifact has no such key: where the run was there before, its artifact may be too.
+        if (markdown := receipt(run)) and (status == HTTPStatus.CREATED or not self._has_artifact(flow_run_id)):
             artifact = {"type": "markdown", "data": markdown, "flow_run_id": flow_run_id}
             self._post("/artifacts/", {**artifact, "description": "Who was asked."})
 
+    def _has_artifact(self, flow_run_id: str) -> bool:
+        wanted = {"flow_run_id": {"any_": [flow_run_id]}}
+        return bool(self._post("/artifacts/filter", {"artifacts": wanted, "limit": 1}))
+
     def _post(self, path: Path, body: Any) -> Any:
+        return self._send(path, body)[1]
+
+    def _send(self, path: Path, body: Any) -> tuple[int, Any]:
+        """The status of an answer, and what it says."""
         try:
             response = self._client.request("POST", path, json=body)
         except httpx.HTTPStatusError as error:
@@ -96,7 +106,7 @@ class ApiSink:
             raise PrefectUnavailable(f"Prefect's API answers {status} to {path}.") from error
         except httpx.HTTPError as error:
             raise PrefectUnavailable(f"Prefect's API does not answer: {type(error).__name__}.") from error
-        return response.json() if response.content else None
+        return response.status_code, response.json() if response.content else None
 
 
 def _event(event: Event) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class Report:
     """Runs and events that Prefect did not take, and lines that could not be read."""
     waits_for: str = ""
     """Why nothing can be published now."""
+    segment: str = ""
+    """The segment that was published last, whole or in part."""
+    done: int = 0
+    """How many of its runs are counted above: the next publisher goes on behind them."""
 
 
 def read_report(folder: Path) -> Report:
@@ -85,7 +89,7 @@ def _write(folder: Path, report: Report) -> None:
 
 @dataclass(slots=True)
 class _Tally:
-    """What became of a segment. Counted once all of it is out, since all of it is published again until then."""
+    """What became of a part of a segment. Counted once all of it is out: until then it is published again."""
 
     published: int = 0
     refused: int = 0
@@ -114,6 +118,8 @@ class Publisher:
         self._joins = joins
         self._clock = clock
         self._sink: Sink | None = None
+        self._until: float | None = None
+        """When to stop, once it is to end."""
         self._report = replace(read_report(folder), process_id=os.getpid(), sink="", waits_for="")
 
     def run(self) -> None:
@@ -135,10 +141,11 @@ class Publisher:
                 self._tell(waits_for=str(error))
             ending = self._wait(seconds)
         with contextlib.suppress(PrefectUnavailable):
-            self.publish_waiting(until=self._clock() + LAST_SECONDS)
+            self._end_soon()
+            self.publish_waiting()
         self._close()
 
-    def publish_waiting(self, *, until: float | None = None) -> None:
+    def publish_waiting(self) -> None:
         """Publish every segment that is ready. Raises `PrefectUnavailable`."""
         if self._sink is None:
             self._sink = self._open_sink()
@@ -149,27 +156,31 @@ class Publisher:
         sink = self._sink
         if sink is None:
             return
-        for path in self._spool.ready():
+        # One that was begun before any other: another writer's may be older and have come later.
+        for path in sorted(self._spool.ready(), key=lambda path: path.name != self._report.segment):
             segment = self._spool.read(path)
-            tally = self._publish(segment, sink, until)
-            if tally is None:
+            if not self._publish(segment, sink):
                 return
-            self._tell(published=self._report.published + tally.published, refused=self._report.refused + tally.refused)
             self._spool.done(segment)
 
-    def _publish(self, segment: Segment, sink: Sink, until: float | None) -> _Tally | None:
-        """Publish all of it; None if the time is up."""
-        tally = _Tally(refused=segment.torn)
+    def _publish(self, segment: Segment, sink: Sink) -> bool:
+        """Publish what is left of it; False if the time is up."""
+        begun = self._report.segment == segment.path.name
+        tally = _Tally(refused=0 if begun else segment.torn)
         size = 1 if sink.runs_per_second else BATCH
-        for at in range(0, len(segment.runs), size):
+        for at in range(self._report.done if begun else 0, len(segment.runs), size):
             started = self._clock()
-            if until is not None and started > until:
-                return None
-            self._publish_runs(segment.runs[at : at + size], sink, tally)
+            if self._until is not None and started > self._until:
+                return False
+            some = segment.runs[at : at + size]
+            self._publish_runs(some, sink, tally)
+            # In one file with the counts, so that neither is ever ahead of the other.
+            self._count(tally, segment, at + len(some))
+            tally = _Tally()
             took = self._clock() - started
             rest = 1 / sink.runs_per_second - took if sink.runs_per_second else REST_SHARE * took
-            if self._wait(max(rest, 0.0)) and until is None:
-                until = self._clock() + LAST_SECONDS
+            if self._wait(max(rest, 0.0)):
+                self._end_soon()
         if segment.events:
             try:
                 sink.emit(segment.events)
@@ -177,7 +188,16 @@ class Publisher:
                 raise
             except _NOT_TAKEN as error:
                 _refuse(len(segment.events), error, tally)
-        return tally
+        self._count(tally, segment, len(segment.runs))
+        return True
+
+    def _end_soon(self) -> None:
+        if self._until is None:
+            self._until = self._clock() + LAST_SECONDS
+
+    def _count(self, tally: _Tally, segment: Segment, done: int) -> None:
+        published, refused = self._report.published + tally.published, self._report.refused + tally.refused
+        self._tell(published=published, refused=refused, segment=segment.path.name, done=done)
 
     def _publish_runs(self, runs: Sequence[Run], sink: Sink, tally: _Tally) -> None:
         try:

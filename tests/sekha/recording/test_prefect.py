@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 from sekha.calling import Attempt
 from sekha.config import RecordingSection
 from sekha.recording.joining import joined
+from sekha.recording.prefect_api import ApiSink
 from sekha.recording.prefect_database import DatabaseSink
 from sekha.recording.prefect_postgres import PostgresTables
 from sekha.recording.prefect_rows import RECORDED
@@ -248,6 +250,43 @@ async def test_a_database_that_is_not_the_servers_is_left_alone(
     assert seconds_of(task_runs[3]["start_time"]) == pytest.approx(run.steps[3].started + run.clock_offset, abs=2e-6)
     assert task_runs[3]["total_run_time"] == pytest.approx(0.254123, abs=2e-6)
     await check_joined(prefect, quick, (await named_as(quick.name))[0]["id"])
+
+
+async def test_what_is_sent_to_the_api_again_is_there_once(prefect: Server, make_run: Makes) -> None:
+    name = f"again {uuid4()}"
+    runs = [make_run(name=name, outcome="fallback", attempts=ATTEMPTS) for _ in range(2)]
+
+    def send(some: list[Run]) -> None:
+        sink = ApiSink()
+        sink.publish(some)
+        sink.close()
+
+    for some in (runs[:1], runs, runs):
+        await asyncio.to_thread(send, some)
+    shown = (await prefect.ask("POST", "/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})).json()
+
+    assert len(shown) == 2
+    for each in shown:
+        assert "rate_limited" in await prefect.receipt(each["id"]), "and there is but one"
+
+
+async def test_an_artifact_that_did_not_arrive_with_its_run_comes_when_it_is_sent_again(
+    prefect: Server, make_run: Makes
+) -> None:
+    name = f"late {uuid4()}"
+    run = make_run(name=name, outcome="fallback", attempts=ATTEMPTS)
+
+    def send(some: Run) -> None:
+        sink = ApiSink()
+        sink.publish([some])
+        sink.close()
+
+    # As far as a publisher came that was killed behind the run itself.
+    for some in (replace(run, attempts=()), run):
+        await asyncio.to_thread(send, some)
+    [shown] = (await prefect.ask("POST", "/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})).json()
+
+    assert "rate_limited" in await prefect.receipt(shown["id"])
 
 
 async def test_tables_of_another_prefect_are_left_alone(

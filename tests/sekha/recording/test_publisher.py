@@ -204,7 +204,60 @@ def test_a_publisher_that_is_to_end_leaves_what_is_over_for_the_next(tmp_path: P
     Publisher(tmp_path, lambda: second, wait=Waits()).run()
 
     assert 1 <= len(first.runs) < 40
-    assert second.runs == runs
+    assert first.runs + second.runs == runs
+    assert read_report(tmp_path).published == 40
+
+
+def test_a_segment_goes_on_where_it_was_left_however_it_was_left(tmp_path: Path, make_run: Makes) -> None:
+    runs, event = [make_run() for _ in range(9)], Event(id=new_run_id(), occurred_at=1.0, name="n", resource="r")
+    spooled(tmp_path, *runs, event)
+    [segment] = SpoolReader(tmp_path).ready()
+    segment.write_bytes(b"torn\n" + segment.read_bytes())
+    sink = ListSink(runs_per_second=5.0, poison=runs[1].id)
+
+    def dies(_: float) -> bool:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            Publisher(tmp_path, lambda: sink, wait=dies).run()
+    part = read_report(tmp_path)
+    sink.away = 2
+    Publisher(tmp_path, lambda: sink, wait=Waits(left=30)).run()
+
+    assert (part.published, part.refused) == (2, 2)
+    assert sink.runs == [runs[0], *runs[2:]]
+    assert sink.events == [event]
+    assert (read_report(tmp_path).published, read_report(tmp_path).refused) == (8, 2)
+
+
+def test_a_segment_that_was_begun_is_ended_before_an_older_one_that_came_since(tmp_path: Path, make_run: Makes) -> None:
+    older, runs = make_run(), [make_run() for _ in range(3)]
+    writer, sink = SegmentWriter(tmp_path), ListSink(runs_per_second=5.0)
+    writer.write([encode(older)])
+    spooled(tmp_path, *runs)
+
+    def dies(_: float) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Publisher(tmp_path, lambda: sink, wait=dies).run()
+    writer.hand_over()
+    Publisher(tmp_path, lambda: sink, wait=Waits()).run()
+
+    assert sink.runs == [*runs, older]
+    assert read_report(tmp_path).published == 4
+
+
+def test_the_next_segment_is_published_from_its_start(tmp_path: Path, make_run: Makes) -> None:
+    first, second = [make_run() for _ in range(3)], [make_run() for _ in range(5)]
+    sink = ListSink()
+
+    for runs in (first, second):
+        spooled(tmp_path, *runs)
+        Publisher(tmp_path, lambda: sink, wait=Waits()).run()
+
+    assert sink.runs == [*first, *second]
 
 
 def test_without_a_server_it_says_so_and_sleeps(tmp_path: Path, make_run: Makes) -> None:
