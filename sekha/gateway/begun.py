@@ -260,12 +260,12 @@ class Shortened(ABC):
         lane.counts.answer(waited, went_in, came_out, float(self.cost))
         seconds = self._ended_at - self.began
         if serving.recorder is not None and serving.recorder.wants(outcome="answered", seconds=seconds):
-            serving.recorder.record(self._run(seconds, waited))
+            serving.recorder.record(self._run(waited))
         self._x.under_way = self
 
-    def _run(self, seconds: float, waited: float) -> Run:
+    def _run(self, waited: float) -> Run:
         """The run that `UnderWay` would have made of it."""
-        lane, given, now = self._lane, self._given, time()
+        lane, given, offset = self._lane, self._given, time() - perf_counter()
         asked = given["model"]
         parameters: dict[str, object] = {"model": asked, **self._asked_for()}
         if self._by.key is not None:
@@ -275,8 +275,8 @@ class Shortened(ABC):
             id=self.run_id,
             flow=self.flow,
             name=f"{asked} → {lane.name}",
-            started_at=now - seconds,
-            ended_at=now,
+            started_at=self.began + offset,
+            ended_at=self._ended_at + offset,
             outcome="answered",
             steps=(
                 Step("estimate_cost", (), self.began, self._estimated_at),
@@ -285,7 +285,7 @@ class Shortened(ABC):
                 *calls,
                 Step("settle_cost", (2, 2 + len(calls)), self._called_at, self._settled_at),
             ),
-            clock_offset=now - perf_counter(),
+            clock_offset=offset,
             parameters=parameters,
             tags=lane.tags,
             provider_id=self.provider_id,

@@ -148,7 +148,7 @@ class UnderWay:
         # One attempt is the one that answered; of several, a search over several spaces has one for each.
         failed = len(by.attempts) > 1 and any(attempt.error for attempt in by.attempts)
         self.outcome = "fallback" if failed else "answered"
-        asyncio.get_running_loop().call_soon(self._note_answer, by, self.outcome, self.seconds, time.time())
+        asyncio.get_running_loop().call_soon(self._note_answer, by, self.outcome, self.seconds)
 
     def failed(self, error: BaseException) -> None:
         """Note a failure, a refusal, or a caller who left."""
@@ -175,7 +175,7 @@ class UnderWay:
         seconds = self.seconds
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
             said = _recorded(error, content=serving.records_content) if isinstance(error, SekhaError) else ""
-            serving.recorder.record(self._run(outcome, seconds, time.time(), None, code, said, attempts))
+            serving.recorder.record(self._run(outcome, seconds, None, code, said, attempts))
         self._let_go()
 
     def charged(self) -> dict[str, object]:
@@ -211,7 +211,7 @@ class UnderWay:
             tokens = usage.input_tokens, usage.output_tokens
             self._serving.metrics.spent(scope.provider or "", scope.model or "", *tokens, spend.cost)
 
-    def _note_answer(self, by: Answered, outcome: Outcome, seconds: float, ended_at: float) -> None:
+    def _note_answer(self, by: Answered, outcome: Outcome, seconds: float) -> None:
         serving = self._serving
         _count(serving, by.attempts)
         usage = by.usage
@@ -221,7 +221,7 @@ class UnderWay:
             serving.metrics.spent(each.provider_id, each.model_id, *tokens, each.cost)
         self._count_spent(self._bill.lost)
         if serving.recorder is not None and serving.recorder.wants(outcome=outcome, seconds=seconds):
-            serving.recorder.record(self._run(outcome, seconds, ended_at, by, None, "", by.attempts))
+            serving.recorder.record(self._run(outcome, seconds, by, None, "", by.attempts))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -254,7 +254,6 @@ class UnderWay:
         self,
         outcome: Outcome,
         seconds: float,
-        ended_at: float,
         by: Answered | None,
         error: str | None,
         message: str,
@@ -284,17 +283,19 @@ class UnderWay:
         if outcome != "answered":
             tags.append(outcome)
         came_to = error if by is None else f"{by.provider_id}/{by.model_id}"
+        # One for the run and its steps: by another it would begin after the first of them.
+        offset = time.time() - time.perf_counter()
         return Run(
             id=self.run_id,
             flow=self._flow,
             name=f"{asked} → {came_to}",
-            started_at=ended_at - seconds,
-            ended_at=ended_at,
+            started_at=self._began + offset,
+            ended_at=self._began + seconds + offset,
             outcome=outcome,
             error=error,
             message=message,
             steps=trace_of(self.notes).steps,
-            clock_offset=time.time() - time.perf_counter(),
+            clock_offset=offset,
             parameters=parameters,
             content=self._content() if self._serving.records_content else None,
             tags=tuple(tags),
