@@ -83,7 +83,7 @@ async def measure(chunks: int, home: Path) -> bool:
         from sekha.loading import BUILTIN, parse
         from sekha.resources import Resources
         from sekha.runtime import Runtime
-        from sekha.steps.calls import Calls
+        from sekha.steps.embeddings import EmbedCalls
         from sekha.steps.keeping import Keeping
         from sekha.steps.money import Money
         from sekha.vectors.embedded import EmbeddedStore
@@ -92,7 +92,7 @@ async def measure(chunks: int, home: Path) -> bool:
         busy = Busy()
         before = Busy()
         watch = [
-            (Calls, "embed_batch", busy),
+            (EmbedCalls, "embed_batch", busy),
             (Keeping, "upsert_batch", busy),
             (EmbeddedStore, "aclose", busy),
             (Keeping, "read_documents", before),

@@ -13,7 +13,8 @@ from sekha.embedding import Embedded, EmbedRequest, EmbedSteps, embed
 from sekha.resources import Resources
 from sekha.routing import Explanation, Plan
 from sekha.search import Found, SearchRequest, SearchSteps, search
-from sekha.steps.calls import Calls
+from sekha.steps.chats import ChatCalls
+from sekha.steps.embeddings import EmbedCalls
 from sekha.steps.money import Money
 from sekha.steps.searching import Searching
 
@@ -40,7 +41,8 @@ class Runtime:
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.money = Money(resources)
-        self.calls = Calls(resources)
+        self.chat_calls = ChatCalls(resources)
+        self.embed_calls = EmbedCalls(resources)
         self.searching = Searching(resources)
 
     @cached_property
@@ -139,7 +141,7 @@ class Runtime:
             estimate=self.money.estimate_cost,
             select=self.money.select_provider,
             reserve=self.money.reserve_budget,
-            call=self.calls.call_provider,
+            call=self.chat_calls.call_provider,
             settle=self.money.settle_cost,
         )
 
@@ -149,7 +151,7 @@ class Runtime:
             estimate=self.money.estimate_cost,
             select=self.money.select_provider,
             reserve=self.money.reserve_budget,
-            embed=self.calls.embed_texts,
+            embed=self.embed_calls.embed_texts,
             settle=self.money.settle_cost,
         )
 
@@ -186,7 +188,7 @@ class Runtime:
             estimate=self.money.estimate_cost,
             select=self.money.select_provider,
             reserve=self.money.reserve_budget,
-            embed=self.calls.embed_batch,
+            embed=self.embed_calls.embed_batch,
             upsert=self.keeping.upsert_batch,
             settle=self.money.settle_cost,
             catch_up=self.keeping.await_indexed,

@@ -19,16 +19,16 @@ __all__ = ["call_provider", "embed_batch", "embed_texts"]
 @task(cache_policy=NO_CACHE)
 async def call_provider(request: ChatRequest, plan: Plan, hold: Hold) -> Reply:
     """Ask the candidates in turn, with retries, until one answers."""
-    return await runtime().calls.call_provider(request, plan, hold)
+    return await runtime().chat_calls.call_provider(request, plan, hold)
 
 
 @task(cache_policy=NO_CACHE)
 async def embed_texts(request: EmbedRequest, plan: Plan, hold: Hold) -> Embedded:
     """Embed the texts at the first candidate that answers."""
-    return await runtime().calls.embed_texts(request, plan, hold)
+    return await runtime().embed_calls.embed_texts(request, plan, hold)
 
 
 @task(cache_policy=NO_CACHE)
 async def embed_batch(batch: Batch, plan: Plan, hold: Hold) -> BatchEmbedded:
     """Embed one batch of an ingest, and charge it."""
-    return await runtime().calls.embed_batch(batch, plan, hold)
+    return await runtime().embed_calls.embed_batch(batch, plan, hold)

@@ -31,7 +31,7 @@ from sekha.pricing import Estimate, Usage, chat_units, cost_units, most_of
 from sekha.providers.relay import Begun, RelayStream
 from sekha.recording.run import Run, new_run_id
 from sekha.routing import Candidate, Plan
-from sekha.steps.calls import Sent
+from sekha.steps.asking import Sent
 from sekha.trace import Step
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from sekha.ledger import Hold
 from sekha.pricing import ChatUnits, most_of
 from sekha.routing import Plan
 from sekha.settling import let_go, settled
-from sekha.steps.calls import Sent
+from sekha.steps.asking import Sent
 from sekha.trace import Step
 
 __all__ = ["BegunEmbedding"]

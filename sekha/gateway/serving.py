@@ -14,7 +14,7 @@ from sekha.rates import Minutes
 from sekha.resources import Resources
 from sekha.runtime import Runtime
 from sekha.search import SearchSteps
-from sekha.steps.calls import SentSteps
+from sekha.steps.asking import SentSteps
 from sekha.trace import noted
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ class Serving:
             for section in resources.loaded.config.keys
         )
         self.keys = Keyring(keys, clock=resources.clock.now, minutes=minutes)
-        money, calls = self.runtime.money, self.runtime.calls
+        money, chats, embeds = self.runtime.money, self.runtime.chat_calls, self.runtime.embed_calls
         self.chat: ChatSteps = noted(
             ChatSteps(
                 estimate=money.estimate_cost,
                 select=money.select_provider,
                 reserve=money.reserve_budget,
-                call=calls.call_provider,
+                call=chats.call_provider,
                 settle=money.settle_cost,
                 at_once=leased is not None,
             ),
@@ -88,8 +88,8 @@ class Serving:
                 estimate=money.estimate_cost,
                 select=money.select_provider,
                 reserve=money.reserve_budget,
-                open=calls.open_stream,
-                relay=calls.relay_stream,
+                open=chats.open_stream,
+                relay=chats.relay_stream,
                 settle=money.settle_cost,
                 at_once=leased is not None,
             ),
@@ -100,7 +100,7 @@ class Serving:
                 estimate=money.estimate_cost,
                 select=money.select_provider,
                 reserve=money.reserve_budget,
-                embed=calls.embed_raw,
+                embed=embeds.embed_raw,
                 settle=money.settle_cost,
                 at_once=leased is not None,
             ),
@@ -108,7 +108,7 @@ class Serving:
         )
         self.search: SearchSteps = noted(self.runtime.search_steps, time.perf_counter)
         self.sent: SentSteps = noted(
-            SentSteps(calls.call_provider, calls.open_stream, calls.embed_raw), time.perf_counter
+            SentSteps(chats.call_provider, chats.open_stream, embeds.embed_raw), time.perf_counter
         )
 
     async def aclose(self) -> None:
