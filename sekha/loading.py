@@ -116,7 +116,9 @@ def parse(
         problems += [tree.problem(place, message) for place, message in _explained(error, written)]
     problems += [tree.problem(place, message) for place, message in _contradictions(data)]
     if config is not None:
-        problems += [tree.problem(place, message) for place, message in _disagreements(config, written)]
+        refused, borne = _disagreements(config, written)
+        problems += [tree.problem(place, message) for place, message in refused]
+        warnings += [str(tree.problem(place, message)) for place, message in borne]
     if problems or config is None:
         raise ConfigError(source, sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
     return Loaded(config, source, folder, (*warnings, *_doubts(config)), says_nothing)
@@ -537,23 +539,16 @@ def _in_models(at: int, provider: Mapping[str, Any], models: dict[str, set[str]]
             models.setdefault(known, set()).add(task)
 
 
-_OF_THE_MODEL = (
-    "context_window",
-    "max_output_tokens",
-    "dimension",
-    "revision",
-    "same_as",
-    "query_prefix",
-    "document_prefix",
-    "vision_capabilities",
-    "weight",
-    "price",
-)
+_OF_THE_MODEL = ("dimension", "revision", "same_as", "query_prefix", "document_prefix", "weight", "price")
 """What holds of a model whatever it is used for. What it is able to do need be said for one task alone."""
+_MOST = ("context_window", "max_output_tokens", "vision_capabilities")
+"""How much it takes. Version 2.0 has these in every entry and minds no difference, so the least of all holds."""
 
 
-def _disagreements(config: Config, written: Any) -> Found:
-    """Values of one model that its entries, one for each of its tasks, give differently."""
+def _disagreements(config: Config, written: Any) -> tuple[list[tuple[Place, str]], list[tuple[Place, str]]]:
+    """Values of one model that its entries, one for each of its tasks, give differently: refused, and borne."""
+    refused: list[tuple[Place, str]] = []
+    borne: list[tuple[Place, str]] = []
     for at, provider in enumerate(config.providers):
         first: dict[tuple[str, Place], tuple[int, object]] = {}
         for index, model in enumerate(provider.models):
@@ -565,21 +560,28 @@ def _disagreements(config: Config, written: Any) -> Found:
                     _told(("providers", at, "models", each, *steps), written, said)
                     for each, said in ((index, value), (earlier, before))
                 )
-                yield (
-                    ("providers", at, "models", index, *steps),
+                said = (
                     f"is {here}, and models[{earlier}] says {there} of {model.model_id!r}, which is one model whatever "
-                    "its task. Say it once for all of its tasks, or list it under a provider with another `id:`.",
+                    "its task."
                 )
+                place: Place = ("providers", at, "models", index, *steps)
+                if steps[0] in _MOST:
+                    borne.append((place, f"{said} What the least of its entries allows holds for all of its tasks."))
+                else:
+                    more = "Say it once for all of its tasks, or list it under a provider with another `id:`."
+                    refused.append((place, f"{said} {more}"))
+    return refused, borne
 
 
 def _given(model: ModelSection) -> Iterator[tuple[Place, object]]:
     """What an entry says of its model. Of a section everything: what it leaves out has a meaning there."""
-    for name in _OF_THE_MODEL:
+    for name in (*_OF_THE_MODEL, *_MOST):
         value = getattr(model, name)
         if value == ModelSection.model_fields[name].default:
             continue  # a block has its defaults written out
         if isinstance(value, BaseModel):
-            yield from (((name, inner), each) for inner, each in value)
+            # Formats in another order are the same.
+            yield from (((name, inner), set(each) if isinstance(each, tuple) else each) for inner, each in value)
         else:
             yield (name,), value
 

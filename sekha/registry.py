@@ -264,13 +264,12 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
             cache_write=written.cache_write_per_million,
             per_image=written.per_image,
         )
-    sees = next((entry.vision_capabilities for entry in same if entry.vision_capabilities), None)
     return Model(
         id=first.model_id,
         provider_id=section.id,
         tasks=tasks,
-        context_window=_first(entry.context_window for entry in same) or (known.context_window if known else None),
-        max_output_tokens=_first(entry.max_output_tokens for entry in same)
+        context_window=_least(entry.context_window for entry in same) or (known.context_window if known else None),
+        max_output_tokens=_least(entry.max_output_tokens for entry in same)
         or (known.max_output_tokens if known else None),
         dimension=_first(entry.dimension for entry in same),
         makes=_vectors_of(same, section) if "embedding" in tasks else "",
@@ -282,7 +281,10 @@ def _model(same: Sequence[ModelSection], section: ProviderSection, prices: Price
             (entry.supports_function_calling for entry in same), known.function_calling if known else None
         ),
         thinks_by_number=_thinks_by_number(section.provider_type, first.model_id, known),
-        vision_limits=_vision_limits(sees, schemes_of(section.provider_type, first.model_id)),
+        vision_limits=_vision_limits(
+            [entry.vision_capabilities for entry in same if entry.vision_capabilities],
+            schemes_of(section.provider_type, first.model_id),
+        ),
         weight=max(entry.weight for entry in same),
         price=price_of(
             configured,
@@ -306,10 +308,17 @@ def _vectors_of(same: Sequence[ModelSection], section: ProviderSection) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def _vision_limits(declared: VisionCapabilities | None, schemes: tuple[Scheme, ...]) -> VisionLimits:
-    if declared is None:
+def _vision_limits(declared: Sequence[VisionCapabilities], schemes: tuple[Scheme, ...]) -> VisionLimits:
+    if not declared:
         return VisionLimits(url_schemes=schemes)
-    return VisionLimits(declared.max_images, declared.max_image_size_mb, declared.supported_formats, schemes)
+    return VisionLimits(
+        min(each.max_images for each in declared),
+        min(each.max_image_size_mb for each in declared),
+        tuple(
+            each for each in declared[0].supported_formats if all(each in other.supported_formats for other in declared)
+        ),
+        schemes,
+    )
 
 
 def _thinks_by_number(kind: ProviderKind, model_id: str, known: ModelLimits | None) -> bool:
@@ -323,6 +332,10 @@ def _said(entries: Iterable[bool | None], mapped: bool | None) -> bool | None:
     """What the entries say of an ability, one that has it before one that has not; else what the map does."""
     said = [entry for entry in entries if entry is not None]
     return any(said) if said else mapped
+
+
+def _least(values: Iterable[int | None]) -> int | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 def _first(values: Iterable[int | None]) -> int | None:
