@@ -184,7 +184,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                     # Asked once more, since somebody else's probe may have closed it while we waited for ours.
                     if probe is None and not circuits.admit(name):
                         if failed is not None:
-                            failed.give_up(name)
+                            failed.leave_out(name)
                         continue
                 began, began_at = now() if began_at is None else began_at, None
                 try:
@@ -277,12 +277,11 @@ class _Failed:
     def put_off(self, model: Model, seconds: float, why: str) -> None:
         """Have this one wait for so long for its turn."""
         self._due[model.name] = self._clock.now() + seconds
-        if seconds < math.inf:
-            self._kept_back[model.name] = model, why
+        self._kept_back[model.name] = model, why
 
     @property
     def knows_of_any(self) -> bool:
-        """Whether anybody was asked or may yet be."""
+        """Whether anybody was asked, or kept back for another reason than an open circuit."""
         return bool(self._errors or self._kept_back)
 
     def lets_ask(self, name: str) -> bool:
@@ -294,9 +293,13 @@ class _Failed:
 
     def give_up(self, name: str) -> None:
         """Ask this one no more, if it was asked or was to be."""
-        self._kept_back.pop(name, None)
         if name in self._due:
             self._due[name] = math.inf
+
+    def leave_out(self, name: str) -> None:
+        """Ask this one no more, whose circuit is open. That says more of it than that it was kept back."""
+        self._kept_back.pop(name, None)
+        self.give_up(name)
 
     async def wait(self, turn: int) -> None:
         """Wait before everybody's next turn. Raises the error to end with when there is none in time."""
@@ -313,7 +316,7 @@ class _Failed:
         await self._clock.sleep(self._awake - now)
 
     def _unless_over(self, at: float) -> None:
-        if at >= self._begins_until:
+        if at >= self._begins_until and self.knows_of_any:
             try:
                 raise self._to_end_with()
             finally:
@@ -325,10 +328,10 @@ class _Failed:
         if hopeful := [name for name, error in self._errors.items() if error.retryable]:
             error = self._errors[hopeful[-1]]
             self._say_when(error, self._due[hopeful[-1]] - now, min(self._due.values()) - now)
-        elif self._kept_back:
-            first = min(self._kept_back, key=self._due.__getitem__)
+        elif self._kept_back and (not self._errors or self._due[self._first_kept_back()] < math.inf):
+            first = self._first_kept_back()
             model, why = self._kept_back[first]
-            seconds = max(self._due[first] - now, 0.0)
+            seconds = max(self._due[first] - now, 0.0) if self._due[first] < math.inf else None
             error = RateLimited(why, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds)
         else:
             # Who could not be asked at all says nothing of those who were and failed.
@@ -336,6 +339,9 @@ class _Failed:
             error = asked[-1] if asked else list(self._errors.values())[-1]
         error.attempts = self.attempts
         return error
+
+    def _first_kept_back(self) -> str:
+        return min(self._kept_back, key=self._due.__getitem__)
 
     def _say_when(self, error: ProviderError, its_own: float, soonest: float) -> None:
         """Say how long to wait, where the one that failed has to be waited for, and no longer than for another."""

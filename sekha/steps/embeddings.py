@@ -20,6 +20,7 @@ from sekha.ledger import Hold
 from sekha.pricing import Usage
 from sekha.providers.base import ByteProvider, Embeddings, Provider, RawEmbeddings
 from sekha.registry import Model, ProviderKind
+from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
 from sekha.settling import to_the_end
 from sekha.steps.asking import Asking, Sent, worst_of
@@ -40,11 +41,18 @@ log = logging.getLogger("sekha.calls")
 CALLS_AT_ONCE = 4
 _ROOM_SECONDS = 300.0
 """What part of a request waits no longer for room: a minute brings some, but others want it too. A hold outlasts it."""
+_LOOKS_EVERY_SECONDS = 1.0
+"""So soon a part that waits for room hears that another one failed."""
 
 _OPENAI_COMPATIBLE: frozenset[ProviderKind] = frozenset({"openai", "openrouter"})
 
 
 class EmbedCalls(Asking):
+    def __init__(self, resources: Resources) -> None:
+        super().__init__(resources)
+        self._queues: dict[frozenset[str], asyncio.Lock] = {}
+        """Who waits for room at the same providers goes one after another, or the last might never have its turn."""
+
     async def embed_texts(self, request: EmbedRequest, chosen: Plan, hold: Hold) -> Embedded:
         """Embed the texts at the first candidate that answers, and charge each call as it comes back."""
         return await self._embed(request.texts, chosen, hold, "")
@@ -124,7 +132,7 @@ class EmbedCalls(Asking):
     ) -> Embedded:
         """`dimensions` are the ones that the file declares, and go to those whose protocol has them."""
         size = self._texts_per_call(chosen)
-        limit, room = asyncio.Semaphore(CALLS_AT_ONCE), asyncio.Lock()
+        limit = asyncio.Semaphore(CALLS_AT_ONCE)
 
         failures: list[ProviderError] = []
         losses: list[Decimal] = []
@@ -136,21 +144,15 @@ class EmbedCalls(Asking):
                     return None
                 lost = Losses(self._open, chosen, hold, identity, losses)
                 try:
-                    own, counted = chosen, dict[str, int]()
-                    if self._open.rates:
-                        own = await self._sized(some, chosen, counted)
-                        async with room:  # one after another, or the last might never have its turn
-                            await self._wait_for_room(own)
-                        if failures:
-                            return None
-                    embedded = await self._embed_once(some, own, lost, dimensions, counted)
+                    embedded = await self._embed_with_room(some, chosen, lost, dimensions, failures)
                 except ProviderError as error:
                     # The calls under way are let finish: they are paid for, and their cost has to be known.
                     failures.append(error)
                     return None
                 finally:
                     await lost.free()
-                await self._charge(hold, spend_of(embedded, identity=identity, at=self._open.now()))
+                if embedded is not None:
+                    await self._charge(hold, spend_of(embedded, identity=identity, at=self._open.now()))
                 return embedded
 
         parts = [texts[at : at + size] for at in range(0, len(texts), size)]
@@ -188,19 +190,49 @@ class EmbedCalls(Asking):
             own.append(each._replace(estimate=each.estimate._replace(input_tokens=tokens)))
         return replace(chosen, candidates=tuple(own))
 
-    async def _wait_for_room(self, chosen: Plan) -> None:
-        """Wait until the limits of somebody's provider let the next call pass. Whoever goes on at once has that room.
+    async def _embed_with_room(
+        self,
+        texts: Sequence[str],
+        chosen: Plan,
+        lost: Losses,
+        dimensions: int | None,
+        failures: Sequence[ProviderError],
+    ) -> Embedded | None:
+        """Embed them once a provider's limits have room for them; None where something failed meanwhile.
 
-        That is no part of the time that the call may take: a minute may be longer than all of it.
+        Waiting is no part of the time that the call may take: a minute may be longer than all of it.
         """
-        rates, clock = self._open.rates, self._open.clock
-        until = clock.now() + _ROOM_SECONDS
+        counted: dict[str, int] = {}
+        if not self._open.rates:
+            return await self._embed_once(texts, chosen, lost, dimensions, counted)
+        chosen = await self._sized(texts, chosen, counted)
+        wanted: Sequence[Candidate] = chosen.candidates
+        until = math.inf
+        while True:
+            queue = self._queues.setdefault(frozenset(each.model.provider_id for each in wanted), asyncio.Lock())
+            async with queue:
+                until = min(until, self._open.clock.now() + _ROOM_SECONDS)
+                if not await self._found_room(wanted, until, failures):
+                    return None
+            try:
+                return await self._embed_once(texts, chosen, lost, dimensions, counted)
+            except RateLimited as error:
+                # Whoever had room may have failed, or another request was quicker; then it is this one's that counts.
+                wanted = [each for each in wanted if each.model.provider_id == error.provider_id and self._wait(each)]
+                if not wanted:
+                    raise
 
-        def seconds() -> float:
-            return min(rates.wait(model.provider_id, estimate.input_tokens) for model, estimate, _ in chosen.candidates)
+    async def _found_room(self, wanted: Sequence[Candidate], until: float, failures: Sequence[ProviderError]) -> bool:
+        """Wait until the limits of one of these let it be called, which is done before anybody else looks.
 
-        while (wait := seconds()) > 0:
-            first = chosen.first.model
+        False as soon as something else failed. Raises `RateLimited` where there will be no room in time.
+        """
+        clock, first = self._open.clock, wanted[0].model
+        told = False
+        while not failures:
+            wait = min(map(self._wait, wanted))
+            if wait <= 0:
+                return True
             if clock.now() + wait > until:
                 raise RateLimited(
                     "its `limits:` are reached",
@@ -208,8 +240,14 @@ class EmbedCalls(Asking):
                     model_id=first.id,
                     retry_after_seconds=None if wait == math.inf else wait,
                 )
-            log.info("waiting %.1f s for room in the limits of %s", wait, first.provider_id)
-            await clock.sleep(wait)
+            if not told:
+                log.info("waiting %.1f s for room in the limits of %s", wait, first.provider_id)
+                told = True
+            await clock.sleep(min(wait, _LOOKS_EVERY_SECONDS))
+        return False
+
+    def _wait(self, candidate: Candidate) -> float:
+        return self._open.rates.wait(candidate.model.provider_id, candidate.estimate.input_tokens)
 
     async def _embed_once(
         self, texts: Sequence[str], chosen: Plan, lost: Losses, dimensions: int | None, counted: dict[str, int]

@@ -54,6 +54,8 @@ class Script:
         self.circuits: Circuits | None = None
         self.limits: Callable[[Candidate], float] | None = None
         self.pauses: Pauses | None = None
+        self.affords: Callable[[Candidate], bool] | None = None
+        self.limits_first = False
 
     async def call(self, candidate: Candidate, seconds: float) -> str:
         name = candidate.model.provider_id
@@ -73,7 +75,9 @@ class Script:
             deadline_seconds=deadline,
             circuits=self.circuits,
             limits=self.limits,
+            limits_first=self.limits_first,
             pauses=self.pauses,
+            affords=self.affords,
             whole=whole,
         )
 
@@ -646,3 +650,24 @@ async def test_a_circuit_that_opens_while_its_candidate_is_paused_is_what_is_tol
         await script.run("a")
 
     assert script.order == ""
+
+
+async def test_who_was_kept_back_and_is_no_longer_paid_for_did_not_keep_failing() -> None:
+    script = Guarded(FakeTime())
+    script.limits, script.limits_first = lambda _: 5.0, True
+    script.affords = lambda _: False
+
+    with pytest.raises(RateLimited) as caught:
+        await script.run("a")
+
+    assert (script.order, caught.value.retry_after_seconds) == ("", None)
+
+
+async def test_who_never_has_room_says_so_where_nobody_else_was_asked() -> None:
+    script = Script(FakeTime())
+    script.limits, script.limits_first = lambda _: math.inf, True
+
+    with pytest.raises(RateLimited) as caught:
+        await script.run("ab")
+
+    assert (script.order, caught.value.retry_after_seconds) == ("", None)
