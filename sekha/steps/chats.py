@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from sekha.bill import note_asked, note_attempt
-from sekha.calling import CANCELLED
+from sekha.calling import CANCELLED, Answered
 from sekha.chat import ChatRequest, Opened, Piped, Reply, with_reply_limit
 from sekha.errors import ProviderError
 from sekha.ledger import Hold
@@ -44,31 +45,47 @@ class ChatCalls(Asking):
 
         try:
             answered = await self._in_turn(chosen, once, lost.affords, sent=sent)
-            completion, candidate, attempts, _ = answered
-            model = candidate.model
-            usage = completion.usage or await self._counted_usage(request, completion, model)
-            usage = _in_tier(with_images(usage, request.image_count, model), request)
-            reply = Reply(
-                text=completion.text,
-                body=completion.body,
-                raw=completion.raw,
-                provider_id=model.provider_id,
-                model_id=model.id,
-                usage=usage,
-                estimated_cost=candidate.estimate.expected,
-                worst_case=candidate.estimate.worst_case,
-                cost=cost_of(usage, model),
-                attempts=attempts,
-                reason=candidate.reason,
-                charged_to=chosen.ask.scope(model),
-                lost_cost=lost.cost,
-                replies=request.replies,
-            )
+            try:
+                reply = await self._replied(request, chosen, answered, lost)
+            except asyncio.CancelledError:
+                await to_the_end(self._charge_unread(request, chosen, hold, answered, lost))
+                raise
             await lost.charge(reply)
         except BaseException:
             await lost.free()
             raise
         return reply
+
+    async def _charge_unread(
+        self, request: ChatRequest, chosen: Plan, hold: Hold, answered: Answered[Completion], lost: Losses
+    ) -> None:
+        """Charge an answer whose caller left while it was counted."""
+        reply = await self._replied(request, chosen, answered, lost)
+        check_worst_case(self._open, reply)
+        await self._charge(hold, spend_of(reply, identity=hold.id, at=self._open.now()))
+        await lost.charge(reply)
+
+    async def _replied(self, request: ChatRequest, chosen: Plan, answered: Answered[Completion], lost: Losses) -> Reply:
+        completion, candidate, attempts, _ = answered
+        model = candidate.model
+        usage = completion.usage or await self._counted_usage(request, completion, model)
+        usage = _in_tier(with_images(usage, request.image_count, model), request)
+        return Reply(
+            text=completion.text,
+            body=completion.body,
+            raw=completion.raw,
+            provider_id=model.provider_id,
+            model_id=model.id,
+            usage=usage,
+            estimated_cost=candidate.estimate.expected,
+            worst_case=candidate.estimate.worst_case,
+            cost=cost_of(usage, model),
+            attempts=attempts,
+            reason=candidate.reason,
+            charged_to=chosen.ask.scope(model),
+            lost_cost=lost.cost,
+            replies=request.replies,
+        )
 
     async def open_stream(self, request: ChatRequest, chosen: Plan, hold: Hold, sent: Sent | None = None) -> Opened:
         """Ask the candidates in turn until the first piece of an answer arrives."""
@@ -110,6 +127,7 @@ class ChatCalls(Asking):
             await pipe.begin(opened)
             async for block in events:
                 await pipe.write(block)
+            reply = await self._streamed(request, chosen, opened)
         except BaseException as error:
             await to_the_end(self._charge_part(request, chosen, hold, opened, error))
             raise
@@ -118,7 +136,6 @@ class ChatCalls(Asking):
         if self._open.circuits is not None:
             self._open.circuits.note(opened.candidate.model.name, None, probe=opened.probe)
         note_attempt(opened.attempts[-1])
-        reply = await self._streamed(request, chosen, opened)
         self._correct(opened.candidate, opened.taken, reply.usage)
         await opened.charge(reply)
         return reply

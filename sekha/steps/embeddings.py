@@ -22,7 +22,6 @@ from sekha.providers.base import ByteProvider, Embeddings, Provider, RawEmbeddin
 from sekha.registry import Model, ProviderKind
 from sekha.resources import Resources
 from sekha.routing import Candidate, Plan
-from sekha.settling import to_the_end
 from sekha.steps.asking import Asking, Sent, worst_of
 from sekha.steps.counting import count_embedding
 from sekha.steps.losses import Losses
@@ -145,14 +144,14 @@ class EmbedCalls(Asking):
                 lost = Losses(self._open, chosen, hold, identity, losses)
                 try:
                     embedded = await self._embed_with_room(some, chosen, lost, dimensions, failures)
+                    if embedded is not None:
+                        await self._charge(hold, spend_of(embedded, identity=identity, at=self._open.now()))
                 except ProviderError as error:
                     # The calls under way are let finish: they are paid for, and their cost has to be known.
                     failures.append(error)
                     return None
                 finally:
                     await lost.free()
-                if embedded is not None:
-                    await self._charge(hold, spend_of(embedded, identity=identity, at=self._open.now()))
                 return embedded
 
         parts = [texts[at : at + size] for at in range(0, len(texts), size)]
@@ -260,20 +259,22 @@ class EmbedCalls(Asking):
             usage = Usage(input_tokens=await tokens(candidate.model), counted=True)
             return usage, cost_of(usage, candidate.model)
 
-        def once(candidate: Candidate, seconds: float) -> Awaitable[Embeddings]:
+        async def once(candidate: Candidate, seconds: float) -> Embeddings:
             model = candidate.model
+            if not (model.price and model.price.is_free):
+                await tokens(model)  # before it is paid for: who leaves while they are counted would not be charged
             spec, provider = self._open.registry.provider_of(model), self._open.provider(model.provider_id)
             timeout_seconds = min(spec.timeout_seconds, seconds)
             embed = provider.embed
             if dimensions is not None and spec.kind in _OPENAI_COMPATIBLE:
                 embed = partial(cast("ByteProvider", provider).embed, dimensions=dimensions)
-            return lost.attempt(candidate, at_worst, embed, model, texts, timeout_seconds=timeout_seconds)
+            return await lost.attempt(candidate, at_worst, embed, model, texts, timeout_seconds=timeout_seconds)
 
         answered = await self._in_turn(chosen, once, lost.affords, planned=False)
         model, embeddings = answered.candidate.model, answered.value
         usage, expected = embeddings.usage, Decimal(0)
         if usage is None or not (model.price and model.price.is_free):
-            estimated = Usage(input_tokens=await to_the_end(tokens(model)), counted=True)
+            estimated = Usage(input_tokens=await tokens(model), counted=True)
             usage, expected = usage or estimated, cost_of(estimated, model)
         return Embedded(
             vectors=embeddings.vectors,

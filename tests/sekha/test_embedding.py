@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from sekha.embedding import EmbedRequest
-from sekha.errors import InvalidRequest, LimitsReached, NoCandidate, ProviderRejected, ProviderUnavailable, UnknownModel
+from sekha.errors import (
+    InvalidRequest,
+    LimitsReached,
+    NoCandidate,
+    ProviderAuthFailed,
+    ProviderRejected,
+    ProviderUnavailable,
+    UnknownModel,
+)
 from sekha.pricing import Usage
 from sekha.providers.builtin import hashed_embeddings
 from sekha.steps.parts import TEXTS_PER_CALL
@@ -213,3 +221,31 @@ async def test_a_call_that_never_has_room_is_refused_before_any_is_made(pipeline
             await opened.runtime.embed(MANY, model="first/vectors")
 
         assert opened.actors["first"].embedded == []
+
+
+async def test_a_sibling_whose_key_has_lapsed_takes_no_patience_from_who_waits_for_room(pipeline: Opens) -> None:
+    async with pipeline(limited_to(1_600)) as opened:
+        first, second = opened.actors["first"], opened.actors["second"]
+        first.acts, second.acts = [None] * 3, [ProviderAuthFailed(provider_id="second") for _ in range(9)]
+
+        embedded = await opened.runtime.embed(MANY)
+
+        assert sorted(len(texts) for texts in first.embedded) == [1, 512, 512]
+        assert np.array_equal(embedded.vectors, hashed_embeddings(MANY, 8))
+        assert 60 < opened.time.seconds - 1000 < 70
+        assert await opened.held() == 0
+
+
+async def test_a_call_that_waits_for_room_hears_at_once_that_another_failed(pipeline: Opens) -> None:
+    async with pipeline(limited_to(1_600)) as opened:
+
+        async def refuses() -> None:
+            for _ in range(10):  # until the next waits for room
+                await asyncio.sleep(0)
+            raise ProviderRejected(provider_id="first")
+
+        opened.actors["first"].acts = [refuses]
+        with pytest.raises(ProviderRejected):
+            await opened.runtime.embed(MANY, model="first/vectors")
+
+        assert 0 < opened.time.seconds - 1000 < 30

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 
 from sekha.gateway.app import Gateway
@@ -170,6 +171,33 @@ async def test_a_caller_without_an_answer_is_told_what_that_cost(gateway: Opens,
     assert float(told) == pytest.approx(float(of_stream)) != 0
     assert "sekha" not in refused.json(), "nobody was asked"
     assert "x-sekha-cost" not in refused.headers
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_who_leaves_while_we_count_is_charged(gateway: Opens, stream: bool) -> None:
+    """What its provider does not report is counted, which takes a moment for a long prompt."""
+    long = [{"role": "user", "content": " ".join(f"word{7919 * number % 100_003}" for number in range(40_000))}]
+    events = with_length(
+        event("Hello.") + event(finish="stop") + b"data: [DONE]\n\n", "Content-Type: text/event-stream"
+    )
+    answer = events if stream else whole(usage=None)
+    async with Upstream(answer) as upstream, gateway(upstream) as served, logged(served) as (http, lines):
+        expected = (await tell(http, lines, messages=long, stream=stream))["cost"]
+        before, upstream.arrived = await served.spent(), asyncio.Event()
+        body = orjson.dumps(asked(messages=long, stream=stream))
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        if stream:
+            await reader.readuntil(b'"finish_reason":"stop"')
+        else:
+            await upstream.arrived.wait()
+            await asyncio.sleep(0.02)
+        writer.transport.abort()
+        await wait_until(lambda: len(lines()) > 1)
+        spent = await served.spent() - before
+
+    assert lines()[-1]["error"] == "client_left"
+    assert lines()[-1]["cost"] == pytest.approx(float(spent)) == pytest.approx(expected, rel=0.01)
 
 
 @BOTH
