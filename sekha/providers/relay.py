@@ -29,7 +29,7 @@ from sekha.errors import (
     ProviderUnavailable,
     StreamBroken,
 )
-from sekha.pricing import MOST_TOKENS, Usage
+from sekha.pricing import Usage
 from sekha.providers.addresses import base_url_of, stores_chats
 from sekha.providers.base import ChatCall, Chunk, Completion, Embeddings, RawEmbeddings
 from sekha.providers.events import (
@@ -62,6 +62,7 @@ from sekha.providers.http import (
     Response,
     Target,
 )
+from sekha.providers.reports import usage_in
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
 
@@ -78,7 +79,6 @@ _EVENT_STARTS = b":" + ascii_letters.encode()  # a comment, `data:`, or another 
 _DATA = b"data: "
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAMED = b"event:"
-_NO_DETAILS: dict[str, Any] = {}
 _EMBEDDING = b'"embedding":'
 _COMMA = ord(",")
 _NOT_JSON = "it is not the JSON of its API"
@@ -197,14 +197,14 @@ class RelayProvider:
             return None
         if tiers and body.get("service_tier") in tiers:
             return None
-        return _usage(body.get("usage"), by_total=False)
+        return usage_in(body.get("usage"), by_total=False)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         events = await self._open(call, hands_on_usage=True)
         try:
             async for block in events:
                 for body in bodies(block):
-                    yield Chunk(body=body, usage=_usage(body.get("usage"), tier=body.get("service_tier")))
+                    yield Chunk(body=body, usage=usage_in(body.get("usage"), tier=body.get("service_tier")))
         finally:
             await events.aclose()
 
@@ -225,7 +225,7 @@ class RelayProvider:
         sent = self._json(asked if dimensions is None else asked | {"dimensions": dimensions}, failed)
         response = await self._answer(_EMBED, sent, timeout_seconds, failed)
         body = _parsed(response, response.content, failed)
-        usage = _usage(body.get("usage"), replies=False)
+        usage = usage_in(body.get("usage"), replies=False)
         with _used(usage):
             items = _items(body, len(texts), failed)
             try:
@@ -627,7 +627,7 @@ class RelayStream:
                 break
             body = body_in(payload)
             reported = None if body is None else body.get("usage")
-            usage = None if body is None else _usage(reported, tier=body.get("service_tier"))
+            usage = None if body is None else usage_in(reported, tier=body.get("service_tier"))
             if (error := error_in(event, body)) is not None:
                 self._failure, self._refusal = self._failed.broken_off(error), payload
                 if usage is not None:
@@ -742,9 +742,9 @@ def _completion(response: Response, raw: bytes, failed: _Failing) -> Completion:
     body = _parsed(response, raw, failed)
     choices = body.get("choices")
     if not _is_whole(choices):
-        with _used(_usage(body.get("usage"), tier=body.get("service_tier"))):
+        with _used(usage_in(body.get("usage"), tier=body.get("service_tier"))):
             raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
-    return Completion(body=body, usage=_usage(body.get("usage"), tier=body.get("service_tier")), raw=raw)
+    return Completion(body=body, usage=usage_in(body.get("usage"), tier=body.get("service_tier")), raw=raw)
 
 
 @contextmanager
@@ -771,7 +771,7 @@ def _embeddings(response: Response, count: int, model: Model, asked: object, fai
     raw = response.content
     without, written_out = _without_vectors(raw)
     answer = _parsed(response, without, failed)
-    usage = _usage(answer.get("usage"), replies=False)
+    usage = usage_in(answer.get("usage"), replies=False)
     with _used(usage):
         items = _items(answer, count, failed)
         try:
@@ -816,7 +816,7 @@ def _is_chunk(body: Mapping[str, Any]) -> bool:
 def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing) -> ProviderError:
     body = body_in(raw) or {}
     failure = failed.refused(response, raw, stands_for(body.get("error") or body))
-    failure.usage = _usage(body.get("usage"), replies=False)
+    failure.usage = usage_in(body.get("usage"), replies=False)
     # Else it says that it failed, and nothing of what it did.
     failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))
     return failure
@@ -836,73 +836,6 @@ def _items(body: Mapping[str, Any], count: int, failed: _Failing) -> list[Any]:
     if not isinstance(items, list) or found != count:
         raise failed.bad(f"{found} vectors for {count} texts")
     return items
-
-
-def _usage(reported: object, *, replies: bool = True, by_total: bool = True, tier: object = None) -> Usage | None:
-    """No real call takes no tokens, so zeros are no report; and none takes more than any model could.
-
-    What comes out may go unsaid where nothing needs to, as where there are no `replies`, and either half where the
-    rest follows `by_total`. The `tier` is what the answer names beside it.
-    """
-    if not isinstance(reported, dict):
-        return None
-    went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
-    if type(went_in) is not int or type(came_out) is not int or went_in < 0 or came_out < 0:
-        if not by_total:
-            return None
-        went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
-    elif type(total := reported.get("total_tokens")) is int and total > went_in + came_out:
-        went_in, came_out = _with_the_rest(reported, went_in, came_out, total) if replies else (total, 0)
-    if not 0 < went_in + came_out <= MOST_TOKENS:
-        return None
-    read, written = _cached(reported)
-    cached = min(_count(read), went_in) if read else 0
-    return Usage(
-        input_tokens=went_in,
-        output_tokens=came_out,
-        cached_tokens=cached,
-        cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
-        tier=tier if isinstance(tier, str) else None,
-    )
-
-
-def _cached(reported: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What was read from the cache and what was written to it, as it is reported."""
-    details = reported.get("prompt_tokens_details")
-    if not isinstance(details, dict):
-        details = _NO_DETAILS
-    # OpenAI's and OpenRouter's names first; then those of others who speak their protocol.
-    read = (
-        details.get("cached_tokens")
-        or reported.get("cache_read_input_tokens")
-        or reported.get("prompt_cache_hit_tokens")
-    )
-    return read, details.get("cache_write_tokens") or reported.get("cache_creation_input_tokens")
-
-
-def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, int]:
-    """What went in and came out, where one of them is missing or no number; zeros where the total does not tell."""
-    total, known_in, known_out = _count(reported.get("total_tokens")), _count(reported.get("prompt_tokens")), came_out
-    if type(known_out) is int and known_out >= 0:
-        went_in = known_in or total - known_out
-        return (went_in, known_out) if went_in > 0 else (0, 0)
-    return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
-
-
-def _with_the_rest(reported: Mapping[str, Any], went_in: int, came_out: int, total: int) -> tuple[int, int]:
-    """What went in and came out, where the total is more: it is of all that is billed.
-
-    xAI and Gemini count thoughts apart from what came out, Gemini without another word of them; others tokens of
-    the cache apart from what went in. What nobody explains counts as the dearer of both, which is what came out.
-    """
-    rest = total - went_in - came_out
-    if rest == sum(map(_count, _cached(reported))):
-        return went_in + rest, came_out
-    return went_in, came_out + rest
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _vector(embedding: object) -> Vector:

@@ -1,0 +1,79 @@
+"""What a provider of OpenAI's protocol reports that a call used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sekha.pricing import MOST_TOKENS, Usage
+
+__all__ = ["usage_in"]
+
+_NO_DETAILS: dict[str, Any] = {}
+
+
+def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, tier: object = None) -> Usage | None:
+    """No real call takes no tokens, so zeros are no report; and none takes more than any model could.
+
+    What comes out may go unsaid where nothing needs to, as where there are no `replies`, and either half where the
+    rest follows `by_total`. The `tier` is what the answer names beside it.
+    """
+    if not isinstance(reported, dict):
+        return None
+    went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
+    if type(went_in) is not int or type(came_out) is not int or went_in < 0 or came_out < 0:
+        if not by_total:
+            return None
+        went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
+    elif type(total := reported.get("total_tokens")) is int and total > went_in + came_out:
+        went_in, came_out = _with_the_rest(reported, went_in, came_out, total) if replies else (total, 0)
+    if not 0 < went_in + came_out <= MOST_TOKENS:
+        return None
+    read, written = _cached(reported)
+    cached = min(_count(read), went_in) if read else 0
+    return Usage(
+        input_tokens=went_in,
+        output_tokens=came_out,
+        cached_tokens=cached,
+        cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
+        tier=tier if isinstance(tier, str) else None,
+    )
+
+
+def _cached(reported: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What was read from the cache and what was written to it, as it is reported."""
+    details = reported.get("prompt_tokens_details")
+    if not isinstance(details, dict):
+        details = _NO_DETAILS
+    # OpenAI's and OpenRouter's names first; then those of others who speak their protocol.
+    read = (
+        details.get("cached_tokens")
+        or reported.get("cache_read_input_tokens")
+        or reported.get("prompt_cache_hit_tokens")
+    )
+    return read, details.get("cache_write_tokens") or reported.get("cache_creation_input_tokens")
+
+
+def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, int]:
+    """What went in and came out, where one of them is missing or no number; zeros where the total does not tell."""
+    total, known_in, known_out = _count(reported.get("total_tokens")), _count(reported.get("prompt_tokens")), came_out
+    if type(known_out) is int and known_out >= 0:
+        went_in = known_in or total - known_out
+        return (went_in, known_out) if went_in > 0 else (0, 0)
+    return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
+
+
+def _with_the_rest(reported: Mapping[str, Any], went_in: int, came_out: int, total: int) -> tuple[int, int]:
+    """What went in and came out, where the total is more: it is of all that is billed.
+
+    xAI and Gemini count thoughts apart from what came out, Gemini without another word of them; others tokens of
+    the cache apart from what went in. What nobody explains counts as the dearer of both, which is what came out.
+    """
+    rest = total - went_in - came_out
+    if rest == sum(map(_count, _cached(reported))):
+        return went_in + rest, came_out
+    return went_in, came_out + rest
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
