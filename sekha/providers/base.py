@@ -79,7 +79,7 @@ class Chunk:
     usage: Usage | None = None
     """Set on the piece that carries it, usually the last."""
     went_in: Usage | None = None
-    """What the provider said went in, where it says so before the answer; set on the first piece."""
+    """What the provider said of a part alone: what went in, where it says so before the answer; half of a report."""
 
     @property
     def text(self) -> str:
@@ -104,7 +104,10 @@ class RawStream(Protocol):
 
     @property
     def went_in(self) -> Usage | None:
-        """What the provider reported before the end, if it did: what went in, and the least that came out."""
+        """What the provider reported before the end, or of half alone, if it did.
+
+        That is what went in, 0 where it does not say, and the least that came out.
+        """
         ...
 
     def said(self) -> str:

@@ -11,6 +11,7 @@ from sekha.errors import BadReply
 from sekha.pricing import Usage
 from sekha.providers.base import ChatCall, Chunk, Provider
 from sekha.providers.events import said_in, says_something
+from sekha.providers.reports import joined
 
 __all__ = ["ChunkStream"]
 
@@ -58,7 +59,10 @@ class ChunkStream:
         choices = chunk.body.get("choices") or ()
         self._said += (text for choice in choices for text in said_in(choice.get("delta")))
         body = chunk.body
-        self.went_in = self.went_in or chunk.went_in
+        if chunk.went_in is not None:
+            self.went_in = joined(self.went_in, chunk.went_in)
+            if not choices:
+                return b""
         if chunk.usage is not None:
             self.usage = chunk.usage
             if not self._wants_usage:

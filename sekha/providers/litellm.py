@@ -170,7 +170,8 @@ class LiteLLMProvider:
                     break
                 usage = chunk.usage
                 if started and usage is not None and not (usage.input_tokens and usage.output_tokens):
-                    continue  # half of a report
+                    # Half of a report.
+                    chunk = Chunk(body=envelope | {"choices": []}, went_in=usage)
                 yield chunk
                 started = started or says_something(chunk.body)
         except FieldUnsupported:

@@ -62,7 +62,7 @@ from sekha.providers.http import (
     Response,
     Target,
 )
-from sekha.providers.reports import usage_in
+from sekha.providers.reports import half_in, joined, usage_in
 from sekha.registry import Model, ProviderSpec
 from sekha.vectors.base import Vector
 
@@ -391,6 +391,8 @@ class RelayStream:
         choices: int = 1,
     ) -> None:
         self._reported: Usage | None = None
+        self._half: Usage | None = None
+        """What reports named that were no whole ones."""
         self._response = response
         self._failed = failed
         self._timeout_seconds = timeout_seconds
@@ -460,7 +462,7 @@ class RelayStream:
 
     @property
     def went_in(self) -> Usage | None:
-        return self._reported
+        return joined(self._reported, self._half)
 
     def said(self) -> str:
         """The text that arrived, of every choice, with the calls of tools."""
@@ -638,6 +640,8 @@ class RelayStream:
                 handed_on.append(event + b"\n\n")
             if usage is not None:
                 self._reported, covered = usage, len(handed_on)
+            elif isinstance(reported, dict):
+                self._half = joined(self._half, half_in(reported))
         if covered:
             self._keep(b"".join(handed_on[:covered]))
             self._covered, self._outdated = len(self._kept), False

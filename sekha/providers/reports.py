@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sekha.pricing import MOST_TOKENS, Usage
 
-__all__ = ["usage_in"]
+__all__ = ["half_in", "joined", "usage_in"]
 
 _NO_DETAILS: dict[str, Any] = {}
 
@@ -38,6 +39,32 @@ def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, t
         cache_write_tokens=min(_count(written), went_in - cached) if written else 0,
         tier=tier if isinstance(tier, str) else None,
     )
+
+
+def half_in(reported: object) -> Usage | None:
+    """What is named in a report that is no whole one, zero for the half that is not; None where nothing is."""
+    if not isinstance(reported, dict):
+        return None
+    went_in, came_out = _count(reported.get("prompt_tokens")), _count(reported.get("completion_tokens"))
+    if not 0 < went_in + came_out <= MOST_TOKENS:
+        return None
+    read, written = map(_count, _cached(reported))
+    cached = min(read, went_in)
+    return Usage(
+        input_tokens=went_in,
+        output_tokens=came_out,
+        cached_tokens=cached,
+        cache_write_tokens=min(written, went_in - cached),
+    )
+
+
+def joined(one: Usage | None, other: Usage | None) -> Usage | None:
+    """What two reports of one call say together: of each half the more."""
+    if one is None or other is None:
+        return one or other
+    longer = one if one.input_tokens >= other.input_tokens else other
+    came_out = max(one.output_tokens, other.output_tokens)
+    return replace(longer, output_tokens=came_out, tier=other.tier or one.tier)
 
 
 def _cached(reported: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -164,9 +164,8 @@ class ChatCalls(Asking):
         model = opened.candidate.model
         usage = opened.events.usage
         if usage is None:
-            went_in = opened.events.went_in or Usage(input_tokens=await _went_in(request, model))
             came_out, _ = await count_embedding([opened.events.said()], model.id)
-            usage = replace(went_in, output_tokens=max(came_out, went_in.output_tokens), counted=True)
+            usage = await _made_whole(request, model, opened.events.went_in or Usage(), came_out)
         usage = _in_tier(with_images(usage, request.image_count, model), request)
         return Reply(
             text="",
@@ -199,6 +198,13 @@ class ChatCalls(Asking):
         went_in = await _went_in(request, model)
         came_out = await count_reply(completion.body, model.id)
         return Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
+
+
+async def _made_whole(request: ChatRequest, model: Model, reported: Usage, came_out: int) -> Usage:
+    """What its provider reported in part, with what we count in place of the rest."""
+    went_in = reported.input_tokens or await _went_in(request, model)
+    came_out = max(came_out, reported.output_tokens)
+    return replace(reported, input_tokens=went_in, output_tokens=came_out, counted=True)
 
 
 async def _went_in(request: ChatRequest, model: Model) -> int:

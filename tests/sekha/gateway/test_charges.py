@@ -345,6 +345,46 @@ async def test_a_stream_whose_provider_never_says_what_came_out_costs_what_is_co
     assert line["output_tokens"] >= 200
 
 
+async def test_a_stream_of_claudes_that_reports_its_output_alone_costs_that_and_the_input_that_is_counted(
+    gateway: Opens,
+) -> None:
+    hidden = ({"type": "redacted_thinking", "data": "AAAA"},)
+    text = {"type": "text", "text": ""}, {"type": "text_delta", "text": "Hi"}
+    said = anthropic_stream(hidden, text, begun=None, usage={"output_tokens": 3000})
+    async with Upstream(said) as upstream:
+        config = config_for(upstream).replace("provider_type: openai", "provider_type: anthropic")
+        async with gateway(config=config) as served:
+            _, answered = await served.stream(model="chat", stream_options={"include_usage": True})
+            spent = await served.spent()
+
+    *_, last = payloads(answered)
+    assert last["usage"]["completion_tokens"] == 3000
+    assert last["usage"]["prompt_tokens"] > 0
+    assert last["sekha"]["usage"] == "counted"
+    assert float(spent) == last["sekha"]["cost"] == pytest.approx(6 + last["usage"]["prompt_tokens"] / 1000)
+
+
+@BOTH
+async def test_a_stream_that_reports_each_half_by_itself_or_one_alone_costs_at_least_what_it_reports(
+    gateway: Opens, as_served: bool
+) -> None:
+    done = event(finish="stop"), b"data: [DONE]\n\n"
+    came_out = event(usage={"completion_tokens": 40})
+    alone = streamed(event("Hi"), done[0], came_out, done[1])
+    each = streamed(event("", usage={"prompt_tokens": 500}), event("Hi"), done[0], came_out, done[1])
+    async with Upstream(whole(), alone, each) as upstream, gateway(upstream, as_served=as_served) as served:
+        await served.chat(model="chat")
+        texts = [(await served.stream(model="chat", stream_options={"include_usage": True}))[1] for _ in range(2)]
+
+    one, other = [list(payloads(text))[-1] for text in texts]
+    assert one["usage"]["prompt_tokens"] > 0
+    assert other["usage"]["prompt_tokens"] == 500
+    for last in (one, other):
+        assert last["usage"]["completion_tokens"] == 40
+        assert last["sekha"]["usage"] == "counted"
+        assert last["sekha"]["cost"] == pytest.approx(0.08 + last["usage"]["prompt_tokens"] / 1000)
+
+
 @BOTH
 async def test_a_budget_for_a_model_at_one_provider_holds_for_that_provider_alone(
     gateway: Opens, as_served: bool
