@@ -175,7 +175,7 @@ class ChatRequest:
                 return "plugins"
             if chooses_a_host(self.options.get("provider")):
                 return "provider"
-            if self._has_tools_of_providers:
+            if self.has_tools_of_providers:
                 return "tools"
         for part in self._parts:
             kind = _kind(part)
@@ -208,10 +208,11 @@ class ChatRequest:
         """What in the request is as many tokens as its provider makes of it; None where all can be counted."""
         found = next((kind for part in self._parts if (kind := _kind(part)) in MEDIA), None) if self._parts else None
         # What such a tool reads goes in as well.
-        return found or ("tools" if self.options and self._has_tools_of_providers else None)
+        return found or ("tools" if self.options and self.has_tools_of_providers else None)
 
     @property
-    def _has_tools_of_providers(self) -> bool:
+    def has_tools_of_providers(self) -> bool:
+        """Whether the provider is given tools that it runs itself, so that more goes in as it answers."""
         return any(is_of_provider(tool) for tool in self.options.get("tools") or ())
 
     def ask(self, *, images_need_vision: bool = True) -> Ask:

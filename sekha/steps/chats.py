@@ -165,7 +165,12 @@ class ChatCalls(Asking):
         usage = opened.events.usage
         if usage is None:
             came_out, _ = await count_embedding([opened.events.said()], model.id)
-            usage = await _made_whole(request, model, opened.events.went_in or Usage(), came_out)
+            reported = opened.events.went_in or Usage()
+            if request.has_tools_of_providers:
+                # What was reported before the end is of before it searched.
+                went_in = max(reported.input_tokens, await _went_in(request, model))
+                reported = replace(reported, input_tokens=went_in)
+            usage = await _made_whole(request, model, reported, came_out)
         usage = _in_tier(with_images(usage, request.image_count, model), request)
         return Reply(
             text="",

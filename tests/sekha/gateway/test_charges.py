@@ -345,6 +345,40 @@ async def test_a_stream_whose_provider_never_says_what_came_out_costs_what_is_co
     assert line["output_tokens"] >= 200
 
 
+SEARCHING = """
+providers:
+  - id: first
+    provider_type: {kind}
+    base_url: {url}
+    models:
+      - model_id: chat
+        task: chat_small
+        max_output_tokens: 100
+        context_window: 5000
+        price: {{input_per_million: 1000, output_per_million: 2000}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("asks", "charged"),
+    [({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, 5000), ({}, 10)],
+    ids=["searching", "not searching"],
+)
+async def test_a_cut_stream_of_claudes_costs_what_its_search_may_have_read(
+    gateway: Opens, asks: dict[str, Any], charged: int
+) -> None:
+    text = {"type": "text", "text": ""}, {"type": "text_delta", "text": "I searched: "}
+    said = anthropic_stream(text).partition(b"\r\n\r\n")[2].partition(b"event: content_block_stop")[0]
+    async with (
+        Upstream(streamed(said, ends="never", seconds=0.1)) as upstream,
+        gateway(config=SEARCHING.format(kind="anthropic", url=upstream.url)) as served,
+        logged(served) as (http, lines),
+    ):
+        line = await tell(http, lines, stream=True, **asks)
+
+    assert (line["error"], line["input_tokens"]) == ("stream_broken", charged)
+
+
 async def test_a_stream_of_claudes_that_reports_its_output_alone_costs_that_and_the_input_that_is_counted(
     gateway: Opens,
 ) -> None:
