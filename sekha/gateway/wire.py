@@ -164,7 +164,7 @@ def shows(reported: object, usage: Usage) -> bool:
     if not isinstance(reported, dict) or usage.counted:
         return False
     went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
-    if type(went_in) is not int or type(came_out) is not int:
+    if type(went_in) is not int or type(came_out) is not int or not went_in:
         return False
     charged = usage.input_tokens + usage.output_tokens
     return charged == went_in + came_out or charged == reported.get("total_tokens")

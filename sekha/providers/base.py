@@ -48,7 +48,9 @@ class Completion:
 
     body: Mapping[str, Any] = field(repr=False)
     usage: Usage | None
-    """None when the provider reported none."""
+    """None when the provider reported none, or half of it."""
+    half: Usage | None = None
+    """That half, zero for the other; None when there is none."""
     raw: bytes | None = field(default=None, repr=False)
     """The body as it came, from a provider that speaks OpenAI's protocol."""
 

@@ -62,6 +62,7 @@ from sekha.providers.carrying import (
 from sekha.providers.events import said_in, says_something
 from sekha.providers.failures import failure_of, texts_of, wordless
 from sekha.providers.histories import history_for
+from sekha.providers.reports import is_half
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.vision import schemes_of
 
@@ -108,11 +109,7 @@ class LiteLLMProvider:
     async def complete(self, call: ChatCall) -> Completion:
         texts = texts_of(call.messages)
         arguments = self._chat(call)
-        reported: list[Mapping[str, Any]] = []
         journey = _begin_journey()
-        if self._spec.kind == "ollama":
-            # LiteLLM counts for itself what Ollama leaves out, so the reply itself must tell.
-            arguments["logger_fn"] = reported.append
         try:
             async with asyncio.timeout(call.timeout_seconds):
                 await _imported(journey)
@@ -124,15 +121,12 @@ class LiteLLMProvider:
             raise self._failure(error, call.model, texts, journey) from wordless(error)
         if not getattr(reply, "choices", None):
             raise self._bad(call.model, "it has no choices")
-        raw = str(reported[-1].get("original_response", "")) if reported else None
         usage = usage_of(getattr(reply, "usage", None))
-        if raw is not None and '"eval_count"' not in raw:
-            usage = None
         body = envelope_of(reply, call.model, "chat.completion") | {"choices": [choice_of(c) for c in reply.choices]}
-        said = (text for choice in body["choices"] for text in said_in(choice["message"]))
-        if usage is not None and not usage.output_tokens and any(said):
-            # Half of a report: LiteLLM writes zero for what is missing.
-            usage = None
+        said = any(text for choice in body["choices"] for text in said_in(choice["message"]))
+        if usage is not None and is_half(usage, said=said):
+            # LiteLLM writes zero for what is missing.
+            return Completion(body=body, usage=None, half=usage)
         return Completion(body=body | ({"usage": openai_usage(usage)} if usage else {}), usage=usage)
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
@@ -148,7 +142,7 @@ class LiteLLMProvider:
                 pieces = await litellm.acompletion(**arguments)
             journey.loading = False
             envelope: dict[str, Any] | None = None
-            calls, heard, thoughts = 0, False, Thoughts()
+            calls, heard, spoke, thoughts = 0, False, False, Thoughts()
             while True:
                 try:
                     async with asyncio.timeout(call.timeout_seconds):
@@ -169,8 +163,8 @@ class LiteLLMProvider:
                 if not ended(pieces) and finishes(chunk):
                     break
                 usage = chunk.usage
-                if started and usage is not None and not (usage.input_tokens and usage.output_tokens):
-                    # Half of a report.
+                spoke = spoke or any(text for choice in chunk.body["choices"] for text in said_in(choice["delta"]))
+                if usage is not None and is_half(usage, said=spoke):
                     chunk = Chunk(body=envelope | {"choices": []}, went_in=usage)
                 yield chunk
                 started = started or says_something(chunk.body)
@@ -462,8 +456,8 @@ def _need_no_usage() -> None:
 
     @wraps(of_answer)
     def read(self: Any, completion_response: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(completion_response, dict) and not _is_usage(completion_response.get("usage")):
-            completion_response = completion_response | {"usage": {}}
+        if isinstance(completion_response, dict):
+            completion_response = completion_response | {"usage": _sound_usage(completion_response.get("usage"))}
         return of_answer(self, completion_response, *args, **kwargs)
 
     @wraps(of_event)
@@ -489,10 +483,11 @@ def _with_sound_usage(event: Any) -> Any:
     return event if isinstance(usage, dict) else event | {"usage": {}}
 
 
-def _is_usage(reported: object) -> bool:
-    """Whether it says what went in and what came out, each as a number."""
-    names = ("input_tokens", "output_tokens")
-    return isinstance(reported, dict) and all(type(reported.get(name)) is int for name in names)
+def _sound_usage(reported: object) -> dict[str, Any]:
+    """What an answer of Anthropic's reports, with zero for what went in or came out where that is no number."""
+    usage = reported if isinstance(reported, dict) else {}
+    halves = {name: usage.get(name) for name in ("input_tokens", "output_tokens")}
+    return usage | {name: 0 for name, half in halves.items() if type(half) is not int}
 
 
 def _noting(send: Callable[..., Any]) -> Callable[..., Any]:

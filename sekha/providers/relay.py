@@ -46,6 +46,7 @@ from sekha.providers.events import (
     is_sound,
     json_object,
     payloads,
+    said_in,
     says_something,
     sound_in,
     texts_in,
@@ -197,7 +198,8 @@ class RelayProvider:
             return None
         if tiers and body.get("service_tier") in tiers:
             return None
-        return usage_in(body.get("usage"), by_total=False)
+        usage = usage_in(body.get("usage"), by_total=False)
+        return None if usage is not None and not usage.output_tokens and _says_any(body["choices"]) else usage
 
     async def stream(self, call: ChatCall) -> AsyncIterator[Chunk]:
         events = await self._open(call, hands_on_usage=True)
@@ -457,6 +459,8 @@ class RelayStream:
         """What was reported, once it is of the whole: all was said by then, and nothing more is to come."""
         if self._reported is None or self._outdated or any(texts_in(self._kept[self._covered :])):
             return None
+        if not self._reported.output_tokens and self.said():
+            return None  # half of a report
         # Whoever says that it failed wrote its last word too, and what it reported before is all that it knows.
         return self._reported if self._done or self._refusal is not None or self._has_all() else None
 
@@ -641,7 +645,7 @@ class RelayStream:
             if usage is not None:
                 self._reported, covered = usage, len(handed_on)
             elif isinstance(reported, dict):
-                self._half = joined(self._half, half_in(reported))
+                self._half = joined(self._half, half_in(reported, tier=body and body.get("service_tier")))
         if covered:
             self._keep(b"".join(handed_on[:covered]))
             self._covered, self._outdated = len(self._kept), False
@@ -745,10 +749,20 @@ async def _answered(answer: Awaitable[Response], failed: _Failing) -> Response:
 def _completion(response: Response, raw: bytes, failed: _Failing) -> Completion:
     body = _parsed(response, raw, failed)
     choices = body.get("choices")
-    if not _is_whole(choices):
+    if type(choices) is not list or not _is_whole(choices):
         with _used(usage_in(body.get("usage"), tier=body.get("service_tier"))):
             raise failed.bad("a choice has no message" if choices and type(choices) is list else "it has no choices")
-    return Completion(body=body, usage=usage_in(body.get("usage"), tier=body.get("service_tier")), raw=raw)
+    reported, tier = body.get("usage"), body.get("service_tier")
+    usage = usage_in(reported, tier=tier)
+    if usage is None:
+        return Completion(body=body, usage=None, half=half_in(reported, tier=tier), raw=raw)
+    if not usage.output_tokens and _says_any(choices):
+        return Completion(body=body, usage=None, half=usage, raw=raw)
+    return Completion(body=body, usage=usage, raw=raw)
+
+
+def _says_any(choices: Sequence[Mapping[str, Any]]) -> bool:
+    return any(text for choice in choices for text in said_in(choice["message"]))
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from typing import Any
 
 from sekha.pricing import MOST_TOKENS, Usage
 
-__all__ = ["half_in", "joined", "usage_in"]
+__all__ = ["half_in", "is_half", "joined", "usage_in"]
 
 _NO_DETAILS: dict[str, Any] = {}
 
 
 def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, tier: object = None) -> Usage | None:
-    """No real call takes no tokens, so zeros are no report; and none takes more than any model could.
+    """No real call takes no tokens in, so zero is no report of them; and none takes more than any model could.
 
     What comes out may go unsaid where nothing needs to, as where there are no `replies`, and either half where the
     rest follows `by_total`. The `tier` is what the answer names beside it.
@@ -22,7 +22,7 @@ def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, t
     if not isinstance(reported, dict):
         return None
     went_in, came_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
-    if type(went_in) is not int or type(came_out) is not int or went_in < 0 or came_out < 0:
+    if type(went_in) is not int or type(came_out) is not int or went_in <= 0 or came_out < 0:
         if not by_total:
             return None
         went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
@@ -41,7 +41,12 @@ def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, t
     )
 
 
-def half_in(reported: object) -> Usage | None:
+def is_half(usage: Usage, *, said: bool) -> bool:
+    """Whether a report lacks what went in, which no call is without, or what came out where something was `said`."""
+    return not usage.input_tokens or (said and not usage.output_tokens)
+
+
+def half_in(reported: object, *, tier: object = None) -> Usage | None:
     """What is named in a report that is no whole one, zero for the half that is not; None where nothing is."""
     if not isinstance(reported, dict):
         return None
@@ -55,6 +60,7 @@ def half_in(reported: object) -> Usage | None:
         output_tokens=came_out,
         cached_tokens=cached,
         cache_write_tokens=min(written, went_in - cached),
+        tier=tier if isinstance(tier, str) else None,
     )
 
 

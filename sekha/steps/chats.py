@@ -199,10 +199,9 @@ class ChatCalls(Asking):
         )
 
     async def _counted_usage(self, request: ChatRequest, completion: Completion, model: Model) -> Usage:
-        """What was used, counted by us because the provider did not say."""
-        went_in = await _went_in(request, model)
+        """What was used, counted by us where the provider did not say."""
         came_out = await count_reply(completion.body, model.id)
-        return Usage(input_tokens=went_in, output_tokens=came_out, counted=True)
+        return await _made_whole(request, model, completion.half or Usage(), came_out)
 
 
 async def _made_whole(request: ChatRequest, model: Model, reported: Usage, came_out: int) -> Usage:

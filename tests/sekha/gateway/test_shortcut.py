@@ -732,13 +732,16 @@ HALVES: dict[str, tuple[dict[str, Any], bool]] = {
     "what came out": ({"completion_tokens": 3}, False),
     "null": ({"prompt_tokens": 9, "completion_tokens": None}, False),
     "a text": ({"prompt_tokens": "9", "completion_tokens": 3, "total_tokens": "12"}, False),
+    "nothing in": ({"prompt_tokens": 0, "completion_tokens": 3, "total_tokens": 3}, False),
+    "nothing out": ({"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}, False),
+    "nothing in by its total": ({"prompt_tokens": 0, "completion_tokens": 3, "total_tokens": 12}, True),
     "below nothing": ({"prompt_tokens": 9, "completion_tokens": -3}, False),
     "by its total": ({"prompt_tokens": 9, "total_tokens": 12}, True),
     "null by its total": ({"prompt_tokens": None, "completion_tokens": 3, "total_tokens": 12}, True),
     "a text by its total": ({"prompt_tokens": "9", "completion_tokens": 3, "total_tokens": 12}, True),
     "no whole number by its total": ({"prompt_tokens": 9, "completion_tokens": 3.0, "total_tokens": 12}, True),
 }
-"""Usage of which half is missing or no number, and whether its total says the rest."""
+"""Usage of which half is missing, zero or no number, and whether its total says the rest."""
 
 
 @pytest.mark.parametrize("where", ["whole", "alone", "with the last choice", "behind all of it"])
@@ -756,7 +759,9 @@ async def test_who_is_charged_by_half_of_a_usage_is_shown_all_of_it(tmp_path: Pa
             await side.ask(body)
             await side.settled()
 
-    reported = [told or where == "behind all of it" for _, told in HALVES.values()]
+    reported = [
+        told or (where == "behind all of it" and half.get("completion_tokens") != 0) for half, told in HALVES.values()
+    ]
     took: list[Way] = ["short" if each and where != "whole" else "handed over" for each in reported]
     side = await both(tmp_path, lambda: Upstream(*answers), asks, took=took, extra=PATIENT)
 
@@ -766,6 +771,8 @@ async def test_who_is_charged_by_half_of_a_usage_is_shown_all_of_it(tmp_path: Pa
         assert [type(last["usage"][name]) for name in USAGE] == [int] * 3
         assert last["usage"]["prompt_tokens"] == line["input_tokens"]
         assert last["usage"]["completion_tokens"] == line["output_tokens"]
+        assert last["usage"]["prompt_tokens"] > 0
+        assert last["usage"]["completion_tokens"] > 0
         assert ("usage" not in last["sekha"]) is is_reported
 
 

@@ -137,16 +137,48 @@ async def test_null_for_the_usage_is_none_at_anthropic() -> None:
 
 
 @pytest.mark.parametrize(
-    "half", [{"input_tokens": 10}, {"input_tokens": 10, "output_tokens": None}, {"output_tokens": 5}]
+    ("half", "told"),
+    [
+        ({"input_tokens": 10}, Usage(input_tokens=10)),
+        ({"input_tokens": 10, "output_tokens": None}, Usage(input_tokens=10)),
+        ({"input_tokens": 10, "output_tokens": 0}, Usage(input_tokens=10)),
+        ({"output_tokens": 5}, Usage(output_tokens=5)),
+        ({"input_tokens": 0, "output_tokens": 5}, Usage(output_tokens=5)),
+    ],
 )
-async def test_half_of_a_usage_is_none_at_anthropic(half: dict[str, object]) -> None:
+async def test_half_of_a_usage_is_told_from_a_whole_one_at_anthropic(half: dict[str, object], told: Usage) -> None:
     body = {"id": "m", "type": "message", "role": "assistant", "model": "c", "stop_reason": "end_turn"}
     body |= {"content": [{"type": "text", "text": "Hi"}], "usage": half}
 
     async with answering("anthropic", body) as provider:
         whole = await provider.complete(call("anthropic"))
 
-    assert (whole.text, whole.usage) == ("Hi", None)
+    assert (whole.text, whole.usage, whole.half) == ("Hi", None, told)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "told"),
+    [("prompt_eval_count", Usage(output_tokens=5)), ("eval_count", Usage(input_tokens=10))],
+)
+async def test_half_of_a_usage_is_told_from_a_whole_one_at_ollama(lacks: str, told: Usage) -> None:
+    last = line("stop", content="Hi")
+    del last[lacks]
+
+    async with answering("ollama", last) as provider:
+        whole = await provider.complete(call("ollama"))
+    chunks = await streamed("ollama", line(content="Hi"), line("stop") | {lacks: None})
+
+    assert (whole.text, whole.usage, whole.half) == ("Hi", None, told)
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+async def test_an_answer_of_nothing_may_have_no_output_at_anthropic() -> None:
+    body = {"id": "m", "type": "message", "role": "assistant", "model": "c", "stop_reason": "refusal", "content": []}
+
+    async with answering("anthropic", body | {"usage": {"input_tokens": 10, "output_tokens": 0}}) as provider:
+        whole = await provider.complete(call("anthropic"))
+
+    assert whole.usage == Usage(input_tokens=10)
 
 
 @pytest.mark.parametrize("last", [{}, {"usage": None}, {"usage": {"output_tokens": 0}}], ids=["absent", "null", "zero"])

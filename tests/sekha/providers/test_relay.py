@@ -358,6 +358,21 @@ async def test_what_the_total_has_beyond_both_halves_is_counted(
     assert usage in (whole.raw or b"")
 
 
+@pytest.mark.parametrize(("said", "is_whole"), [(b"", True), (b"A word", False)], ids=["nothing", "something"])
+async def test_no_output_is_a_report_where_nothing_was_said_alone(said: bytes, *, is_whole: bool) -> None:
+    usage = b'"usage":{"prompt_tokens":6,"completion_tokens":0,"total_tokens":6}'
+    message = b'"message":{"role":"assistant","content":"%b"}' % said
+    word = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % said
+    counted = b'data: {"id":"c","choices":[],%b}\n\n' % usage
+
+    async with relay_to(with_length(b'{"choices":[{"index":0,%b}],%b}' % (message, usage))) as (provider, _):
+        whole = await provider.complete(chat())
+    _, stream = await streamed(events(ROLE, word, STOP, counted, DONE))
+
+    assert whole.usage == stream.usage == (Usage(input_tokens=6) if is_whole else None)
+    assert is_whole or whole.half == stream.went_in == Usage(input_tokens=6)
+
+
 async def test_half_of_a_usage_that_the_caller_did_not_ask_for_is_not_handed_on() -> None:
     half = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":null}}\n\n'
 
