@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from sekha.pricing import MOST_TOKENS, Usage
 from sekha.providers.base import Chunk, openai_usage
+from sekha.providers.reports import with_the_rest
 from sekha.registry import Model
 
 __all__ = [
@@ -44,7 +45,8 @@ def choice_of(choice: Any) -> dict[str, Any]:
 def chunk_of(piece: Any, pieces: Any, envelope: dict[str, Any]) -> Chunk | None:
     if getattr(piece, "usage", None) is not None:
         # LiteLLM closes with a sum that is its own count where no piece of the provider's carried one.
-        usage = usage_of(piece.usage) if _reported(pieces) else None
+        reports = [usage for each in pieces.chunks if (usage := getattr(each, "usage", None)) is not None]
+        usage = usage_of(piece.usage, total=max(map(_total, reports))) if reports else None
         return Chunk(body=envelope | {"choices": [], "usage": openai_usage(usage)}, usage=usage) if usage else None
     choices = []
     for choice in piece.choices:
@@ -127,10 +129,6 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else value
 
 
-def _reported(pieces: Any) -> bool:
-    return any(getattr(piece, "usage", None) is not None for piece in pieces.chunks)
-
-
 def ended(pieces: Any) -> bool:
     """Whether the provider itself said how it finished; LiteLLM says `stop` for one that did not."""
     return pieces.received_finish_reason is not None or pieces.intermittent_finish_reason is not None
@@ -140,16 +138,33 @@ def finishes(chunk: Chunk) -> bool:
     return any(choice["finish_reason"] for choice in chunk.body["choices"]) or chunk.usage is not None
 
 
-def usage_of(reported: Any) -> Usage | None:
-    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens, or more than any model could."""
-    if reported is None or not 0 < (reported.prompt_tokens or 0) + (reported.completion_tokens or 0) <= MOST_TOKENS:
+def usage_of(reported: Any, *, total: int = 0, replies: bool = True) -> Usage | None:
+    """LiteLLM writes zeros where nothing was reported. No real call takes no tokens, or more than any model could.
+
+    The `total` is the most that was reported before LiteLLM added it up anew. Where there are no `replies`, all of it
+    went in.
+    """
+    if reported is None:
         return None
+    went_in, came_out = reported.prompt_tokens or 0, reported.completion_tokens or 0
     details = getattr(reported, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None) or getattr(reported, "cache_read_input_tokens", None)
     written = getattr(reported, "cache_creation_input_tokens", None)
+    if (total := max(total, _total(reported))) > went_in + came_out:
+        if went_in and replies:
+            went_in, came_out = with_the_rest(went_in, came_out, total, cached=(cached or 0) + (written or 0))
+        else:
+            went_in = total - came_out
+    if not 0 < went_in + came_out <= MOST_TOKENS:
+        return None
     return Usage(
-        input_tokens=reported.prompt_tokens or 0,
-        output_tokens=reported.completion_tokens or 0,
+        input_tokens=went_in,
+        output_tokens=came_out,
         cached_tokens=cached or 0,
         cache_write_tokens=written or 0,
     )
+
+
+def _total(reported: Any) -> int:
+    total = getattr(reported, "total_tokens", None)
+    return total if isinstance(total, int) else 0

@@ -189,9 +189,8 @@ class LiteLLMProvider:
                 reply = await litellm.aembedding(**arguments)
         except Exception as error:
             raise self._failure(error, model, texts, journey) from wordless(error)
-        return Embeddings(
-            vectors=self._vectors(reply, model, len(texts)), usage=usage_of(getattr(reply, "usage", None))
-        )
+        usage = usage_of(getattr(reply, "usage", None), replies=False)
+        return Embeddings(vectors=self._vectors(reply, model, len(texts)), usage=usage)
 
     async def aclose(self) -> None:
         """Close the connections, when no other provider of this process has any use for them."""

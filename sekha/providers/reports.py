@@ -8,7 +8,7 @@ from typing import Any
 
 from sekha.pricing import MOST_TOKENS, Usage
 
-__all__ = ["half_in", "is_half", "joined", "usage_in"]
+__all__ = ["half_in", "is_half", "joined", "usage_in", "with_the_rest"]
 
 _NO_DETAILS: dict[str, Any] = {}
 
@@ -27,7 +27,8 @@ def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, t
             return None
         went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
     elif type(total := reported.get("total_tokens")) is int and total > went_in + came_out:
-        went_in, came_out = _with_the_rest(reported, went_in, came_out, total) if replies else (total, 0)
+        cached = sum(map(_count, _cached(reported)))
+        went_in, came_out = with_the_rest(went_in, came_out, total, cached=cached) if replies else (total, 0)
     if not 0 < went_in + came_out <= MOST_TOKENS:
         return None
     read, written = _cached(reported)
@@ -96,14 +97,14 @@ def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, i
     return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
 
 
-def _with_the_rest(reported: Mapping[str, Any], went_in: int, came_out: int, total: int) -> tuple[int, int]:
+def with_the_rest(went_in: int, came_out: int, total: int, *, cached: int) -> tuple[int, int]:
     """What went in and came out, where the total is more: it is of all that is billed.
 
     xAI and Gemini count thoughts apart from what came out, Gemini without another word of them; others tokens of
     the cache apart from what went in. What nobody explains counts as the dearer of both, which is what came out.
     """
     rest = total - went_in - came_out
-    if rest == sum(map(_count, _cached(reported))):
+    if rest == cached:
         return went_in + rest, came_out
     return went_in, came_out + rest
 

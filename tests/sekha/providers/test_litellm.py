@@ -15,6 +15,7 @@ from sekha.providers.opening import open_provider
 from sekha.registry import Model, ProviderKind, ProviderSpec
 from sekha.testing import StandIn
 from tests.fixtures.upstream import Upstream, chunked
+from tests.fixtures.ways import event, streamed, whole
 
 
 def call(name: str, content: object = "Hello", **options: object) -> ChatCall:
@@ -48,6 +49,28 @@ async def test_a_key_from_the_environment_is_never_sent(monkeypatch: pytest.Monk
         await ask(ProviderSpec(id="one", kind="anthropic", base_url=standin.anthropic_url), call("claude-sonnet-4-5"))
 
     assert "sk-from-the-environment" not in str(standin.requests[0].headers)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("counts", "used"),
+    [((100, 10, 410), (100, 310)), ((100, 10, 110), (100, 10)), ((0, 10, 410), (400, 10)), ((100, 0, 410), (100, 310))],
+)
+async def test_what_a_total_has_beyond_both_halves_is_counted(
+    counts: tuple[int, int, int], used: tuple[int, int], *, stream: bool
+) -> None:
+    usage = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), counts, strict=True))
+    said = event("Hi", finish="stop"), event(usage=usage), b"data: [DONE]\n\n"
+    async with Upstream(streamed(*said) if stream else whole("Hi", usage=usage)) as upstream:
+        spec = ProviderSpec(id="one", kind="litellm", base_url=upstream.openai_url, api_key=SecretStr("secret"))
+        async with aclosing(open_provider(spec)) as provider:
+            if stream:
+                reported = [chunk.usage async for chunk in provider.stream(call("hosted_vllm/x"))][-1]
+            else:
+                reported = (await provider.complete(call("hosted_vllm/x"))).usage
+
+    assert reported is not None
+    assert (reported.input_tokens, reported.output_tokens) == used
 
 
 @pytest.mark.parametrize("field", ["api_base", "mock_response", "fallbacks", "num_retries", "extra_headers"])
