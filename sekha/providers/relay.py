@@ -226,7 +226,7 @@ class RelayProvider:
         asked: dict[str, Any] = {"model": model.id, "input": list(texts), "encoding_format": "base64"}
         sent = self._json(asked if dimensions is None else asked | {"dimensions": dimensions}, failed)
         response = await self._answer(_EMBED, sent, timeout_seconds, failed)
-        body = _parsed(response, response.content, failed)
+        body = _parsed(response, response.content, failed, replies=False)
         usage = usage_in(body.get("usage"), replies=False)
         with _used(usage):
             items = _items(body, len(texts), failed)
@@ -583,7 +583,7 @@ class RelayStream:
         except StreamBroken as error:
             if self._refusal is not None:
                 refused = _said_to_have_failed(self._response, self._refusal, self._failed)
-                if refused.usage is None and self._reported is not None:
+                if self._reported is not None:  # by that event itself where it says so
                     refused.usage, refused.may_be_billed = self._reported, True
                 raise refused from None
             failure = self._failed.bad(error.detail)
@@ -788,7 +788,7 @@ def _is_whole(choices: object) -> bool:
 def _embeddings(response: Response, count: int, model: Model, asked: object, failed: _Failing) -> RawEmbeddings:
     raw = response.content
     without, written_out = _without_vectors(raw)
-    answer = _parsed(response, without, failed)
+    answer = _parsed(response, without, failed, replies=False)
     usage = usage_in(answer.get("usage"), replies=False)
     with _used(usage):
         items = _items(answer, count, failed)
@@ -807,13 +807,13 @@ def _no_texts() -> Sequence[str]:
     return ()
 
 
-def _parsed(response: Response, raw: bytes, failed: _Failing) -> dict[str, Any]:
+def _parsed(response: Response, raw: bytes, failed: _Failing, *, replies: bool = True) -> dict[str, Any]:
     """An answer's JSON, which may yet be an error: its code or its type says then which status it stands for."""
     body = json_object(raw)
     if body is None:
         raise failed.bad(_NOT_JSON)
     if body.get("error"):
-        raise _said_to_have_failed(response, raw, failed)
+        raise _said_to_have_failed(response, raw, failed, replies=replies)
     return body
 
 
@@ -831,12 +831,14 @@ def _is_chunk(body: Mapping[str, Any]) -> bool:
     return "choices" in body or "usage" in body
 
 
-def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing) -> ProviderError:
+def _said_to_have_failed(response: Response, raw: bytes, failed: _Failing, *, replies: bool = True) -> ProviderError:
     body = body_in(raw) or {}
     failure = failed.refused(response, raw, stands_for(body.get("error") or body))
-    failure.usage = usage_in(body.get("usage"), replies=False)
+    reported, tier = body.get("usage"), body.get("service_tier")
+    # What failed need not have said anything.
+    failure.usage = usage_in(reported, replies=replies, tier=tier) or usage_in(reported, replies=False, tier=tier)
     # Else it says that it failed, and nothing of what it did.
-    failure.may_be_billed = failure.usage is not None or bool(body.get("choices"))
+    failure.may_be_billed = half_in(reported) is not None or bool(body.get("choices"))
     return failure
 
 

@@ -25,7 +25,7 @@ def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, t
     if type(went_in) is not int or type(came_out) is not int or went_in <= 0 or came_out < 0:
         if not by_total:
             return None
-        went_in, came_out = _by_the_total(reported, 0 if came_out is None and not replies else came_out)
+        went_in, came_out = _by_the_total(reported, came_out) if replies or came_out is not None else _all_in(reported)
     elif type(total := reported.get("total_tokens")) is int and total > went_in + came_out:
         cached = sum(map(_count, _cached(reported)))
         went_in, came_out = with_the_rest(went_in, came_out, total, cached=cached) if replies else (total, 0)
@@ -95,6 +95,11 @@ def _by_the_total(reported: Mapping[str, Any], came_out: object) -> tuple[int, i
         went_in = known_in or total - known_out
         return (went_in, known_out) if went_in > 0 else (0, 0)
     return (known_in, total - known_in) if 0 < known_in < total else (0, 0)
+
+
+def _all_in(reported: Mapping[str, Any]) -> tuple[int, int]:
+    """What went in where nothing comes out."""
+    return max(_count(reported.get("prompt_tokens")), _count(reported.get("total_tokens"))), 0
 
 
 def with_the_rest(went_in: int, came_out: int, total: int, *, cached: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from sekha.gateway.app import Gateway
 from sekha.gateway.logs import AccessLog, Lines
 from sekha.testing import StandIn
 from tests.fixtures.gateway import Opens, Served, config_for, listening, payloads, wait_until
-from tests.fixtures.upstream import Upstream, anthropic_stream, with_length
+from tests.fixtures.upstream import Answer, Upstream, anthropic_stream, with_length
 from tests.fixtures.ways import event, streamed, whole
 
 
@@ -228,9 +228,20 @@ async def test_retries_that_may_be_billed_never_take_a_request_past_its_cap(
     [
         ("chat/completions", b'{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":2}}'),
         ("chat/completions", b'{"error":{"message":"broken"},"usage":{"prompt_tokens":10,"completion_tokens":2}}'),
+        ("chat/completions", b'{"error":{"message":"broken"},"usage":{"prompt_tokens":14}}'),
+        ("chat/completions", b'{"error":{"message":"broken"},"usage":{"prompt_tokens":10,"total_tokens":12}}'),
+        (
+            "chat/completions",
+            b'{"error":{"message":"broken"},"usage":{"prompt_tokens":6,"completion_tokens":3,"total_tokens":10}}',
+        ),
         ("embeddings", b'{"data":[],"usage":{"prompt_tokens":14}}'),
+        ("embeddings", b'{"data":[],"usage":{"prompt_tokens":4,"total_tokens":14}}'),
+        ("embeddings", b'{"error":{"message":"broken"},"usage":{"prompt_tokens":4,"total_tokens":14}}'),
     ],
-    ids=["no choices", "error", "no vectors"],
+    ids=[
+        *("no choices", "error", "error before any output", "error by its total", "error and thoughts"),
+        *("no vectors", "no vectors by the total", "error of vectors"),
+    ],
 )
 async def test_an_answer_that_is_none_costs_what_it_says_it_used(
     gateway: Opens, as_served: bool, path: str, said: bytes
@@ -279,13 +290,26 @@ async def test_a_stream_that_fails_behind_its_usage_costs_what_that_says(
     assert spent == charged if charged else spent > Decimal("0.1")
 
 
+THOUGHT = {"prompt_tokens": 6, "completion_tokens": 3, "total_tokens": 10}
+
+
 @BOTH
+@pytest.mark.parametrize(
+    "failing",
+    [
+        streamed(event("", usage=USED), event(None, **WENT_WRONG)),
+        streamed(event(""), event(None, usage=THOUGHT, **WENT_WRONG)),
+        streamed(event("", usage=USED), event(None, usage={"prompt_tokens": 10}, **WENT_WRONG)),
+        whole(usage=THOUGHT, **WENT_WRONG),
+    ],
+    ids=["before", "with the error", "half with the error", "whole"],
+)
 async def test_a_stream_that_fails_before_its_first_word_costs_the_usage_that_it_reported(
-    gateway: Opens, as_served: bool
+    gateway: Opens, as_served: bool, failing: Answer
 ) -> None:
     good = streamed(event("Hi", finish="stop", usage=USED), b"data: [DONE]\n\n")
-    failing = streamed(event("", usage=USED), event(None, **WENT_WRONG))
-    async with Upstream(good, failing) as upstream, gateway(upstream, as_served=as_served) as served:
+    answers = good, *[failing] * 3
+    async with Upstream(*answers) as upstream, gateway(upstream, as_served=as_served) as served:
         await served.stream(model="chat")
         before = await served.spent()
         response, text = await served.stream(model="chat")
