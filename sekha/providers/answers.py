@@ -152,7 +152,9 @@ def usage_of(reported: Any, *, total: int = 0, replies: bool = True) -> Usage | 
     written = getattr(reported, "cache_creation_input_tokens", None)
     if (total := max(total, _total(reported))) > went_in + came_out:
         if went_in and replies:
-            went_in, came_out = with_the_rest(went_in, came_out, total, cached=(cached or 0) + (written or 0))
+            thought = getattr(getattr(reported, "completion_tokens_details", None), "reasoning_tokens", None) or 0
+            from_cache = (cached or 0) + (written or 0)
+            went_in, came_out = with_the_rest(went_in, came_out, total, cached=from_cache, thought=thought)
         else:
             went_in = total - came_out
     if not 0 < went_in + came_out <= MOST_TOKENS:

@@ -27,8 +27,7 @@ def usage_in(reported: object, *, replies: bool = True, by_total: bool = True, t
             return None
         went_in, came_out = _by_the_total(reported, came_out) if replies or came_out is not None else _all_in(reported)
     elif type(total := reported.get("total_tokens")) is int and total > went_in + came_out:
-        cached = sum(map(_count, _cached(reported)))
-        went_in, came_out = with_the_rest(went_in, came_out, total, cached=cached) if replies else (total, 0)
+        went_in, came_out = _with_the_rest(reported, went_in, came_out, total) if replies else (total, 0)
     if not 0 < went_in + came_out <= MOST_TOKENS:
         return None
     read, written = _cached(reported)
@@ -102,14 +101,20 @@ def _all_in(reported: Mapping[str, Any]) -> tuple[int, int]:
     return max(_count(reported.get("prompt_tokens")), _count(reported.get("total_tokens"))), 0
 
 
-def with_the_rest(went_in: int, came_out: int, total: int, *, cached: int) -> tuple[int, int]:
+def _with_the_rest(reported: Mapping[str, Any], went_in: int, came_out: int, total: int) -> tuple[int, int]:
+    details = reported.get("completion_tokens_details")
+    thought = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else 0
+    return with_the_rest(went_in, came_out, total, cached=sum(map(_count, _cached(reported))), thought=thought)
+
+
+def with_the_rest(went_in: int, came_out: int, total: int, *, cached: int, thought: int) -> tuple[int, int]:
     """What went in and came out, where the total is more: it is of all that is billed.
 
     xAI and Gemini count thoughts apart from what came out, Gemini without another word of them; others tokens of
     the cache apart from what went in. What nobody explains counts as the dearer of both, which is what came out.
     """
     rest = total - went_in - came_out
-    if rest == cached:
+    if rest == cached and rest != thought:
         return went_in + rest, came_out
     return went_in, came_out + rest
 

@@ -335,6 +335,11 @@ async def test_half_of_a_usage_is_made_whole_by_its_total(usage: str) -> None:
         ("135", '"x":0', (32, 103, 0)),  # as Gemini does
         ("1041", '"cache_read_input_tokens":1000', (1032, 9, 1000)),
         ("1141", '"cache_read_input_tokens":1000', (32, 1109, 32)),
+        (
+            "51",
+            '"prompt_tokens_details":{"cached_tokens":10},"completion_tokens_details":{"reasoning_tokens":10}',
+            (32, 19, 10),
+        ),
         ("40", '"x":0', (32, 9, 0)),
         ("null", '"completion_tokens_details":{"reasoning_tokens":94}', (32, 9, 0)),
         ('"135"', '"x":0', (32, 9, 0)),
