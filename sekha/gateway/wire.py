@@ -150,13 +150,22 @@ def chat_reply(reply: Reply, run_id: str) -> bytes:
     note = sekha_note(reply, run_id, reply.total_cost)
     shown = shows(reply.body.get("usage"), reply.usage)
     if reply.raw is not None and (shown or "usage" not in reply.body):
-        more = b"" if shown else b',"usage":' + orjson.dumps(openai_usage(reply.usage))
-        return with_note(reply.raw, note, more)
+        return with_note(reply.raw, note, b"" if shown else _written(reply.usage))
     body = dict(reply.body)
     if not shown:
         # In place of what was no usage, `null` or of another shape, or half of one.
         body["usage"] = openai_usage(reply.usage)
-    return orjson.dumps(body | {"sekha": note})
+    try:
+        return orjson.dumps(body | {"sekha": note})
+    except orjson.JSONEncodeError:
+        # Nested more deeply than can be written. It is paid for, and of two of one name readers take the last.
+        if reply.raw is None:
+            raise
+        return with_note(reply.raw, note, _written(reply.usage))
+
+
+def _written(usage: Usage) -> bytes:
+    return b',"usage":' + orjson.dumps(openai_usage(usage))
 
 
 def shows(reported: object, usage: Usage) -> bool:

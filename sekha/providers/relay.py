@@ -85,6 +85,7 @@ _COMMA = ord(",")
 _NOT_JSON = "it is not the JSON of its API"
 _NOT_VECTORS = "its vectors are not lists of numbers of one length"
 _UNWRITABLE = "a field of it cannot be written as JSON"
+_TOO_DEEP = "it came whole in place of a stream, and is nested too deeply to be written as one"
 _NOTHING_SAID = "the stream ended before anything was said"
 _NO_EVENT = "it wrote what is no event"
 # Of a stream that has not said anything yet. Whoever sends more than this first is waited for in the line.
@@ -553,7 +554,7 @@ class RelayStream:
                 start = _first_byte(head)
                 if start not in _EVENT_STARTS:
                     # Some do not heed `stream`, and what they said is paid for; asked again, they would do the same.
-                    return as_events(_completion(response, head + await response.body(), failed).body)
+                    return self._whole(head + await response.body())
                 if start:
                     # A mark would hide the first event, from us and from many a client.
                     data = head.removeprefix(_BYTE_ORDER_MARK)
@@ -564,6 +565,15 @@ class RelayStream:
                 return seen
             if not data:
                 raise failed.bad(_NOTHING_SAID)
+
+    def _whole(self, raw: bytes) -> bytes:
+        """The events of what came whole in place of a stream."""
+        answer = _completion(self._response, raw, self._failed)
+        with _used(answer.usage):
+            try:
+                return as_events(answer.body)
+            except orjson.JSONEncodeError as error:
+                raise self._failed.bad(_TOO_DEEP) from wordless(error)
 
     async def _until_said(self) -> bytes:
         """Everything until something is said, or the stream ends as it may."""

@@ -336,6 +336,38 @@ async def test_what_comes_whole_in_place_of_a_stream_costs_the_usage_that_it_rep
     assert attempts == 1 or status == 502
 
 
+NESTED = whole(usage=USED).partition(b"\r\n\r\n")[2].replace(b'"id":', b'"x":%b%b,"id":' % (b"[" * 300, b"]" * 300))
+
+
+@BOTH
+async def test_an_answer_that_is_nested_too_deeply_for_a_stream_costs_what_it_reports(
+    gateway: Opens, as_served: bool
+) -> None:
+    answers = [whole(usage=USED), *[with_length(NESTED)] * 3]
+    async with Upstream(*answers) as upstream, gateway(upstream, as_served=as_served) as served:
+        await served.chat(model="chat")
+        before = await served.spent()
+        response, text = await served.stream(model="chat")
+        spent = await served.spent() - before
+
+    error = json.loads(text)["error"]
+    assert (response.status_code, error["code"]) == (502, "provider_bad_reply")
+    assert spent == len(error["attempts"]) * Decimal("0.014")
+
+
+@BOTH
+async def test_an_answer_that_is_nested_deeply_is_handed_on_with_what_was_counted(
+    gateway: Opens, as_served: bool
+) -> None:
+    nested = with_length(NESTED.replace(b'"prompt_tokens":10', b'"prompt_tokens":0'))
+    async with Upstream(whole(usage=USED), nested) as upstream, gateway(upstream, as_served=as_served) as served:
+        await served.chat(model="chat")
+        response = await served.chat(model="chat")
+
+    assert response.json()["usage"]["prompt_tokens"] > 0
+    assert response.json()["sekha"]["usage"] == "counted"
+
+
 async def test_a_failure_that_is_not_billed_leaves_the_cap_to_the_next(gateway: Opens) -> None:
     async with StandIn() as one, StandIn() as two, gateway(one, two) as served:
         one.fail(500)
