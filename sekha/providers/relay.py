@@ -554,7 +554,7 @@ class RelayStream:
                 start = _first_byte(head)
                 if start not in _EVENT_STARTS:
                     # Some do not heed `stream`, and what they said is paid for; asked again, they would do the same.
-                    return self._whole(head + await response.body())
+                    return self._whole((head + await response.body()).removeprefix(_BYTE_ORDER_MARK))
                 if start:
                     # A mark would hide the first event, from us and from many a client.
                     data = head.removeprefix(_BYTE_ORDER_MARK)

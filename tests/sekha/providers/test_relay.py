@@ -818,6 +818,13 @@ async def test_a_byte_order_mark_hides_nothing_of_the_first_event(cut: int) -> N
             await provider.open_stream(chat())
 
 
+async def test_a_byte_order_mark_hides_nothing_of_what_comes_whole_in_place_of_a_stream() -> None:
+    handed_on, stream = await streamed(with_length(MARK + ANSWER))
+
+    assert b'"delta":' in handed_on
+    assert stream.usage == Usage(input_tokens=6, output_tokens=2, cached_tokens=4, cache_write_tokens=1)
+
+
 async def test_a_byte_order_mark_elsewhere_is_no_part_of_an_event() -> None:
     received, error = await broken(ROLE, WORD, MARK + WORD, STOP, DONE)
 
