@@ -540,7 +540,7 @@ EMBEDDING = {"model": "openai/text-embedding-3-small", "input": "a"}
     ("field", "value"),
     [
         ("models", ["anthropic/claude-opus-4.1"]),
-        ("route", "fallback"),
+        ("route", "cheapest"),
         ("preset", "mine"),
         ("fallbacks", [{"model": "anthropic/claude-opus-4.1"}]),
     ],
@@ -560,14 +560,16 @@ async def test_no_provider_is_let_answer_with_another_model(
     assert standin.requests == []
 
 
-async def test_fields_that_name_no_other_model_stand_in_nobodys_way(gateway: Opens) -> None:
-    nothing: dict[str, Any] = {"models": [], "route": None, "preset": "", "transforms": ["middle-out"]}
+@pytest.mark.parametrize("route", [None, "fallback"])
+async def test_fields_that_name_no_other_model_stand_in_nobodys_way(gateway: Opens, route: str | None) -> None:
+    nothing: dict[str, Any] = {"models": [], "route": route, "preset": "", "transforms": ["middle-out"]}
     async with StandIn() as standin, gateway(config=HOSTED.format(url=standin.openai_url, price="")) as served:
         answer = await served.chat(model="openai/gpt-4o-mini", **nothing)
 
     assert answer.status_code == 200
     sent = standin.requests[0].json
-    assert [field for field in nothing if field in sent] == ["models", "preset", "transforms"]
+    sent_as_they_came = ["models", "route", "preset", "transforms"] if route else ["models", "preset", "transforms"]
+    assert [field for field in nothing if field in sent] == sent_as_they_came
 
 
 @pytest.mark.parametrize(
@@ -576,6 +578,8 @@ async def test_fields_that_name_no_other_model_stand_in_nobodys_way(gateway: Ope
         ({"only": ["azure"]}, "", 400),
         ({"order": ["azure"], "allow_fallbacks": False}, "", 400),
         ({"sort": "throughput"}, "", 400),
+        ({"sort": {"by": "throughput"}}, "", 400),
+        ({"sort": {"by": "price"}}, "", 200),
         ({"order": ["azure"]}, ", price: {input_per_million: 1, output_per_million: 2}", 200),
         ({"sort": "price", "max_price": {"prompt": 1}, "data_collection": "deny", "zdr": True, "order": []}, "", 200),
     ],
