@@ -130,18 +130,19 @@ async def serve(
     host = listening.getsockname()[0]
     following = _Following(loaded, gateway, open_, host)
     task = asyncio.create_task(following.run(source, server.stop, followed))
-    try:
-        with on_signals(server.stop, source.look):
+    # Closing as well: who says a second time that it is to stop must not have it killed in the middle.
+    with on_signals(server.stop, source.look):
+        try:
             _settle_memory()
             ready()
             asyncio.get_running_loop().run_in_executor(None, _load_ahead, gateway.serving.resources.registry)
             await server.run()
-    finally:
-        _end_within(CLOSE_SECONDS)
-        gateway.give_up()
-        await following.end(task)
-        await gateway.serving.aclose()
-        metrics.close()
+        finally:
+            _end_within(CLOSE_SECONDS)
+            gateway.give_up()
+            await following.end(task)
+            await gateway.serving.aclose()
+            metrics.close()
 
 
 def _end_within(seconds: float) -> None:
@@ -163,18 +164,22 @@ def _end_as_it_stands(seconds: float) -> None:
 
 @contextlib.contextmanager
 def on_signals(stop: Callable[[], None], look: Callable[[], None]) -> Iterator[None]:
-    """Within the block SIGTERM and Ctrl-C stop, and SIGHUP looks for another configuration, one that was held too."""
+    """Within the block SIGTERM and Ctrl-C stop, and SIGHUP looks for another configuration, one that was held too.
+
+    Behind it they do nothing: the process has closed what it had, and ends by itself in a moment.
+    """
     loop = asyncio.get_running_loop()
     told = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: look}
-    for number, action in told.items():
-        loop.add_signal_handler(number, action)
+    # Not the loop's own handlers: where one of those is taken away, a signal kills, be it for a moment.
+    for number in told:
+        signal.signal(number, lambda number, _: loop.call_soon_threadsafe(told[signal.Signals(number)]))
     if hangup.came():
         look()
     try:
         yield
     finally:
         for number in told:
-            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Server:

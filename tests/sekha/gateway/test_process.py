@@ -129,6 +129,29 @@ async def test_an_idle_connection_does_not_keep_it_from_ending(serving: Serves) 
         assert await gate.ended(10) == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_however_often_it_is_told_while_it_closes_it_ends_in_order(serving: Serves, workers: str) -> None:
+    async with StandIn() as standin, serving(config_for(standin), "--workers", workers) as gate:
+        assert (await gate.chat()).status_code == 200
+        processes = [gate.process.pid, *(await _all_workers(gate, int(workers)))]
+
+        while gate.process.returncode is None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                for process in processes:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, number)
+            await asyncio.sleep(0.002)
+
+        assert await gate.ended() == 0
+        assert not [line for line in gate.logged if line["level"] == "error"]
+
+
+async def _all_workers(gate: Gate, count: int) -> list[int]:
+    if count > 1:
+        await wait_until(lambda: len(gate.workers) == count, seconds=20)
+    return list(gate.workers.values())
+
+
 async def test_a_request_that_never_ends_keeps_neither_the_server_nor_the_configuration_it_began_with(
     gateway: Opens, tmp_path: Path
 ) -> None:

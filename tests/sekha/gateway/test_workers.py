@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ class Told:
         return await self.waiting.get()
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A process that has served is about to end, and ignores what it is told; this one goes on."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 async def test_configurations_that_were_refused_are_not_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sekha.yaml"
 
