@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 
 __all__ = ["Terminal", "came", "hold", "let_go"]
+
+_GONE = (errno.ENXIO, errno.ENODEV, errno.EIO)
+"""What opening it says of a terminal that there is not, or that just ends. Anything else says nothing of it."""
 
 _before: signal.Handlers | None = None
 _came = False
@@ -56,8 +60,8 @@ class Terminal:
 def _is_controlled() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in _GONE
     return True
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +22,15 @@ from sekha.cli.terminal import columns, note, say, show_table, waiting, write_js
 if TYPE_CHECKING:
     from sekha.loading import Loaded
 
-__all__ = ["PORT", "blocks", "deploy", "home_of", "named_for_children", "up"]
+__all__ = ["PORT", "blocks", "deploy", "home_of", "named_for_children", "obey_hangups", "up"]
 
 PORT = 4200
 """Where Prefect's documentation, and so everyone, looks for a server."""
 
 HANGUP_SECONDS = 1.0
 """Whoever is told that its terminal has ended is told within these."""
+AHEAD_SECONDS = 3.0
+"""A SIGHUP that came within these before its terminal was found gone told of that: a shell passes it on, then ends."""
 
 
 @click.command()
@@ -168,16 +171,7 @@ async def _up(loaded: Loaded, port: int, gateway_port: int) -> None:
             # From here on Ctrl-C is how it is meant to end, and no accident.
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, ended.set)
-            terminal = hangup.Terminal()
-
-            def hung_up() -> None:
-                # A terminal that was closed says so by the same signal.
-                if terminal.is_gone:
-                    ended.set()
-                else:
-                    prefect.reload_gateway()
-
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
+            hanging_up = obey_hangups(end=ended.set, reload=prefect.reload_gateway)
             say("Sekha is up", "bold green")
             table = columns("", "")
             table.show_header = False
@@ -190,21 +184,40 @@ async def _up(loaded: Loaded, port: int, gateway_port: int) -> None:
             show_table(table)
             tell("Ctrl-C ends it")
             watching = asyncio.create_task(prefect.watch())
-            outliving = asyncio.create_task(_outlive(terminal))
             asked = asyncio.create_task(ended.wait())
             await asyncio.wait([watching, asked], return_when=asyncio.FIRST_COMPLETED)
             tell("stopping")
             asked.cancel()
-            outliving.cancel()
+            hanging_up.cancel()
             if watching.done():
                 watching.result()
             watching.cancel()
     note("Stopped.")
 
 
-async def _outlive(terminal: hangup.Terminal) -> None:
-    """Take a terminal that has ended and sent nothing for none, or the next request to reload would end it all."""
-    while not terminal.is_gone:  # noqa: ASYNC110 - nobody tells
+def obey_hangups(*, end: Callable[[], None], reload: Callable[[], None]) -> asyncio.Task[None]:
+    """End when a SIGHUP comes of a terminal that was closed, and reload at any other.
+
+    The task watches that terminal, and is done once it is gone.
+    """
+    loop = asyncio.get_running_loop()
+    terminal, asked_at = hangup.Terminal(), -math.inf
+
+    def hung_up() -> None:
+        nonlocal asked_at
+        if terminal.is_gone:
+            return end()
+        asked_at = loop.time()
+        return reload()
+
+    async def watch() -> None:
+        while not terminal.is_gone:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(HANGUP_SECONDS)
+        if loop.time() - asked_at < AHEAD_SECONDS:
+            return end()
         await asyncio.sleep(HANGUP_SECONDS)
-    await asyncio.sleep(HANGUP_SECONDS)
-    terminal.outlive()
+        # It has ended and sent nothing. Taken for there, the next request to reload would end it all.
+        return terminal.outlive()
+
+    loop.add_signal_handler(signal.SIGHUP, hung_up)
+    return asyncio.create_task(watch())

@@ -23,9 +23,36 @@ terminal = hangup.Terminal()
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 print("waits", flush=True)
 signal.sigwait([signal.SIGHUP])
-if {outlives}:
-    terminal.outlive()
+{then}
 print(terminal.is_gone)
+"""
+OBEYS = """
+import asyncio, os, signal, sys
+from sekha.cli.deploying import obey_hangups
+
+if os.fork():
+    os.wait()  # the shell, which the system tells of the end of its terminal, and nobody else
+    sys.exit()
+os.setpgid(0, 0)
+
+async def main():
+    said = []
+    gone = obey_hangups(end=lambda: said.append("ends"), reload=lambda: said.append("reloads"))
+
+    async def told():
+        before = len(said)
+        os.kill(os.getpid(), signal.SIGHUP)
+        while len(said) == before:
+            await asyncio.sleep(0.01)
+
+    if {told_before}:
+        await told()
+    print("waits", flush=True)
+    await gone
+    await told()
+    print(*said)
+
+asyncio.run(main())
 """
 
 
@@ -56,10 +83,9 @@ def in_terminal(program: str, *, controlled: bool = True) -> Iterator[tuple[subp
         process.communicate()
 
 
-def waits(*, ignored: bool = False, outlives: bool = False) -> str:
-    return ("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if ignored else "") + WAITS.format(
-        outlives=outlives
-    )
+def waits(*, ignored: bool = False, then: str = "") -> str:
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if ignored else ""
+    return before + WAITS.format(then=then)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +94,7 @@ def waits(*, ignored: bool = False, outlives: bool = False) -> str:
         pytest.param(waits(), True, True, id="closed"),
         pytest.param(waits(), False, False, id="none"),
         pytest.param(waits(ignored=True), True, False, id="nohup"),
-        pytest.param(waits(outlives=True), True, False, id="outlived"),
+        pytest.param(waits(then="terminal.outlive()"), True, False, id="outlived"),
     ],
 )
 def test_a_terminal_is_gone_once_it_was_closed_whatever_its_program_reads(
@@ -89,3 +115,27 @@ def test_a_signal_that_comes_while_the_terminal_is_there_is_not_of_its_end() -> 
         assert process.communicate(timeout=20)[0] == "False\n"
 
     os.close(master)
+
+
+def test_a_terminal_that_cannot_be_looked_at_is_not_gone() -> None:
+    no_more_files = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))"
+    with in_terminal(waits(then=no_more_files)) as (process, master):
+        process.send_signal(signal.SIGHUP)
+
+        assert process.communicate(timeout=20)[0] == "False\n"
+
+    os.close(master)
+
+
+@pytest.mark.parametrize(
+    ("told_before", "said"),
+    [
+        pytest.param(True, "reloads ends ends", id="a shell that ends"),
+        pytest.param(False, "reloads", id="a shell that leaves its jobs behind"),
+    ],
+)
+def test_a_terminal_may_go_just_behind_the_signal_of_its_end(told_before: bool, said: str) -> None:
+    with in_terminal(OBEYS.format(told_before=told_before)) as (process, master):
+        os.close(master)
+
+        assert process.communicate(timeout=20)[0] == f"{said}\n"
