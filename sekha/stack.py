@@ -358,12 +358,12 @@ def _import_path() -> dict[str, str]:
 
 
 def _configuration(environ: Mapping[str, str]) -> dict[str, str]:
-    """Where a flow run, which works in a folder of its own, finds what would be found from here."""
+    """Where a flow run, which works in a folder of its own, finds what would be found from here, by the same link."""
     if environ.get("SEKHA_CONFIG", "").startswith("block:"):
         return {}
     file = find(None, environ)
     return (
-        {"SEKHA_CONFIG": str(file.resolve())} if file else {"SEKHA_HOME": environ.get("SEKHA_HOME") or str(Path.cwd())}
+        {"SEKHA_CONFIG": str(file.absolute())} if file else {"SEKHA_HOME": environ.get("SEKHA_HOME") or str(Path.cwd())}
     )
 
 

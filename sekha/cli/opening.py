@@ -47,14 +47,14 @@ def file_configuration(invocation: Invocation) -> Loaded:
 
 
 def name_of(invocation: Invocation) -> str | None:
-    """How a flow run, which may start in another folder, finds the same configuration."""
+    """How a flow run, which may start in another folder, finds the same configuration: by a link, if by one here."""
     from sekha.loading import find
 
     named = invocation.config or os.environ.get("SEKHA_CONFIG", "")
     if named.startswith(BLOCK):
         return named
     file = find(invocation.config, os.environ)
-    return None if file is None else str(file.resolve())
+    return None if file is None else str(file.absolute())
 
 
 def open_here(loaded: Loaded) -> Runtime:

@@ -56,7 +56,9 @@ async def _is_served(gateway: str, model: str) -> bool:
 async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
     sekha.write("docs/a.md", DOCUMENT)
     sekha.write("elsewhere/sekha.yaml", CONFIGURED)
-    sekha.write("sekha.yaml", WRITTEN)
+    sekha.write("one.yaml", WRITTEN)
+    file = sekha.folder / "sekha.yaml"
+    file.symlink_to("one.yaml")
     serving = await sekha.start("up", "--port", "0", "--gateway-port", "0")
     try:
         assert serving.stdout is not None
@@ -79,7 +81,9 @@ async def test_up_serves_flow_runs_and_blocks_until_it_is_interrupted(sekha):
         from_block = await sekha("-c", "block:sekha", "check", environment=there)
         missing = await sekha("-c", "block:nope", "check", environment=there)
         deployed = await sekha("deploy", environment=there)
-        sekha.write("sekha.yaml", WRITTEN.replace("echo", "parrot"))
+        sekha.write("two.yaml", WRITTEN.replace("echo", "parrot"))
+        file.unlink()
+        file.symlink_to("two.yaml")
         serving.send_signal(signal.SIGHUP)
         await wait_until(lambda: _is_served(gateway, "parrot"), seconds=60)
     finally:

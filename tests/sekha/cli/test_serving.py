@@ -189,6 +189,30 @@ async def test_a_file_that_was_found_and_is_gone_is_not_replaced_by_another_or_b
     assert "there is no such file" in said
 
 
+@pytest.mark.parametrize("remark", ["", "# as one that names ${block:this}\n"], ids=["read here", "read by a child"])
+async def test_a_link_that_leads_elsewhere_is_followed_with_the_next_reload(
+    serving: Serves, tmp_path: Path, remark: str
+) -> None:
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (folder / name).write_text(remark + BUILTIN.replace("echo", name))
+    link = tmp_path / "link.yaml"
+    link.symlink_to(folder / "one")
+    async with serving("", named="link.yaml") as gate:
+        before = await gate.models()
+        (tmp_path / "new").symlink_to(folder / "two")
+        (tmp_path / "new").rename(link)
+        gate.tell(signal.SIGHUP)
+        await wait_until(lambda: any("read anew" in event for event in gate.events), seconds=20)
+        after = await gate.models()
+
+    assert "one" in before
+    assert "two" in after
+    assert (folder / ".sekha").is_dir(), "what is kept stays beside the file itself, and not beside the link"
+    assert not (tmp_path / ".sekha").exists()
+
+
 async def test_a_file_that_said_nothing_from_the_start_may_go_on_doing_so(serving: Serves) -> None:
     async with serving("# still to be written\n") as gate:
         gate.tell(signal.SIGHUP)
