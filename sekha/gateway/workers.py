@@ -118,8 +118,10 @@ class _Workers:
         while True:
             try:
                 loaded = await source.next()
-                # Here too, so that no worker begins with it that comes in another's place.
-                check_reload(loaded, self._to_begin_with().loaded, self._host)
+                # Here too, so that no worker begins with it that comes in another's place. The last one may still be
+                # refused, and then this one follows the one before.
+                for each in self._may_begin_with():
+                    check_reload(loaded, self._handed[each], self._host)
             except Exception as error:  # whatever it is, the next configuration must be handed on
                 if not_taken_over(error) is not error:
                     await asyncio.sleep(AGAIN_SECONDS)
@@ -132,11 +134,7 @@ class _Workers:
 
     def _drop_refused(self) -> None:
         """Keep no configuration that nobody begins with: a newer one takes the place of what was refused."""
-        self._handed = {
-            each: loaded
-            for each, loaded in self._handed.items()
-            if each == self._taken_over or each not in self._refused
-        }
+        self._handed = {each: self._handed[each] for each in self._may_begin_with()}
         self._refused &= self._handed.keys()
 
     async def _keep(self, number: int) -> None:
@@ -174,9 +172,12 @@ class _Workers:
 
     def _to_begin_with(self) -> Handed:
         """The latest configuration that a worker serves with, or that none has refused yet."""
-        known = [each for each in self._handed if each == self._taken_over or each not in self._refused]
-        generation = max(known, default=0)
+        generation = max(self._may_begin_with(), default=0)
         return Handed(generation, self._handed[generation])
+
+    def _may_begin_with(self) -> list[int]:
+        """What a worker serves with, and what came since and none has refused yet."""
+        return [each for each in self._handed if each == self._taken_over or each not in self._refused]
 
     async def _listen(self, number: int, worker: Process) -> bool:
         """Hear what a worker says, until it ends. Returns whether it ever served."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from sekha.config import Config
@@ -83,3 +85,47 @@ async def test_configurations_that_were_refused_are_not_kept(tmp_path: Path, cap
         if not running.done():
             os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(running, 30)
+
+
+@pytest.mark.usefixtures("own_signals")
+async def test_a_worker_in_anothers_place_takes_nothing_over_that_it_may_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sekha.yaml"
+
+    def loaded(text: str) -> Loaded:
+        file.write_text(text)
+        return load(file)
+
+    said, told, ready = "", Told(), asyncio.Event()
+
+    def serving() -> list[tuple[str, str]]:
+        nonlocal said
+        said += capfd.readouterr().err
+        return re.findall(r"worker (\d) serves as process (\d+)", said)
+
+    keyed = loaded(f"{WRITTEN}keys:\n  - {{name: a, hash: 'sha256:{'0' * 64}'}}\n")
+    listening = bind("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    running = asyncio.create_task(run_workers(keyed, told, listening, 2, ready=ready.set))
+    try:
+        await asyncio.wait_for(ready.wait(), 30)
+        await wait_until(lambda: len(serving()) == 2, seconds=30)
+        first, second = (int(process) for _, process in sorted(serving()))
+        for process in (first, second):
+            os.kill(process, signal.SIGSTOP)
+        # The second may follow the first alone, which no worker can take over.
+        told.waiting.put_nowait(loaded(WRITTEN + NOWHERE + "allow_unauthenticated: true\n"))
+        told.waiting.put_nowait(loaded(WRITTEN))
+        await wait_until(told.waiting.empty)
+        os.kill(first, signal.SIGKILL)
+        await wait_until(lambda: len(serving()) == 3, seconds=30)
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=20) as stranger:
+            status = (await stranger.get(f"http://127.0.0.1:{port}/v1/models")).status_code
+        os.kill(second, signal.SIGCONT)
+    finally:
+        if not running.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(running, 30)
+
+    assert status == 401
