@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -51,6 +52,8 @@ DRAIN_SECONDS = 120.0
 """What is under way has these to end in once the process was told to."""
 CUT_SECONDS = 5.0
 """What was cut has these to settle in."""
+SAME_STOP_SECONDS = 0.5
+"""Within these a worker that is told twice to end was told once: by systemd, and by whoever started it."""
 CLOSE_SECONDS = 30.0
 """What is open has these to be closed in: more than a ledger takes that has gone silent."""
 BACKLOG = 2048
@@ -125,7 +128,7 @@ async def serve(
     # A reload gives nobody a fresh minute.
     open_ = partial(open_serving, metrics=metrics, workers=workers, minutes=minutes or Minutes())
     gateway = Gateway(await open_(loaded), access=access)
-    server = Server(gateway, listening)
+    server = Server(gateway, listening, same_stop_seconds=SAME_STOP_SECONDS if workers > 1 else 0.0)
     metrics.start()
     host = listening.getsockname()[0]
     following = _Following(loaded, gateway, open_, host)
@@ -194,10 +197,13 @@ class Server:
         drain_seconds: float = DRAIN_SECONDS,
         write_seconds: float = WRITE_SECONDS,
         cut_seconds: float = CUT_SECONDS,
+        same_stop_seconds: float = 0.0,
     ) -> None:
         self._listening = listening
         self._drain_seconds = drain_seconds
         self._cut_seconds = cut_seconds
+        self._same_stop_seconds = same_stop_seconds
+        self._stopped_at = -math.inf
         self._connections = Connections(
             gateway,
             head_seconds=head_seconds,
@@ -210,9 +216,12 @@ class Server:
 
     def stop(self) -> None:
         """Take nobody new, and finish what is under way. The second time it is meant: that is cut."""
+        now = asyncio.get_running_loop().time()
         if self._stopping.is_set():
-            self._cut("told to stop again")
+            if now - self._stopped_at >= self._same_stop_seconds:
+                self._cut("told to stop again")
             return
+        self._stopped_at = now
         self._stopping.set()
         self._patience = asyncio.get_running_loop().call_later(
             self._drain_seconds, self._cut, f"it took longer than {self._drain_seconds:g} s"

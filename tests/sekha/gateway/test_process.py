@@ -80,6 +80,22 @@ async def test_a_stream_ends_whole_after_sigterm_and_nobody_new_is_taken(serving
         assert held == 0
 
 
+async def test_a_service_manager_that_tells_every_process_to_end_cuts_nothing(serving: Serves) -> None:
+    """As systemd does, while the process that watches the workers tells them too."""
+    async with StandIn() as standin, serving(config_for(standin), "--workers", "2") as gate:
+        standin.trickle(0.15)
+        workers = await _all_workers(gate, 2)
+
+        async with streaming(gate) as pieces:
+            for process in (*workers, gate.process.pid):
+                os.kill(process, signal.SIGTERM)
+                await asyncio.sleep(0.05)  # two of one kind that wait are one
+            rest = "".join([piece async for piece in pieces])
+
+        assert rest.endswith("data: [DONE]\n\n")
+        assert await gate.ended() == 0
+
+
 async def _refused(gate: Gate) -> bool:
     return not await gate.connects()
 
