@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sekha.errors import PrefectUnavailable, RecordError
+from sekha.recording import priority
 from sekha.recording.joining import joined
 from sekha.recording.run import Run
 from sekha.recording.sink import Sink
@@ -39,6 +40,8 @@ IDLE_SECONDS = 0.25
 REST_SHARE = 0.25
 LONGEST_WAIT_SECONDS = 15.0
 LAST_SECONDS = 4.0
+BEHIND = 8
+"""It keeps up as long as no more segments wait."""
 REPORT = "publisher.json"
 # A line may be JSON and yet no run: where a number belongs, it says something else, or one that no date has.
 _NOT_TAKEN = (RecordError, TypeError, ValueError, OverflowError)
@@ -99,7 +102,8 @@ class Publisher:
     """Publishes segment after segment, and deletes what is published.
 
     `wait` sleeps for so many seconds, and returns whether the publisher is to end. With `joins`, quick steps
-    that follow one another are published as one.
+    that follow one another are published as one. `waiting` is told how many segments wait each time before they
+    are published.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Publisher:
         wait: Callable[[float], bool],
         joins: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        waiting: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._folder = folder
         self._spool = SpoolReader(folder)
@@ -117,6 +122,7 @@ class Publisher:
         self._wait = wait
         self._joins = joins
         self._clock = clock
+        self._waiting = waiting
         self._sink: Sink | None = None
         self._until: float | None = None
         """When to stop, once it is to end."""
@@ -157,7 +163,9 @@ class Publisher:
         if sink is None:
             return
         # One that was begun before any other: another writer's may be older and have come later.
-        for path in sorted(self._spool.ready(), key=lambda path: path.name != self._report.segment):
+        ready = self._spool.ready()
+        self._waiting(len(ready))
+        for path in sorted(ready, key=lambda path: path.name != self._report.segment):
             segment = self._spool.read(path)
             if not self._publish(segment, sink):
                 return
@@ -232,11 +240,7 @@ def _refuse(count: int, error: Exception, tally: _Tally) -> None:
 
 
 def main(folder: Path, *, joins: bool) -> None:
-    os.nice(10)
-    if hasattr(os, "SCHED_BATCH"):
-        # Where the gateway has but one core, waking up here does not interrupt it.
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    priority.begin()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for chatty in ("httpx", "prefect"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -253,7 +257,9 @@ def main(folder: Path, *, joins: bool) -> None:
 
     # What Prefect is made of stays as it is: collecting garbage need not look through it again and again.
     gc.freeze()
-    Publisher(folder, open_sink, wait=ended.wait, joins=joins).run()
+    Publisher(
+        folder, open_sink, wait=ended.wait, joins=joins, waiting=lambda count: priority.give_way(behind=count > BEHIND)
+    ).run()
 
 
 if __name__ == "__main__":

@@ -89,6 +89,18 @@ def test_runs_and_events_are_published_and_their_segment_deleted(tmp_path: Path,
     assert sink.closed == 1
 
 
+def test_it_is_told_how_many_segments_wait(tmp_path: Path, make_run: Makes) -> None:
+    told: list[int] = []
+    publisher = Publisher(tmp_path, ListSink, wait=lambda _: False, waiting=told.append)
+    for _ in range(3):
+        spooled(tmp_path, make_run())
+
+    publisher.publish_waiting()
+    publisher.publish_waiting()
+
+    assert told == [3, 0]
+
+
 def test_quick_steps_are_published_as_one_where_that_is_wanted(tmp_path: Path, make_run: Makes) -> None:
     run, slow = make_run(steps=QUICK_STEPS), make_run()
     as_one, each = ListSink(), ListSink()

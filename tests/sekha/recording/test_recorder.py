@@ -92,7 +92,7 @@ async def test_a_publisher_stands_back_behind_whoever_serves(tables: Any, tmp_pa
 
         assert os.getpriority(os.PRIO_PROCESS, publisher) >= 10
         if sys.platform == "linux":  # no other system has this way of waiting for a core
-            assert os.sched_getscheduler(publisher) == os.SCHED_BATCH
+            assert os.sched_getscheduler(publisher) in (os.SCHED_BATCH, os.SCHED_IDLE)
 
 
 GATEWAY = """
