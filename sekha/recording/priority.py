@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 __all__ = ["begin", "give_way"]
 
-_NICE = 10
-
 
 def begin() -> None:
-    os.nice(_NICE)
+    os.nice(10)
     give_way(behind=False)
 
 
@@ -22,12 +21,27 @@ def give_way(*, behind: bool) -> None:
     Who could not come back from there stays where it gets a tenth, or a busy machine would never publish anything.
     """
     if hasattr(os, "SCHED_IDLE"):
-        wanted = os.SCHED_BATCH if behind or not _may_come_back() else os.SCHED_IDLE
         with contextlib.suppress(OSError):
-            if os.sched_getscheduler(0) != wanted:
-                os.sched_setscheduler(0, wanted, os.sched_param(0))
+            _run_as(os.SCHED_BATCH if behind or not _may_come_back() else os.SCHED_IDLE)
 
 
+@cache
 def _may_come_back() -> bool:
-    # sched(7): from SCHED_IDLE one may go where `RLIMIT_NICE` allows the nice value that one has.
-    return os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20 - _NICE
+    """Tried by a thread, which alone would be stuck there: root in a container may not, as a rule."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_comes_back).result()
+
+
+def _comes_back() -> bool:
+    try:
+        for policy in (os.SCHED_IDLE, os.SCHED_BATCH):
+            _run_as(policy)
+    except OSError:
+        return False
+    return True
+
+
+def _run_as(policy: int) -> None:
+    """How the processor is shared between this thread and others."""
+    if os.sched_getscheduler(0) != policy:
+        os.sched_setscheduler(0, policy, os.sched_param(0))
