@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -14,13 +15,28 @@ from sekha.registry import Model
 from sekha.routing import Candidate
 from sekha.values import value
 
-__all__ = ["CANCELLED", "Answered", "Attempt", "Clock", "Gate", "Retries", "Waits", "call_in_turn"]
+__all__ = [
+    "CANCELLED",
+    "FULL",
+    "PAUSED",
+    "Answered",
+    "Attempt",
+    "Clock",
+    "Gate",
+    "Retries",
+    "Waits",
+    "call_in_turn",
+    "kept_back",
+    "seconds_shut",
+]
 
 T = TypeVar("T")
 log = logging.getLogger("sekha.calling")
 
 CANCELLED = "cancelled"
 """What stands for the code of an error where an attempt was cut, as the request was that it was made for."""
+FULL = "its `limits:` are reached"
+PAUSED = "so it said to a request before this one"
 _LEAST_SECONDS = 1.0
 """A call with less time than this, or than a tenth of all there was, is not begun: it would be paid for and cut off."""
 
@@ -156,6 +172,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
     now = clock.now
     ends_at = (now() if began_at is None else began_at) + deadline_seconds
     begins_until = ends_at - min(_LEAST_SECONDS, deadline_seconds / 10)
+    first_failure = partial(_Failed, retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at)
     failed: _Failed | None = None
     try:
         for turn in count():
@@ -167,16 +184,12 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                     failed.give_up(name)
                     continue
                 if began_at is None and pauses is not None and (seconds := pauses.wait(name)):
-                    failed = failed or _Failed(
-                        retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
-                    )
-                    failed.put_off(candidate.model, seconds, "so it said to a request before this one")
+                    failed = failed or first_failure()
+                    failed.put_off(candidate.model, seconds, PAUSED)
                     continue
                 if limits is not None and (failed is not None or limits_first) and (seconds := limits(candidate)):
-                    failed = failed or _Failed(
-                        retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
-                    )
-                    failed.put_off(candidate.model, seconds, "its `limits:` are reached")
+                    failed = failed or first_failure()
+                    failed.put_off(candidate.model, seconds, FULL)
                     continue
                 probe: str | None = None
                 if began_at is None and circuits is not None:
@@ -190,9 +203,7 @@ async def call_in_turn(  # noqa: PLR0912, PLR0915 - the branches are what it is 
                 try:
                     answer = await call(candidate, ends_at - began)
                 except ProviderError as error:
-                    failed = failed or _Failed(
-                        retries, clock, circuits, pauses, begins_until=begins_until, ends_at=ends_at
-                    )
+                    failed = failed or first_failure()
                     failed.note(candidate.model, error, now() - began, probe)
                     if told is not None:
                         told(failed.attempts[-1])
@@ -330,9 +341,7 @@ class _Failed:
             self._say_when(error, self._due[hopeful[-1]] - now, min(self._due.values()) - now)
         elif self._kept_back and (not self._errors or self._due[self._first_kept_back()] < math.inf):
             first = self._first_kept_back()
-            model, why = self._kept_back[first]
-            seconds = max(self._due[first] - now, 0.0) if self._due[first] < math.inf else None
-            error = RateLimited(why, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=seconds)
+            error = kept_back(*self._kept_back[first], max(self._due[first] - now, 0.0))
         else:
             # Who could not be asked at all says nothing of those who were and failed.
             asked = [error for error in self._errors.values() if not isinstance(error, FieldUnsupported)]
@@ -361,15 +370,25 @@ class _Failed:
 def _nobody(candidates: Sequence[Candidate], circuits: Gate | None) -> Exception:
     if circuits is None or not candidates:
         return ValueError("there is nobody to call: a plan has at least one candidate")
-    waits = {candidate.model.name: circuits.wait_seconds(candidate.model.name) for candidate in candidates}
-    soonest = min(candidates, key=lambda candidate: waits[candidate.model.name]).model
+    soonest = min((candidate.model for candidate in candidates), key=lambda model: circuits.wait_seconds(model.name))
     return CircuitOpen(
         f"the same is true of all {len(candidates)} that may serve this request" if len(candidates) > 1 else "",
         provider_id=soonest.provider_id,
         model_id=soonest.id,
-        # A circuit that somebody probes right now is known in a moment, not at once.
-        retry_after_seconds=max(math.ceil(waits[soonest.name]), 1),
+        retry_after_seconds=seconds_shut(soonest, circuits),
     )
+
+
+def seconds_shut(model: Model, circuits: Gate) -> int:
+    """For how many seconds an open circuit is to be told to be so."""
+    # One that somebody probes right now is known in a moment, not at once.
+    return max(math.ceil(circuits.wait_seconds(model.name)), 1)
+
+
+def kept_back(model: Model, why: str, seconds: float) -> RateLimited:
+    """What is told of one that was not asked since it has no room for so many seconds: `FULL`, or `PAUSED`."""
+    wait = seconds if seconds < math.inf else None
+    return RateLimited(why, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=wait)
 
 
 def _attempt(model: Model, seconds: float, error: str | None = None, detail: str = "") -> Attempt:

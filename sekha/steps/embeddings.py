@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import orjson
 
+from sekha.calling import FULL, kept_back
 from sekha.embedding import Embedded, EmbedRequest, RawEmbedded
 from sekha.errors import FieldUnsupported, ProviderError, RateLimited
 from sekha.ledger import Hold
@@ -233,12 +234,7 @@ class EmbedCalls(Asking):
             if wait <= 0:
                 return True
             if clock.now() + wait > until:
-                raise RateLimited(
-                    "its `limits:` are reached",
-                    provider_id=first.provider_id,
-                    model_id=first.id,
-                    retry_after_seconds=None if wait == math.inf else wait,
-                )
+                raise kept_back(first, FULL, wait)
             if not told:
                 log.info("waiting %.1f s for room in the limits of %s", wait, first.provider_id)
                 told = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sekha.calling import FULL, PAUSED, kept_back, seconds_shut
 from sekha.errors import CircuitOpen, FieldUnsupported, ProviderError, RateLimited
 from sekha.registry import Model
 from sekha.resources import Resources
@@ -38,14 +39,12 @@ def _to_wait(
     full, paused = conditions.throttled.get(model.provider_id, 0.0), conditions.paused.get(model.name, 0.0)
     limited, shut = max(full, paused), 0
     if resources.circuits is not None and model.name in conditions.open_circuits:
-        # A circuit that somebody probes right now is known in a moment, not at once.
-        shut = max(math.ceil(resources.circuits.wait_seconds(model.name)), 1)
+        shut = seconds_shut(model, resources.circuits)
     later: CircuitOpen | RateLimited
     if shut >= limited:
         later = CircuitOpen(provider_id=model.provider_id, model_id=model.id, retry_after_seconds=shut)
     else:
-        said = "its `limits:` are reached" if full >= paused else "so it said to a request before this one"
-        later = RateLimited(said, provider_id=model.provider_id, model_id=model.id, retry_after_seconds=limited)
+        later = kept_back(model, FULL if full >= paused else PAUSED, limited)
     later.attempts = error.attempts
     return later
 

@@ -98,6 +98,16 @@ class Guarded(Script):
         for _ in range(3):
             self.circuits.note(f"{name}/m", down(name))
 
+    def open_in_the_next_wait(self, name: str) -> None:
+        """Have others open a circuit while a call waits."""
+        sleep = self.time.sleep
+
+        async def others_fail_meanwhile(seconds: float) -> None:
+            await sleep(seconds)
+            self.open(name)
+
+        self.time.sleep = others_fail_meanwhile  # type: ignore[method-assign]
+
     def failures(self, name: str) -> int:
         return self.circuits.snapshot()[f"{name}/m"].failures
 
@@ -342,13 +352,7 @@ async def test_a_candidate_that_a_failure_shut_is_not_waited_for() -> None:
 
 async def test_a_circuit_that_others_open_while_a_call_waits_ends_the_wait() -> None:
     script = Guarded(FakeTime(), a=[limited("a", 5)])
-    sleep = script.time.sleep
-
-    async def others_fail_meanwhile(seconds: float) -> None:
-        await sleep(seconds)
-        script.open("a")
-
-    script.time.sleep = others_fail_meanwhile  # type: ignore[method-assign]
+    script.open_in_the_next_wait("a")
 
     with pytest.raises(RateLimited):
         await script.run("a")
@@ -638,13 +642,7 @@ async def test_a_circuit_that_opens_while_its_candidate_is_paused_is_what_is_tol
     script = Guarded(FakeTime())
     script.pauses = Pauses(clock=lambda: script.time.seconds)
     script.pauses.note("a/m", 5.0)
-    sleep = script.time.sleep
-
-    async def others_fail_meanwhile(seconds: float) -> None:
-        await sleep(seconds)
-        script.open("a")
-
-    script.time.sleep = others_fail_meanwhile  # type: ignore[method-assign]
+    script.open_in_the_next_wait("a")
 
     with pytest.raises(CircuitOpen):
         await script.run("a")

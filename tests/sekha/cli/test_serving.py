@@ -77,15 +77,20 @@ async def test_it_listens_beyond_this_machine_when_the_file_says_who_may_come(se
         assert not [line for line in gate.logged if line["level"] == "warning"]
 
 
+async def refused_reload(gate: Gate, left: str, *, workers: int) -> None:
+    """Have all its workers told of another file, until one says that it is not taken over."""
+    if workers > 1:
+        await wait_until(lambda: len(gate.workers) == workers, seconds=20)
+    gate.file.write_text(left)
+    gate.tell(signal.SIGHUP)
+    await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"], seconds=20)
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_a_reload_that_drops_the_keys_is_refused_while_others_can_reach_it(serving: Serves, workers: str) -> None:
     keys = f"keys:\n  - {{name: a, hash: 'sha256:{'0' * 64}'}}\n"
     async with serving(BUILTIN + "server_host: 0.0.0.0\n" + keys, "--workers", workers) as gate:
-        if workers == "2":
-            await wait_until(lambda: len(gate.workers) == 2, seconds=20)
-        gate.file.write_text(BUILTIN)
-        gate.tell(signal.SIGHUP)
-        await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"], seconds=20)
+        await refused_reload(gate, BUILTIN, workers=int(workers))
 
         statuses = set()
         for _ in range(6):
@@ -121,11 +126,7 @@ async def test_a_reload_while_the_file_is_being_written_leaves_no_door_open_and_
     key = new_key()
     keys = f"keys:\n  - {{name: a, hash: '{hash_of(key)}'}}\n"
     async with serving(BUILTIN + keys, "--workers", workers) as gate:
-        if workers == "2":
-            await wait_until(lambda: len(gate.workers) == 2, seconds=20)
-        gate.file.write_text(left)
-        gate.tell(signal.SIGHUP)
-        await wait_until(lambda: [line for line in gate.logged if line["level"] == "error"], seconds=20)
+        await refused_reload(gate, left, workers=int(workers))
 
         statuses = set()
         for _ in range(6):
