@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from statistics import median_low
 from time import perf_counter
 from timeit import Timer
 
@@ -87,11 +88,13 @@ def thousand(*, priorities: int, prices: int) -> Registry:
 
 
 def asked(registry: Registry, *, ask: Ask, budgets: tuple[Budget, ...] = (), left: str = "1000") -> Estimates:
+    usual = {model.name: 200 + 7 * at % 300 for at, model in enumerate(registry) if at % 2}
     return Estimates(
         size=Size(ask),
         counters={model.id: Counter(("o200k_base", "cl100k_base")[len(model.id) % 2], False) for model in registry},
         counts={"o200k_base": Count(31), "cl100k_base": Count(33)},
-        usual={model.name: 200 + 7 * at % 300 for at, model in enumerate(registry) if at % 2},
+        usual=usual,
+        compared_at=median_low(usual.values()),
         rules=Rules(max_cost_per_request=Decimal("0.05")),
         budgets=budgets,
         remaining={budget.name: Decimal(left) for budget in budgets},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from sekha.asks import Ask, Conditions, Count, Counter, Estimates, Size, cap
+from sekha.asks import Ask, Conditions, Counter, Estimates, Size, cap
 from sekha.errors import UnknownModel
 from sekha.ledger import Budget
 from sekha.pricing import ASSUMED_REPLY, LONGEST_REPLY, Price, most_of
@@ -31,9 +33,9 @@ __all__ = [
     "Rule",
     "cap_at",
     "considered",
-    "drawn",
     "incapable",
     "line_up",
+    "placed",
     "preferred",
     "spread",
     "unsure",
@@ -47,6 +49,8 @@ FORMS = 1_000
 """Forms of asks remembered with a registry; callers name models freely, so there may be very many."""
 REMEMBERED = 20_000
 """Entrants in all of them together: less than twenty megabytes."""
+SETS_OF_EQUALS = 16
+"""Of which it is remembered, for each form, how often each of them is drawn."""
 SHORTEST_SECONDS = 0.001
 """A latency below counts as this one, so that nobody takes all of the traffic for a rounding error."""
 _NO_CHAT: frozenset[Task] = frozenset({"embedding", "image_generation"})
@@ -97,6 +101,11 @@ def preferred(ask: Ask, registry: Registry) -> tuple[Model, ...]:
     task = ask.task or (None if ask.model == "auto" else ask.model)
     role = _ROLES.get("vision" if ask.vision and task is None else task)
     return registry.default_for(role) if role is not None and role in registry.default_models else ()
+
+
+def placed(why: str, place: int) -> str:
+    """Why a model stands at this place of a plan, the first of which is 0."""
+    return f"fallback {place}: {why}" if place else why
 
 
 def _embedding_models(ask: Ask, registry: Registry) -> tuple[Model, ...]:
@@ -153,22 +162,26 @@ def unsure(ask: Ask, model: Model) -> str:
     return "not known to take audio" if ask.audio and model.audio is None else ""
 
 
-def drawn(models: Sequence[Model], conditions: Conditions) -> int:
-    """Which of several equals goes first: each as often as its weight, and the more often the quicker it is.
+def shares(models: Sequence[Model], latency_seconds: Mapping[str, float]) -> list[float]:
+    """How often each of several equals goes first, as sums from the first on: by its weight, and how quick it is.
 
     One whose latency is unknown counts as the mean of the known, so that a new one gets its share.
     """
-    shares: list[float] = [model.weight for model in models]
-    if conditions.latency_seconds:
-        latencies = [conditions.latency_seconds.get(model.name) for model in models]
+    each: list[float] = [model.weight for model in models]
+    if latency_seconds:
+        latencies = [latency_seconds.get(model.name) for model in models]
         known = [max(seconds, SHORTEST_SECONDS) for seconds in latencies if seconds is not None]
         mean = math.fsum(known) / len(known) if known else 1.0
-        shares = [
+        each = [
             weight / (mean if seconds is None else max(seconds, SHORTEST_SECONDS))
-            for weight, seconds in zip(shares, latencies, strict=True)
+            for weight, seconds in zip(each, latencies, strict=True)
         ]
-    upto = list(accumulate(shares))
-    return min(bisect_right(upto, conditions.draw * upto[-1]), len(upto) - 1)
+    return [*accumulate(each)]
+
+
+def drawn(upto: Sequence[float], draw: float) -> int:
+    """Which of several equals with these `shares` goes first."""
+    return min(bisect_right(upto, draw * upto[-1]), len(upto) - 1)
 
 
 def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, conditions: Conditions) -> list[int]:
@@ -197,7 +210,8 @@ def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, condi
             able = [each for each in those if places.get(providers[each], 0) < most and each not in found]
             if len(able) > 1 and rank not in drawn_in:
                 drawn_in.add(rank)
-                able.insert(0, able.pop(drawn([models[each] for each in able], conditions)))
+                upto = shares([models[each] for each in able], conditions.latency_seconds)
+                able.insert(0, able.pop(drawn(upto, conditions.draw)))
             for each in able:
                 if len(found) < count and (taken := places.get(providers[each], 0)) < most:
                     places[providers[each]] = taken + 1
@@ -217,9 +231,9 @@ class Entrant(NamedTuple):
     name: str
     group: int
     """Those of a lower group go first, whatever they cost: by preference, then by priority."""
-    why: str
-    """Why it stands where it stands."""
-    why_cheap: str
+    why: tuple[str, ...]
+    """Why it stands where it stands, for each place of a plan."""
+    why_cheap: tuple[str, ...]
     """The same where the price decides too."""
 
 
@@ -238,10 +252,11 @@ class _Cover:
         return match.get("key", ask.key) == ask.key and ("tag" not in match or match["tag"] in ask.tags)
 
     @cached_property
-    def mask(self) -> Numbers:
+    def positions(self) -> Numbers:
+        """Where a call counts against it, of a budget that is not for all of the entrants."""
         import numpy as np
 
-        return np.array(self.at)
+        return np.array(self.at).nonzero()[0]
 
 
 Within: TypeAlias = "Sequence[tuple[Decimal, _Cover]]"
@@ -359,11 +374,9 @@ def line_up(ask: Ask, registry: Registry) -> LineUp:
     kind, model, task, preferred_model, vision, pictures, _, priced_apart, _, _, allowed, _, tools, audio, tier = ask
     # Whose limits the images break is all that they have to do with it.
     seen_by = None if pictures is None else tuple(pictures.breach(each) is None for each in registry.vision_limits)
-    form: tuple[Hashable, ...] = (
-        *(kind, model, task, preferred_model, vision, tools is None, audio),
-        *(priced_apart is None, allowed, seen_by),
-        *(() if tier is None else (priced_apart, tier)),
-    )
+    # What is priced apart matters by its name only where a tier's own price may be known.
+    apart = priced_apart is None if tier is None else priced_apart
+    form = (kind, model, task, preferred_model, vision, tools is None, audio, apart, tier, allowed, seen_by)
     known: dict[Hashable, LineUp] = registry.worked_out
     found = known.get(form)
     if found is None:
@@ -392,7 +405,12 @@ def _entrants(ask: Ask, registry: Registry, models: Sequence[Model]) -> Iterator
         else:
             why = f"priority {rank[1]}" + (f", {rank[2]}" if rank[2] else "")
             why_cheap = f"{why}, then price"
-        yield Entrant(model, model.name, groups[rank], why, why_cheap)
+        yield Entrant(model, model.name, groups[rank], _at_places(why), _at_places(why_cheap))
+
+
+@lru_cache(maxsize=256)
+def _at_places(why: str) -> tuple[str, ...]:
+    return tuple(placed(why, place) for place in range(SHORTLIST))
 
 
 # --- the best of very many -----------------------------------------------------------------
@@ -414,17 +432,10 @@ class _Lengths(NamedTuple):
     longest: int
 
 
-_Measured: TypeAlias = tuple[Size, bool, "Numbers", list[Count], _Lengths, list[int], list[int], int, bool]
-"""What a request is at all entrants side by side: its size; whether it chats; whose way of counting is which; by each
-way its counts; the lengths of replies; by each way its tokens, and those at the most; what the dearest might cost; and
-whether each reply is cut by nothing but its model's own limit. A plain tuple, since one is made for every choice."""
-
-
-def _context(size: Size, counts: Sequence[Count]) -> list[int]:
-    """Tokens that have to fit into the context window, by each way of counting."""
-    if size.ask.kind != "chat":
-        return [each.longest for each in counts]
-    return [each.tokens + (size.reply_limit or 0) for each in counts]
+_Measured: TypeAlias = tuple[Size, bool, "Numbers", _Lengths, list[int], list[int], int, bool]
+"""What a request is at all entrants side by side: its size; whether it chats; whose way of counting is which; the
+lengths of replies; by each way its tokens, and those at the most; what the dearest might cost; and whether each reply
+is cut by nothing but its model's own limit. A plain tuple, since one is made for every choice."""
 
 
 class _Field:
@@ -437,8 +448,9 @@ class _Field:
         self._entrants = entrants
         models = [entrant.model for entrant in entrants]
         tariffs = [(model.price or Price()).tariff for model in models]
-        self._places = max(tariff.places for tariff in tariffs)
-        scale = [10 ** (self._places - tariff.places) for tariff in tariffs]
+        places = max(tariff.places for tariff in tariffs)
+        self._units_in_dollar = Decimal(10**places)
+        scale = [10 ** (places - tariff.places) for tariff in tariffs]
         whole = {
             "input": [tariff.input * by for tariff, by in zip(tariffs, scale, strict=True)],
             "written": [max(tariff.input, tariff.written) * by for tariff, by in zip(tariffs, scale, strict=True)],
@@ -462,16 +474,21 @@ class _Field:
         self._slack = int((self._window - self._limit).min())
         self._smallest_window = int(self._window.min())
         self._thinks_by_number = any(model.thinks_by_number for model in models)
-        self._weight = np.array([model.weight for model in models])
         self._position = {entrant.name: at for at, entrant in enumerate(entrants)}
         self._providers = [model.provider_id for model in models]
         self._at_provider: dict[str, list[int]] = {}
         for at, provider in enumerate(self._providers):
             self._at_provider.setdefault(provider, []).append(at)
-        self._positions = {provider: np.array(positions) for provider, positions in self._at_provider.items()}
+        self._positions: dict[str, slice | Numbers] = {
+            provider: slice(first, last + 1) if last - first < len(positions) else np.array(positions)
+            for provider, positions in self._at_provider.items()
+            for first, last in [(positions[0], positions[-1])]
+        }
         self._ways = _Once(self._ways_of)
         self._worked_out: tuple[Mapping[str, int], int | None, _Lengths] | None = None
-        self._shares = _Once(self._shares_of)
+        self._latency: Mapping[str, float] | None = None
+        self._shares: dict[Hashable, tuple[array[int], array[float]]] = {}
+        """Of those that were equal while the latencies were these: where they stand, and their `shares`."""
         self._shut: tuple[frozenset[str], tuple[tuple[str, ...], ...], Numbers] | None = None
 
     def best(
@@ -480,7 +497,7 @@ class _Field:
         measured = self._measured(estimates)
         if measured is None:
             return None
-        size, chats, way, counts, lengths, tokens, at_most, dearest, plainly = measured
+        size, chats, way, lengths, tokens, at_most, dearest, plainly = measured
         np = self._np
         replies: Numbers | None = None
         if not estimates.rules.cost_aware:
@@ -499,17 +516,20 @@ class _Field:
 
         if conditions.open_circuits or conditions.throttled or conditions.paused:
             key[self._shut_by(conditions)] = _NEVER
-        context = _context(size, counts)
-        if max(context) > self._smallest_window:
+        # Where the longest reply fits into every context window, the prompt does.
+        if not plainly and max(context := self._context(estimates, tokens)) > self._smallest_window:
             np.putmask(key, self._each(context, way) > self._window, _NEVER)
-        limits = [(units, cover) for left, cover in within if (units := self._units(left)) < dearest]
-        limit = dearest if most is None else self._units(most)
+        limit = dearest
+        if most is not None and (units := self._units(most)) < dearest:
+            limit = units
+        # Whoever passes one of these has not passed that for all already.
+        limits = [(units, cover) for left, cover in within if (units := self._units(left)) < limit]
         if limits or limit < dearest:
             worst = self._worst(size, lengths, self._each(at_most, way), plainly)
             if limit < dearest:
                 np.putmask(key, worst > limit, _NEVER)
             for units, cover in limits:
-                np.putmask(key, (worst > units) & cover.mask, _NEVER)
+                key[cover.positions[worst[cover.positions] > units]] = _NEVER
         return self._in_order(key, conditions, count)
 
     def rules(
@@ -518,20 +538,20 @@ class _Field:
         measured = self._measured(estimates)
         if measured is None:
             return None
-        size, _, way, counts, lengths, _, at_most, _, plainly = measured
+        size, _, way, lengths, tokens, at_most, _, plainly = measured
         worst = self._worst(size, lengths, self._each(at_most, way), plainly)
         rule = self._np.zeros(len(self._entrants), dtype=int)
         limited = [at for provider in conditions.throttled for at in self._at_provider.get(provider, ())]
         rule[limited + self._places_of(conditions.paused)] = _RULES.index("rate")
         rule[self._places_of(conditions.open_circuits)] = _RULES.index("circuit")
         for left, cover in within:
-            rule[(worst > self._units(left)) & cover.mask] = _RULES.index("budget")
+            rule[cover.positions[worst[cover.positions] > self._units(left)]] = _RULES.index("budget")
         if most is not None:
             rule[worst > self._units(most)] = _RULES.index("budget")
         limit, _ = cap(size.ask, estimates.rules)
         if limit is not None:
             rule[worst > self._units(limit)] = _RULES.index("cost")
-        rule[self._each(_context(size, counts), way) > self._window] = _RULES.index("context")
+        rule[self._each(self._context(estimates, tokens), way) > self._window] = _RULES.index("context")
         return [(_RULES[each], costs) for each, costs in zip(rule.tolist(), worst.tolist(), strict=True)]
 
     def _places_of(self, names: Iterable[str]) -> list[int]:
@@ -544,23 +564,38 @@ class _Field:
         some cost something else in its service tier.
         """
         size = estimates.size
-        if (size.thinking and self._thinks_by_number) or (size.ask.tier is not None and self._tiered):
+        if (size.thinking and self._thinks_by_number) or (self._tiered and size.ask.tier is not None):
             return None
         chats = size.ask.kind == "chat"
         ways, way = self._ways(estimates.counters)
-        counts = [estimates.counts[name] for name, _ in ways]
+        known = estimates.counts
         lengths = self._lengths(estimates)
-        tokens = [each.tokens for each in counts]
-        at_most = [each if exact else most_of(each) for each, (_, exact) in zip(tokens, ways, strict=True)]
-        longest = (size.reply_limit or lengths.longest) * size.replies if chats else 0
-        dearest = max(at_most) * self._dearest[0] + longest * self._dearest[1] + size.images * self._dearest[2]
-        if not self._fits or max(at_most) > self._long_from or dearest >= _SUM:
+        tokens: list[int] = []
+        at_most: list[int] = []
+        for name, exact in ways:
+            each, _ = known[name]
+            tokens.append(each)
+            at_most.append(each if exact else most_of(each))
+        longest, reply_limit, replies = max(at_most), size.reply_limit, size.replies
+        dearest_input, dearest_output, dearest_image = self._dearest
+        dearest = longest * dearest_input + size.images * dearest_image
+        if chats:
+            dearest += (reply_limit or lengths.longest) * replies * dearest_output
+        if not self._fits or longest > self._long_from or dearest >= _SUM:
             return None
-        plainly = chats and size.reply_limit is None and size.replies == 1 and max(at_most) <= self._slack
-        return size, chats, way, counts, lengths, tokens, at_most, dearest, plainly
+        plainly = chats and reply_limit is None and replies == 1 and longest <= self._slack
+        return size, chats, way, lengths, tokens, at_most, dearest, plainly
+
+    def _context(self, estimates: Estimates, tokens: list[int]) -> list[int]:
+        """Tokens that have to fit into the context window, by each way of counting."""
+        if estimates.size.ask.kind != "chat":
+            ways, _ = self._ways(estimates.counters)
+            return [estimates.counts[name].longest for name, _ in ways]
+        limit = estimates.size.reply_limit
+        return [each + limit for each in tokens] if limit else tokens
 
     def _units(self, amount: Decimal) -> int:
-        return int(amount.scaleb(self._places))
+        return int(amount * self._units_in_dollar)
 
     def _each(self, by_way: list[int], way: Numbers) -> Any:
         """A number for each entrant; one for all where they count alike."""
@@ -602,59 +637,78 @@ class _Field:
 
     def _in_order(self, key: Numbers, conditions: Conditions, count: int) -> list[int]:
         """The positions of the lowest keys, as `spread` takes them from the providers; the key is used up."""
-        found: list[tuple[Any, int, int]] = []
+        found: list[tuple[int, int]] = []
         places: dict[str, int] = {}
-        aside: list[tuple[Numbers, Numbers]] = []
-        drawn_among: set[Any] = set()
-        at: Any = key.argmin()
+        aside: list[tuple[slice | Numbers, Numbers]] = []
+        drawn_among: set[int] = set()
+        providers = self._providers
+        restored = False
+        at = int(key.argmin())
+        lowest = key.item(at)
         while True:
-            lowest = key[at]
             if lowest == _NEVER:
                 if not aside:
                     break
                 # Nobody else is left.
-                for positions, keys in aside:
-                    key[positions] = keys
+                for where, keys in aside:
+                    key[where] = keys
                 aside.clear()
-                at = key.argmin()
+                restored = True
+                at = int(key.argmin())
+                lowest = key.item(at)
                 continue
             key[at] = _NEVER
-            after = key.argmin()
-            if key[after] == lowest and lowest not in drawn_among:
-                drawn_among.add(lowest)
-                key[at] = lowest
-                at = self._drawn((key == lowest).nonzero()[0], conditions)
-                key[at] = _NEVER
-                after = key.argmin()
-            found.append((lowest, len(found), int(at)))
+            after = -1
+            if lowest not in drawn_among:
+                after = int(key.argmin())
+                following = key.item(after)
+                if following == lowest:
+                    drawn_among.add(lowest)
+                    at, after = self._drawn(key, at, after, lowest, conditions), -1
+            found.append((lowest, at))
             if len(found) == count:
                 break
-            provider = self._providers[at]
+            provider = providers[at]
             taken = places[provider] = places.get(provider, 0) + 1
             if taken == OF_ONE_PROVIDER:
-                positions = self._positions[provider]
-                aside.append((positions, key[positions]))
-                key[positions] = _NEVER
-                after = key.argmin()
-            at = after
-        found.sort()
-        return [at for _, _, at in found]
+                where = self._positions[provider]
+                aside.append((where, key[where].copy()))
+                key[where] = _NEVER
+                after = -1
+            if after < 0:
+                after = int(key.argmin())
+                following = key.item(after)
+            at, lowest = after, following
+        if restored:
+            found.sort(key=itemgetter(0))
+        return [at for _, at in found]
 
-    def _drawn(self, equals: Numbers, conditions: Conditions) -> int:
-        """What `drawn` draws, for a thousand at once: the position of one of the equals."""
-        np = self._np
-        if conditions.latency_seconds:
-            shares, latency, all_known = self._shares(conditions.latency_seconds)
-            shares = shares.take(equals)
-            if not all_known:
-                unknown = np.isnan(shares)
-                known = latency[equals][~unknown]
-                mean = math.fsum(known.tolist()) / len(known) if len(known) else 1.0
-                shares[unknown] = self._weight[equals][unknown] / mean
-        else:
-            shares = self._weight.take(equals)
-        upto = shares.cumsum()
-        return int(equals[min(upto.searchsorted(conditions.draw * upto[-1], side="right"), len(upto) - 1)])
+    def _drawn(self, key: Numbers, first: int, second: int, lowest: int, conditions: Conditions) -> int:
+        """What `drawn` draws of those whose key is the lowest: its position. Of them, its key alone is used up."""
+        key[second] = _NEVER
+        # A pair is found sooner without looking at all of the keys once more.
+        only_two = key.item(key.argmin()) != lowest
+        key[first] = key[second] = lowest
+        equals = [first, second]
+        equal: Numbers | None = None
+        which: Hashable = (first, second)
+        if not only_two:
+            equal = key == lowest
+            which = equal.tobytes()
+        seconds = conditions.latency_seconds
+        if self._latency is not seconds or len(self._shares) >= SETS_OF_EQUALS:
+            self._latency = seconds
+            self._shares.clear()
+        known = self._shares.get(which)
+        if known is None:
+            if equal is not None:
+                equals = equal.nonzero()[0].tolist()
+            upto = shares([self._entrants[at].model for at in equals], seconds)
+            known = self._shares[which] = array("l", equals), array("d", upto)
+        positions, upto_each = known
+        at = positions[drawn(upto_each, conditions.draw)]
+        key[at] = _NEVER
+        return at
 
     # --- what is looked up anew only when it has changed ---
 
@@ -694,9 +748,3 @@ class _Field:
         )
         self._worked_out = usual, compared_at, lengths
         return lengths
-
-    def _shares_of(self, seconds: Mapping[str, float]) -> tuple[Numbers, Numbers, bool]:
-        """Weight by latency, and the latency, no numbers where it is unknown; and whether all are known."""
-        known = [seconds.get(entrant.name, math.nan) for entrant in self._entrants]
-        latency = self._np.maximum(known, SHORTEST_SECONDS)
-        return self._weight / latency, latency, not self._np.isnan(latency).any()

@@ -44,6 +44,8 @@ class Tariff(NamedTuple):
     places: int
     unit: Decimal
     """10 to the power of minus `places`, in US dollars."""
+    units: Decimal
+    """In one US dollar, to be multiplied with: `scaleb` takes three times as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Price:
     """What it costs in service tiers with prices of their own: `flex`, `priority`."""
     source: Literal["configured", "price map", "local"] = "configured"
 
-    @property
+    @cached_property
     def is_free(self) -> bool:
         return not (self.input or self.output or self.per_image)
 
@@ -91,7 +93,8 @@ class Price:
         places = 6 + max(0, *(-int(amount.normalize().as_tuple().exponent) for amount in amounts))
         of_input, of_cached, of_written, of_output = (int(amount.scaleb(places - 6)) for amount in amounts[:4])
         of_image = int(amounts[4].scaleb(places))
-        return Tariff(of_input, of_cached, of_written, of_output, of_image, places, Decimal(1).scaleb(-places))
+        unit, units = Decimal(1).scaleb(-places), Decimal(10**places)
+        return Tariff(of_input, of_cached, of_written, of_output, of_image, places, unit, units)
 
 
 FREE = Price(source="local")
@@ -148,7 +151,7 @@ ASSUMED_REPLY = 512
 """Tokens of a reply from a model of which no reply has been seen yet."""
 INEXACT = Decimal("1.25")
 """How many more tokens than we count a provider may count, where its tokenizer is not public."""
-_INEXACT = INEXACT.as_integer_ratio()
+_PARTS, _WHOLE = INEXACT.as_integer_ratio()
 LONGEST_REPLY = 4096
 """Tokens at which a reply is cut where nobody knows the model's own limit and its tokens cost money."""
 
@@ -202,15 +205,18 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
         requested,
         model_limit,
         usual,
-        None if cap is None else int(cap.scaleb(then.places)),
+        None if cap is None else int(cap * then.units),
         context_window,
         images,
         replies,
         writes_cache,
         least,
     )
-    context_tokens = input_tokens + (requested or 0)
-    return Estimate(expected * now.unit, worst * then.unit, input_tokens, length, context_tokens, limit, basis)
+    context_tokens = input_tokens + requested if requested else input_tokens
+    # Past the function that a named tuple makes itself with, which takes as long as both products.
+    return tuple.__new__(
+        Estimate, (expected * now.unit, worst * then.unit, input_tokens, length, context_tokens, limit, basis)
+    )
 
 
 def chat_units(  # noqa: PLR0917 - as above
@@ -227,34 +233,46 @@ def chat_units(  # noqa: PLR0917 - as above
     replies: int = 1,
     writes_cache: bool = False,
     least: int = 0,
-) -> ChatUnits:
+) -> tuple[int, int, int, int | None, Basis]:
     """What `estimate_chat` says, in whole numbers: expected at the tariff `now`, at the worst by `then`.
 
-    `most` is what `input_tokens` may come to at the provider, and `cap` in units of `then`.
+    `most` is what `input_tokens` may come to at the provider, and `cap` in units of `then`. What comes is what
+    `ChatUnits` names, in a plain tuple, since most of those that want it take it apart at once.
     """
-    of_input, _, written, output, of_image, _, _ = then
+    of_input, _, written, output, of_image, _, _, _ = then
     at_most = most * (written if writes_cache and written > of_input else of_input) + images * of_image
     each_at_most = output * replies
     limit: int | None = None
     if requested is not None:
-        length = min(requested, usual) if usual else requested
-        basis: Basis = "history" if usual and usual < requested else "max_tokens"
+        length = requested
+        basis: Basis = "max_tokens"
+        if usual and usual < requested:
+            length, basis = usual, "history"
         longest = requested  # sent as the caller's own `max_tokens`, so no limit of ours is needed
     else:
-        basis = "history" if usual else "assumed"
+        if usual:
+            length, basis = usual, "history"
+        else:
+            length, basis = ASSUMED_REPLY, "assumed"
         longest = model_limit or (LONGEST_REPLY if least < LONGEST_REPLY else least)
         if context_window and context_window - most < longest:
             # Providers refuse a `max_tokens` that would not fit behind the input.
             longest = max(context_window - most, 1)
-        length = min(usual or ASSUMED_REPLY, longest)
+        if length > longest:  # noqa: PLR1730 - as above
+            length = longest
         # Where it matters a limit is sent, since the one that we know of the model may be out of date.
         if each_at_most and (cap is not None or not model_limit):
             limit = longest
             if cap is not None and at_most + longest * each_at_most > cap:
                 # A limit below the usual length would not save the request but mutilate its reply.
-                longest = limit = max((cap - at_most) // each_at_most, length, min(least, longest))
+                afforded = (cap - at_most) // each_at_most
+                if afforded < length:  # noqa: PLR1730 - as above
+                    afforded = length
+                if afforded < least:
+                    afforded = max(afforded, min(least, longest))
+                longest = limit = afforded
     length *= replies
-    return ChatUnits(
+    return (
         input_tokens * now.input + images * now.image + length * now.output,
         at_most + longest * each_at_most,
         length,
@@ -272,7 +290,7 @@ def estimate_embedding(price: Price, *, input_tokens: int, longest: int, exact: 
 
 def most_of(tokens: int) -> int:
     """Tokens that a provider may count where we, not exactly, count these."""
-    return -(-tokens * _INEXACT[0] // _INEXACT[1])
+    return -(-tokens * _PARTS // _WHOLE)
 
 
 def cost(usage: Usage, price: Price) -> Decimal:

@@ -34,6 +34,7 @@ from sekha.lineup import (
     considered,
     incapable,
     line_up,
+    placed,
     preferred,
     spread,
     unsure,
@@ -66,8 +67,8 @@ __all__ = [
 ]
 
 ANYTIME = Conditions()
-_Kept: TypeAlias = tuple[int, Decimal, int, Estimate]
-"""An entrant's group, price, position and estimate: they sort into the order in which they are asked."""
+_Kept: TypeAlias = tuple[int, Estimate]
+"""The position of an entrant that is asked, and what it would cost."""
 _ANY = Decimal(0)
 """Stands for every price where price does not decide."""
 _Dropped: TypeAlias = tuple[Model, Rule, Any]
@@ -159,18 +160,19 @@ def plan(estimates: Estimates, registry: Registry, conditions: Conditions = ANYT
     in the request keeps its price from being known; `KeyNotAllowed` where a
     model could and the key may not; `NotCapable`. Else `NoCandidate` with each model's reason.
     """
-    count = SHORTLIST if estimates.rules.auto_fallback else 1
-    lined_up = line_up(estimates.ask, registry)
+    ask, rules = estimates.size.ask, estimates.rules
+    count = SHORTLIST if rules.auto_fallback else 1
+    lined_up = line_up(ask, registry)
     kept = _shortlisted(lined_up, estimates, conditions, count)
     if conditions.paused and len(kept) < count:
         anybody = _shortlisted(lined_up, estimates, conditions._replace(paused={}), count)
-        paused = [each for each in anybody if lined_up.entrants[each[2]].name in conditions.paused]
+        paused = [each for each in anybody if lined_up.entrants[each[0]].name in conditions.paused]
         kept += paused[: count - len(kept)]
     if not kept:
         awake = conditions._replace(paused={})
         raise _refusal([*_dropped(lined_up, estimates, awake)], estimates, registry, awake)
-    candidates = _candidates(lined_up.entrants, kept, estimates.rules.cost_aware)
-    return Plan(ask=estimates.ask, candidates=candidates, estimates=estimates)
+    candidates = _candidates(lined_up.entrants, kept, rules.cost_aware)
+    return Plan(ask=ask, candidates=candidates, estimates=estimates)
 
 
 def put_by(made: Plan, registry: Registry, conditions: Conditions) -> list[Model]:
@@ -224,7 +226,7 @@ def explain(estimates: Estimates, registry: Registry, conditions: Conditions = A
             model=model,
             place=place,
             rule=None if objection is None else objection[0],
-            why=_reason(estimates, registry, model, place or 1) if objection is None else objection[1],
+            why=placed(_reason(estimates, registry, model), (place or 1) - 1) if objection is None else objection[1],
             estimate=(estimate := priced[model.name]),
             compared=None if estimate is None else estimates.compared(model, estimate),
             priority=registry.provider_of(model).priority,
@@ -276,11 +278,12 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
         if best is not None:
             chosen: list[_Kept] = []
             for at in best:
-                model, name, group, _, _ = entrants[at]
-                chosen.append((group, _ANY, at, estimates.priced(model, cap_at(at, most, within), name)))
+                model, name, _, _, _ = entrants[at]
+                limit = cap_at(at, most, within) if within else most
+                chosen.append((at, estimates.priced(model, limit, name)))
             return chosen
     open_circuits, throttled, _, _, paused, _ = conditions
-    kept: list[_Kept] = []
+    able: list[tuple[int, Decimal, int, Estimate]] = []
     for at, (model, name, group, _, _) in enumerate(entrants):
         if name in open_circuits or model.provider_id in throttled or name in paused:
             continue
@@ -292,22 +295,20 @@ def _shortlisted(lined_up: LineUp, estimates: Estimates, conditions: Conditions,
             continue
         if model.context_window and estimate.context_tokens > model.context_window:
             continue
-        kept.append((group, estimates.compared(model, estimate) if cost_aware else _ANY, at, estimate))
-    if len(kept) > 1:
-        kept.sort()
-        models = [entrants[at].model for _, _, at, _ in kept]
-        kept = [kept[at] for at in spread(models, [each[:2] for each in kept], count, conditions)]
-    return kept
+        able.append((group, estimates.compared(model, estimate) if cost_aware else _ANY, at, estimate))
+    if len(able) > 1:
+        able.sort()
+        models = [entrants[at].model for _, _, at, _ in able]
+        able = [able[at] for at in spread(models, [each[:2] for each in able], count, conditions)]
+    return [each[2:] for each in able]
 
 
 def _candidates(entrants: Sequence[Entrant], kept: Sequence[_Kept], cost_aware: bool) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
-    for _, _, at, estimate in kept:
+    new = tuple.__new__  # half of the time
+    for place, (at, estimate) in enumerate(kept):
         model, _, _, why, why_cheap = entrants[at]
-        reason = why_cheap if cost_aware else why
-        if found:
-            reason = f"fallback {len(found)}: {reason}"
-        found.append(Candidate(model, estimate, reason))
+        found.append(new(Candidate, (model, estimate, (why_cheap if cost_aware else why)[place])))
     return tuple(found)
 
 
@@ -398,17 +399,15 @@ def _behind(model: Model, asked: Sequence[Model], rules: Rules) -> str:
     return f"{len(asked)} others stand before it"
 
 
-def _reason(estimates: Estimates, registry: Registry, model: Model, place: int) -> str:
+def _reason(estimates: Estimates, registry: Registry, model: Model) -> str:
     ask = estimates.ask
     if model in preferred(ask, registry):
-        why = "preferred" if ask.preferred_model else "the default model"
-    elif ask.model in (model.id, model.name):
-        why = "named by the request"
-    else:
-        doubt = unsure(ask, model)
-        why = f"priority {registry.provider_of(model).priority}" + (f", {doubt}" if doubt else "")
-        why += ", then price" if estimates.rules.cost_aware else ""
-    return why if place == 1 else f"fallback {place - 1}: {why}"
+        return "preferred" if ask.preferred_model else "the default model"
+    if ask.model in (model.id, model.name):
+        return "named by the request"
+    doubt = unsure(ask, model)
+    why = f"priority {registry.provider_of(model).priority}" + (f", {doubt}" if doubt else "")
+    return why + (", then price" if estimates.rules.cost_aware else "")
 
 
 # --- why nobody ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from sekha.gateway.problems import money
 from sekha.gateway.serving import Serving
 from sekha.gateway.wire import ChatAsked, answer_headers, chat_reply, chat_request, with_note
 from sekha.ledger import Hold, Spend
-from sekha.pricing import Estimate, Usage, chat_units, cost_units, most_of
+from sekha.pricing import ChatUnits, Estimate, Usage, chat_units, cost_units, most_of
 from sekha.providers.relay import Begun, RelayStream
 from sekha.recording.run import Run, new_run_id
 from sekha.routing import Candidate, Plan
@@ -110,16 +110,18 @@ class Shortened(ABC):
         if self._fork is not None:
             units = self._fork.units
         else:
-            units = chat_units(
-                lane.tariff,
-                lane.tariff,
-                tokens,
-                tokens if lane.exact else most_of(tokens),
-                requested,
-                model.max_output_tokens,
-                lane.usual.tokens.get(lane.name),
-                lane.limited,
-                lane.window,
+            units = ChatUnits(
+                *chat_units(
+                    lane.tariff,
+                    lane.tariff,
+                    tokens,
+                    tokens if lane.exact else most_of(tokens),
+                    requested,
+                    model.max_output_tokens,
+                    lane.usual.tokens.get(lane.name),
+                    lane.limited,
+                    lane.window,
+                )
             )
         self._units = units
         self._requested, self._tokens = requested, tokens

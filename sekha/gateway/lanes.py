@@ -39,7 +39,7 @@ class Lane:
         self.by = by
         self.model = model = entrant.model
         self.name = entrant.name
-        self.reason = entrant.why_cheap if resources.rules.cost_aware else entrant.why
+        self.reason = (entrant.why_cheap if resources.rules.cost_aware else entrant.why)[0]
         self.provider = cast("RelayProvider", resources.provider(model.provider_id))
         self.scope = ask.scope(model)
         self.budgets = tuple(budgets)
@@ -52,7 +52,7 @@ class Lane:
         self.picos = 10 ** (_PICO_PLACES - price.tariff.places)
         """In one unit of the tariff."""
         most = resources.rules.max_cost_per_request
-        self.cap = None if most is None else int(most.scaleb(price.tariff.places))
+        self.cap = None if most is None else int(most * price.tariff.units)
         # Whether a limit is sent depends on there being money to keep, and not on how much.
         self.limited = _PLENTY if self.cap is None and self.budgets else self.cap
         self.window = model.context_window
@@ -144,8 +144,8 @@ class Fork(NamedTuple):
     def units(self) -> ChatUnits:
         """What the plan says of the first call: it is sent as it is held, and the hold may be cut to a budget."""
         expected, worst, _, length, _, limit, basis = self.plan.first.estimate
-        places = self.lane.tariff.places
-        return ChatUnits(int(expected.scaleb(places)), int(worst.scaleb(places)), length, limit, basis)
+        in_dollar = self.lane.tariff.units
+        return ChatUnits(int(expected * in_dollar), int(worst * in_dollar), length, limit, basis)
 
     @property
     def amounts(self) -> tuple[tuple[Budget, ...], tuple[int, ...]]:
