@@ -165,7 +165,10 @@ class Ledger(Protocol):
         ...
 
     async def usual_output_tokens(self, provider: str, model: str) -> int | None:
-        """The 95th percentile of the model's last 200 replies in tokens; None before ten of them."""
+        """The 95th percentile of the model's last 200 replies in tokens; None before ten of them.
+
+        Where very many came at once, some of them stand for all.
+        """
         ...
 
     async def report(self, by: GroupBy, *, since: datetime | None = None) -> list[Spent]:

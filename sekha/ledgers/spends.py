@@ -22,6 +22,7 @@ from sekha.ledgers.encoding import DAY, EPOCH, HOUR, MOST, matches_of, micros_of
 from sekha.ledgers.totals import add_to_totals
 
 __all__ = [
+    "REPLIES_AT_ONCE",
     "Batch",
     "Tally",
     "forget",
@@ -37,6 +38,9 @@ __all__ = [
 REPORT_SECONDS = 60.0
 LAST_REPLIES = 200
 """As many replies say how long a model's usually are."""
+REPLIES_AT_ONCE = 20
+"""So many of them at the most are from one batch: a busy model's last 200 are from a fraction of a second, and to write
+them all down would take longer than the rest of the batch."""
 _TIDIED = 50
 """One in so many spends, picked by its microseconds, also forgets replies. Each would take a third longer by that."""
 _HUGE = 2**54
@@ -59,7 +63,7 @@ class Tally:
         self.counted = counted
         self.calls = self.cost = self.estimated = 0
         self.input_tokens = self.output_tokens = self.cached_tokens = self.images = 0
-        self.replies: deque[tuple[datetime, int]] = deque(maxlen=LAST_REPLIES)
+        self.replies: deque[tuple[datetime, int]] = deque(maxlen=REPLIES_AT_ONCE)
         """When the last calls were made, and how many tokens came out."""
 
 
@@ -151,7 +155,7 @@ def _record_tallies(transaction: Transaction, tallies: Sequence[Tally], upto: in
             if tally.scope.tags and calls == tally.calls:
                 tags += [(identity, storable(tag)) for tag in sorted(tally.scope.tags)]
     insert(transaction, "ledger_tags (spend, tag)", tags)
-    _note_replies(transaction, [reply for tally in tallies for reply in _replies_of(tally)])
+    _note_replies(transaction, [reply for tally in tallies for reply in _replies_of(tally)], REPLIES_AT_ONCE)
     add_to_totals(transaction, [(micros_of(tally.at), tally.scope, tally.cost) for tally in tallies])
 
 
@@ -224,13 +228,13 @@ def _insert_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None
     insert(transaction, "ledger_replies (provider, model, at, output_tokens)", replies)
 
 
-def _note_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None:
-    """Write down how long the last replies of each model were, and forget those before."""
+def _note_replies(transaction: Transaction, replies: Sequence[_Reply], most: int = LAST_REPLIES) -> None:
+    """Write down how long the last replies of each model were, so many at the most, and forget those before."""
     by_model: dict[tuple[str, str], list[_Reply]] = {}
     for reply in replies:
         by_model.setdefault(reply[:2], []).append(reply)
     for (provider, model), found in sorted(by_model.items()):
-        _insert_replies(transaction, sorted(found)[-LAST_REPLIES:])
+        _insert_replies(transaction, sorted(found)[-most:])
         transaction.changed(
             "DELETE FROM ledger_replies WHERE (provider, model, at) IN (SELECT provider, model, at FROM ledger_replies "
             "WHERE provider = ? AND model = ? AND at < (SELECT min(at) FROM (SELECT at FROM ledger_replies "

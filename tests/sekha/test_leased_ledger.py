@@ -191,6 +191,15 @@ async def test_the_usual_reply_is_remembered(opened: Open) -> None:
     assert at_once(ledger.usual_output_tokens("openai", "openai/m")) == 7
 
 
+async def test_of_very_many_replies_at_once_the_last_stand_for_all(opened: Open) -> None:
+    ledger = opened()
+    hold = await ledger.reserve([], {}, at=NOW, ttl_seconds=60)
+    for at in range(300):
+        at_once(ledger.charge(hold, spend("0", output_tokens=9_000 if at < 280 else 7)))
+
+    assert await ledger.usual_output_tokens("openai", "openai/m") == 7
+
+
 async def test_a_report_knows_all_that_was_spent_here(opened: Open) -> None:
     ledger = opened()
 
