@@ -7,7 +7,8 @@
 
 Each gateway runs on one core; the other has the provider, which answers at once, and the load. A request is
 asked directly and through the gateway in turns, and what a gateway adds is the difference. Gateways take
-turns as well, and a ratio is the median over the rounds, so that a neighbour slows both sides of it.
+turns as well, and a ratio is the median over the rounds, so that a neighbour slows both sides of it. A turn
+begins once ours has published what it recorded in its last one.
 
 - ours: `sekha serve` with a key, a budget, circuits, metrics, and one in ten requests recorded
 - relay: bare ASGI on uvicorn (uvloop, httptools) and aiohttp, request and reply parsed; no features
@@ -37,7 +38,7 @@ import bounds
 import processes
 import uvloop
 from bounds import Figures, judge
-from gateways import GATEWAYS, HERE, Gateway, Running, Unavailable, ask, embeds, recorded
+from gateways import GATEWAYS, HERE, Gateway, Running, Unavailable, ask, embeds, queued, recorded
 from load import CHAT, EMBEDDING, STREAM, Asking, Connection, Failed, Sample, Streaming, Target, load
 from upstream import WORDS
 
@@ -45,6 +46,7 @@ AT_ONCE = 16
 HEAVY = ("litellm", "prefect")
 SETTLING_SECONDS = 5.0
 """Until whatever a gateway starts beside itself is up, which for ours is the process that publishes what it records."""
+PUBLISHED_SECONDS = 60.0
 SHOWN = (
     bounds.CHATS,
     "chats: p50, ms",
@@ -157,6 +159,15 @@ def measure(bench: Bench, running: Running, figures: Figures, direct: Figures, *
     direct.note(bounds.CHUNKS, bench.streams(bench.upstream, AT_ONCE).per_second * len(WORDS))
 
 
+def rest(ours: Running) -> None:
+    """Wait until ours has published what it recorded in its last turn: that would slow whoever is next on its core."""
+    until = time.monotonic() + PUBLISHED_SECONDS
+    while queued(ours.target):
+        if time.monotonic() > until:
+            raise Failed(f"ours has not published what it recorded after {PUBLISHED_SECONDS:.0f} s")
+        time.sleep(0.1)
+
+
 def compare(bench: Bench, wanted: Sequence[Gateway], *, rounds: int, quick: bool) -> dict[str, Figures]:
     figures = {name: Figures() for name in ("direct", *(gateway.name for gateway in wanted))}
     with ExitStack() as stack:
@@ -174,6 +185,8 @@ def compare(bench: Bench, wanted: Sequence[Gateway], *, rounds: int, quick: bool
         for number in range(rounds):
             for name in list(running)[:: -1 if number % 2 else 1]:
                 say(f"round {number + 1} of {rounds}: {name}")
+                if "ours" in running:
+                    rest(running["ours"])
                 try:
                     measure(
                         bench,

@@ -346,13 +346,22 @@ def ask(target: Target, path: str, body: object) -> tuple[int, bytes]:
 
 def recorded(target: Target) -> float:
     """How many requests ours says that it has recorded."""
+    return _metric(target, "sekha_recorder_recorded_total")
+
+
+def queued(target: Target) -> float:
+    """Bytes of recorded requests that ours has yet to publish."""
+    return _metric(target, "sekha_recorder_queue_bytes")
+
+
+def _metric(target: Target, name: str) -> float:
     connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=30)
     try:
         connection.request("GET", "/metrics", headers=dict(target.headers))
         lines = connection.getresponse().read().decode().splitlines()
     finally:
         connection.close()
-    return sum(float(line.split()[1]) for line in lines if line.startswith("sekha_recorder_recorded_total "))
+    return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def embeds(target: Target) -> bool:
