@@ -190,6 +190,10 @@ def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, condi
     Of equals, which have one rank, one is drawn to go first. Of each provider `OF_ONE_PROVIDER` are taken at the
     most while others have one left, and whoever is kept back by that is drawn for no place.
     """
+    providers = [model.provider_id for model in models]
+    # So few share a provider that none can have too many.
+    if len(models) <= count and len(models) - len(set(providers)) < OF_ONE_PROVIDER:
+        return _all_of(models, ranks, conditions)
     equals: list[list[int]] = []
     at = 0
     while at < len(models):
@@ -198,9 +202,6 @@ def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, condi
             stop += 1
         equals.append([*range(at, stop)])
         at = stop
-    if len(equals) == len(models) <= count:
-        return [*range(len(models))]  # nobody has an equal, and all are asked
-    providers = [model.provider_id for model in models]
     found: dict[int, int] = {}
     """Position → the rank."""
     places: dict[str, int] = {}
@@ -219,6 +220,23 @@ def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, condi
         if len(found) == min(count, len(models)):
             break
     return sorted(found, key=found.__getitem__)
+
+
+def _all_of(models: Sequence[Model], ranks: Sequence[Hashable], conditions: Conditions) -> list[int]:
+    """What `spread` says where all are asked and nobody is kept back, as nearly always."""
+    order: list[int] = []
+    at = 0
+    for stop in range(1, len(models) + 1):
+        if stop < len(models) and ranks[stop] == ranks[at]:
+            continue
+        if stop - at == 1:
+            order.append(at)
+        else:
+            those = [*range(at, stop)]
+            order.append(those.pop(drawn(shares(models[at:stop], conditions.latency_seconds), conditions.draw)))
+            order += those
+        at = stop
+    return order
 
 
 # --- what holds for all asks of one form ---------------------------------------------------
@@ -317,6 +335,9 @@ class LineUp:
                     within.append((left, cover))
                 elif most is None or left < most:
                     most = left
+        if within and most is not None:
+            # What has more left than any call may cost decides nothing.
+            within = [each for each in within if each[0] < most]
         return most, within
 
     def best(
@@ -522,7 +543,6 @@ class _Field:
         limit = dearest
         if most is not None and (units := self._units(most)) < dearest:
             limit = units
-        # Whoever passes one of these has not passed that for all already.
         limits = [(units, cover) for left, cover in within if (units := self._units(left)) < limit]
         if limits or limit < dearest:
             worst = self._worst(size, lengths, self._each(at_most, way), plainly)
