@@ -202,6 +202,8 @@ def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, condi
             stop += 1
         equals.append([*range(at, stop)])
         at = stop
+    if len(equals) == len(models) <= count:
+        return [*range(len(models))]  # nobody has an equal, and all are asked
     found: dict[int, int] = {}
     """Position → the rank."""
     places: dict[str, int] = {}
@@ -470,7 +472,7 @@ class _Field:
         models = [entrant.model for entrant in entrants]
         tariffs = [(model.price or Price()).tariff for model in models]
         places = max(tariff.places for tariff in tariffs)
-        self._units_in_dollar = Decimal(10**places)
+        self._per_dollar = Decimal(10**places)
         scale = [10 ** (places - tariff.places) for tariff in tariffs]
         whole = {
             "input": [tariff.input * by for tariff, by in zip(tariffs, scale, strict=True)],
@@ -615,7 +617,7 @@ class _Field:
         return [each + limit for each in tokens] if limit else tokens
 
     def _units(self, amount: Decimal) -> int:
-        return int(amount * self._units_in_dollar)
+        return int(amount * self._per_dollar)
 
     def _each(self, by_way: list[int], way: Numbers) -> Any:
         """A number for each entrant; one for all where they count alike."""

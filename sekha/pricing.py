@@ -44,8 +44,8 @@ class Tariff(NamedTuple):
     places: int
     unit: Decimal
     """10 to the power of minus `places`, in US dollars."""
-    units: Decimal
-    """In one US dollar, to be multiplied with: `scaleb` takes three times as long."""
+    per_dollar: Decimal
+    """Units in one US dollar: to multiply by it takes a third of what `scaleb` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,8 @@ class Price:
         places = 6 + max(0, *(-int(amount.normalize().as_tuple().exponent) for amount in amounts))
         of_input, of_cached, of_written, of_output = (int(amount.scaleb(places - 6)) for amount in amounts[:4])
         of_image = int(amounts[4].scaleb(places))
-        unit, units = Decimal(1).scaleb(-places), Decimal(10**places)
-        return Tariff(of_input, of_cached, of_written, of_output, of_image, places, unit, units)
+        unit, per_dollar = Decimal(1).scaleb(-places), Decimal(10**places)
+        return Tariff(of_input, of_cached, of_written, of_output, of_image, places, unit, per_dollar)
 
 
 FREE = Price(source="local")
@@ -205,7 +205,7 @@ def estimate_chat(  # noqa: PLR0917 - made for each request and model, and names
         requested,
         model_limit,
         usual,
-        None if cap is None else int(cap * then.units),
+        None if cap is None else int(cap * then.per_dollar),
         context_window,
         images,
         replies,

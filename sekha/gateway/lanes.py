@@ -52,7 +52,7 @@ class Lane:
         self.picos = 10 ** (_PICO_PLACES - price.tariff.places)
         """In one unit of the tariff."""
         most = resources.rules.max_cost_per_request
-        self.cap = None if most is None else int(most * price.tariff.units)
+        self.cap = None if most is None else int(most * price.tariff.per_dollar)
         # Whether a limit is sent depends on there being money to keep, and not on how much.
         self.limited = _PLENTY if self.cap is None and self.budgets else self.cap
         self.window = model.context_window
@@ -144,8 +144,8 @@ class Fork(NamedTuple):
     def units(self) -> ChatUnits:
         """What the plan says of the first call: it is sent as it is held, and the hold may be cut to a budget."""
         expected, worst, _, length, _, limit, basis = self.plan.first.estimate
-        in_dollar = self.lane.tariff.units
-        return ChatUnits(int(expected * in_dollar), int(worst * in_dollar), length, limit, basis)
+        per_dollar = self.lane.tariff.per_dollar
+        return ChatUnits(int(expected * per_dollar), int(worst * per_dollar), length, limit, basis)
 
     @property
     def amounts(self) -> tuple[tuple[Budget, ...], tuple[int, ...]]:
