@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sekha.asks import PRICED_FIELDS, Ask, Conditions, Count, Counter, Estimates, Rules, Size, cap
+from sekha.eligible import considered, incapable, preferred, unsure
 from sekha.errors import (
     MOST_REASONS,
     BudgetExceeded,
@@ -23,22 +24,10 @@ from sekha.errors import (
     RequestRefused,
     dollars,
 )
+from sekha.field import Entrant, Rule, cap_at
 from sekha.ledger import Budget, period_end
-from sekha.lineup import (
-    OF_ONE_PROVIDER,
-    SHORTLIST,
-    Entrant,
-    LineUp,
-    Rule,
-    cap_at,
-    considered,
-    incapable,
-    line_up,
-    placed,
-    preferred,
-    spread,
-    unsure,
-)
+from sekha.lineup import LineUp, line_up
+from sekha.places import OF_ONE_PROVIDER, SHORTLIST, placed, spread
 from sekha.pricing import Estimate
 from sekha.registry import TASKS, Model, Registry
 from sekha.values import value

@@ -42,6 +42,9 @@ VALUES = (
     "registry",
     "ledger",
     "asks",
+    "eligible",
+    "places",
+    "field",
     "lineup",
     "routing",
     "rates",
@@ -54,7 +57,7 @@ VALUES = (
 """Modules that are values and pure functions: they import each other, downward, and nothing that acts."""
 # Only for an annotation, so no cycle when it runs.
 VALUES_MAY = {"registry": {"sekha.config", "sekha.price_map"}, "errors": {"sekha.ingest", "sekha.calling"}}
-VALUES_COMPUTE = {"lineup": {"numpy"}}
+VALUES_COMPUTE = {"field": {"numpy"}}
 """Where numbers are many, NumPy is arithmetic; it is imported when they are."""
 ACTS = {"aiohttp", "asyncio", "fastapi", "httpx", "numpy", "requests", "socket", "sqlite3", "subprocess", "urllib"}
 

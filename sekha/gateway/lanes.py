@@ -7,12 +7,12 @@ from typing import NamedTuple, cast
 
 from sekha.asks import Ask, Count, Size
 from sekha.errors import RequestRefused
+from sekha.field import Entrant
 from sekha.gateway.http_server import lines_of
 from sekha.gateway.serving import Serving
 from sekha.keys import Pass
 from sekha.ledger import Budget
 from sekha.ledgers.encoding import picos
-from sekha.lineup import Entrant
 from sekha.pricing import ChatUnits, Price
 from sekha.providers.base import Provider
 from sekha.providers.relay import RelayProvider
