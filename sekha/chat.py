@@ -7,19 +7,12 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol, cast
 
+from sekha.apart import check_no_other_model, chooses_a_host, is_of_provider
 from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
-from sekha.messages import (
-    as_object,
-    as_objects,
-    check_no_other_model,
-    chooses_a_host,
-    is_of_provider,
-    kind_of,
-    parts_of,
-)
+from sekha.messages import as_object, as_objects, kind_of, parts_of
 from sekha.pricing import Usage
 from sekha.providers.base import RawStream
 from sekha.rates import Taken

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Generic, Protocol, TypeVar
 
+from sekha.apart import check_no_other_model, chooses_a_host
 from sekha.asks import Allowed
 from sekha.calling import Attempt
 from sekha.errors import InvalidRequest
 from sekha.ledger import Hold, Scope
-from sekha.messages import check_no_other_model, chooses_a_host
 from sekha.pricing import Usage
 from sekha.routing import Ask, Estimates, Plan
 from sekha.settling import let_go, reserved, settled
