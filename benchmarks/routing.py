@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from decimal import Decimal
+from itertools import cycle
 from pathlib import Path
 from statistics import median_low
 from time import perf_counter
@@ -142,10 +143,19 @@ def microseconds(work: Callable[[], object], *, runs: int) -> float:
     return min(Timer(work).repeat(runs // BATCH, BATCH)) / BATCH * 1e6
 
 
-def many(runs: int) -> tuple[dict[str, float], dict[str, float], float]:
+def others_shut(registry: Registry, estimates: Estimates, held: Conditions, *, runs: int) -> float:
+    """What a choice takes where it is others that are at their limits each time, and nothing remembered helps."""
+    pairs = [{f"provider-{number}": 3.0, "provider-99": 3.0} for number in range(99)]
+    turns = cycle([held._replace(throttled=throttled) for throttled in pairs])
+    return microseconds(lambda: plan(estimates, registry, next(turns)._replace(draw=random.random())), runs=runs)
+
+
+def many(runs: int) -> tuple[dict[str, float], dict[str, float], float, float]:
+    """Of each case what a choice takes and what explaining it does; what it takes where others are shut each time,
+    which no bound is for; and what it takes to see who is."""
     quick: dict[str, float] = {}
     plain: dict[str, float] = {}
-    looking = 0.0
+    looking = changing = 0.0
     for name, (registry, estimates) in cases().items():
         now = conditions(registry, ProviderRates(registry, clock=perf_counter))
 
@@ -158,11 +168,13 @@ def many(runs: int) -> tuple[dict[str, float], dict[str, float], float]:
             return plan(estimates, registry, Conditions(*held[:3], random.random()))
 
         quick[name] = microseconds(decide, runs=runs)
+        if name == "all equal":
+            changing = others_shut(registry, estimates, held, runs=runs // 10)
         began = perf_counter()
         explain(estimates, registry, held)
         plain[name] = (perf_counter() - began) * 1e6
         looking = microseconds(now, runs=runs)
-    return quick, plain, looking
+    return quick, plain, changing, looking
 
 
 async def hot(runs: int) -> dict[str, float]:
@@ -200,7 +212,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args()
 
-    quick, plain, looking = many(options.runs)
+    quick, plain, changing, looking = many(options.runs)
     request = asyncio.run(hot(options.runs))
     limit = RateLimit(clock=perf_counter, requests_per_minute=10**9, tokens_per_minute=10**12)
     counting = microseconds(lambda: (limit.wait(300), limit.take(300)), runs=options.runs)
@@ -213,6 +225,7 @@ def main() -> int:
                     "explained": plain,
                     "request": request,
                     "rate limit": counting,
+                    "others shut each time": changing,
                     "throttled": looking,
                 }
             )
@@ -222,6 +235,7 @@ def main() -> int:
     for name, took in quick.items():
         verdict = "  MISSED" if took > BOUND_MANY_US else ""
         print(f"  {name:28} {took:8.1f}  <= {BOUND_MANY_US:.0f}{verdict}    one by one {plain[name]:10,.0f}")
+    print(f"  {'all equal, others shut':28} {changing:8.1f}  each time other providers at their limits")
     print(f"  {'who is throttled, 2 of 100':28} {looking:8.1f}")
     print("a short prompt, three models, µs")
     print(f"  {'count and price':28} {request['estimate']:8.1f}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from operator import itemgetter
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, 
 
 from sekha.asks import Ask, Conditions, Counter, Estimates, Size, cap
 from sekha.ledger import Budget
-from sekha.places import OF_ONE_PROVIDER, drawn, shares
+from sekha.places import OF_ONE_PROVIDER, SHORTEST_SECONDS
 from sekha.pricing import ASSUMED_REPLY, LONGEST_REPLY, Price, most_of
 from sekha.registry import Model
 
@@ -86,18 +86,18 @@ def cap_at(position: int, most: Decimal | None, within: Within) -> Decimal | Non
 class Once(Generic[T, R]):
     """What a function gives, kept for as long as it is given the very same thing."""
 
-    __slots__ = ("_given", "_result", "_work")
+    __slots__ = ("_known", "_work")
 
     def __init__(self, work: Callable[[T], R]) -> None:
         self._work = work
-        self._given: T | None = None
-        self._result: R | None = None
+        self._known: tuple[T, R] | None = None
 
     def __call__(self, given: T) -> R:
-        if self._result is None or given is not self._given:
-            self._result = self._work(given)
-            self._given = given
-        return self._result
+        known = self._known
+        if known is None or given is not known[0]:
+            # In one: another thread may ask for something else meanwhile.
+            known = self._known = given, self._work(given)
+        return known[1]
 
 
 class _Lengths(NamedTuple):
@@ -120,6 +120,59 @@ _Measured: TypeAlias = tuple[Size, bool, "Numbers", _Lengths, list[int], list[in
 """What a request is at all entrants side by side: its size; whether it chats; whose way of counting is which; the
 lengths of replies; by each way its tokens, and those at the most; what the dearest might cost; and whether each reply
 is cut by nothing but its model's own limit. A plain tuple, since one is made for every choice."""
+
+
+class _Shares:
+    """What `shares` says of a thousand at once, while the latencies are these."""
+
+    def __init__(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> None:
+        import numpy as np
+
+        self._np = np
+        self._weight = np.array([entrant.model.weight for entrant in entrants], dtype=float)
+        latency = np.array([seconds.get(entrant.name, math.nan) for entrant in entrants])
+        self._latency = np.maximum(latency, SHORTEST_SECONDS)
+        self._some_unknown = bool(np.isnan(latency).any())
+        self._each = self._weight / self._latency
+        self._known: dict[bytes, tuple[Numbers, Numbers]] = {}
+        """Of those that were equal before: their positions, and their shares."""
+
+    def drawn(self, equal: Numbers, draw: float) -> int:
+        """What `drawn` draws of all positions at which this says so."""
+        which = equal.tobytes()
+        known = self._known.get(which)
+        if known is None:
+            if len(self._known) >= SETS_OF_EQUALS:
+                self._known.clear()
+            positions = equal.nonzero()[0]
+            known = self._known[which] = positions, self._of(positions)
+        positions, upto = known
+        at = int(upto.searchsorted(draw * upto.item(-1), "right"))
+        return int(positions[min(at, len(upto) - 1)])
+
+    def drawn_of_two(self, first: int, second: int, draw: float) -> int:
+        """The same of two positions."""
+        if self._some_unknown:
+            one, both = self._of(self._np.array([first, second])).tolist()
+        else:
+            one = self._each.item(first)
+            both = one + self._each.item(second)
+        return first if draw * both < one else second
+
+    def _of(self, positions: Numbers) -> Numbers:
+        if not self._some_unknown:
+            return _sums(self._each[positions])
+        latency = self._latency[positions]
+        unknown = self._np.isnan(latency)
+        known = latency[~unknown].tolist()
+        latency[unknown] = math.fsum(known) / len(known) if known else 1.0
+        return _sums(self._weight[positions] / latency)
+
+
+def _sums(shares: Numbers) -> Numbers:
+    """From the first on."""
+    upto: Numbers = shares.cumsum()
+    return upto
 
 
 class Field:
@@ -170,9 +223,7 @@ class Field:
         }
         self._ways = Once(self._ways_of)
         self._worked_out: tuple[Mapping[str, int], int | None, _Lengths] | None = None
-        self._latency: Mapping[str, float] | None = None
-        self._shares: dict[Hashable, tuple[array[int], array[float]]] = {}
-        """Of those that were equal while the latencies were these: where they stand, and their `shares`."""
+        self._shares = Once(self._shares_of)
         self._shut: tuple[frozenset[str], tuple[tuple[str, ...], ...], Numbers] | None = None
 
     def best(
@@ -369,28 +420,15 @@ class Field:
 
     def _drawn(self, key: Numbers, first: int, second: int, lowest: int, conditions: Conditions) -> int:
         """What `drawn` draws of those whose key is the lowest: its position. Of them, its key alone is used up."""
+        shares = self._shares(conditions.latency_seconds)
         key[second] = _NEVER
         # A pair is found sooner without looking at all of the keys once more.
         only_two = key.item(key.argmin()) != lowest
         key[first] = key[second] = lowest
-        equals = [first, second]
-        equal: Numbers | None = None
-        which: Hashable = (first, second)
-        if not only_two:
-            equal = key == lowest
-            which = equal.tobytes()
-        seconds = conditions.latency_seconds
-        if self._latency is not seconds or len(self._shares) >= SETS_OF_EQUALS:
-            self._latency = seconds
-            self._shares.clear()
-        known = self._shares.get(which)
-        if known is None:
-            if equal is not None:
-                equals = equal.nonzero()[0].tolist()
-            upto = shares([self._entrants[at].model for at in equals], seconds)
-            known = self._shares[which] = array("l", equals), array("d", upto)
-        positions, upto_each = known
-        at = positions[drawn(upto_each, conditions.draw)]
+        if only_two:
+            at = shares.drawn_of_two(first, second, conditions.draw)
+        else:
+            at = shares.drawn(key == lowest, conditions.draw)
         key[at] = _NEVER
         return at
 
@@ -404,6 +442,9 @@ class Field:
             shut += (at for provider in conditions.throttled for at in self._at_provider.get(provider, ()))
             self._shut = open_circuits, limited, self._np.array(shut, dtype=int)
         return self._shut[2]
+
+    def _shares_of(self, seconds: Mapping[str, float]) -> _Shares:
+        return _Shares(self._entrants, seconds)
 
     def _ways_of(self, counters: Mapping[str, Counter]) -> tuple[tuple[tuple[str, bool], ...], Numbers]:
         """The different ways of counting, and which of them is whose."""

@@ -10,7 +10,7 @@ from itertools import accumulate
 from sekha.asks import Conditions
 from sekha.registry import Model
 
-__all__ = ["OF_ONE_PROVIDER", "SHORTLIST", "drawn", "placed", "shares", "spread"]
+__all__ = ["OF_ONE_PROVIDER", "SHORTEST_SECONDS", "SHORTLIST", "placed", "spread"]
 
 SHORTLIST = 5
 """Candidates that a plan has at the most."""

@@ -185,9 +185,9 @@ def compare(bench: Bench, wanted: Sequence[Gateway], *, rounds: int, quick: bool
         for number in range(rounds):
             for name in list(running)[:: -1 if number % 2 else 1]:
                 say(f"round {number + 1} of {rounds}: {name}")
-                if "ours" in running:
-                    rest(running["ours"])
                 try:
+                    if "ours" in running:
+                        rest(running["ours"])
                     measure(
                         bench,
                         running[name],

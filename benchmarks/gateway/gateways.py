@@ -359,6 +359,8 @@ def _metric(target: Target, name: str) -> float:
     try:
         connection.request("GET", "/metrics", headers=dict(target.headers))
         lines = connection.getresponse().read().decode().splitlines()
+    except (OSError, http.client.HTTPException) as error:
+        raise Failed(f"ours does not tell its metrics: {error!r}") from error
     finally:
         connection.close()
     return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))

@@ -39,8 +39,8 @@ REPORT_SECONDS = 60.0
 LAST_REPLIES = 200
 """As many replies say how long a model's usually are."""
 REPLIES_AT_ONCE = 20
-"""So many of them at the most are from one batch: a busy model's last 200 are from a fraction of a second, and to write
-them all down would take longer than the rest of the batch."""
+"""So many of a model's are taken from one batch's tallies: a busy model's last 200 are from a fraction of a second, and
+to write them all down would take longer than the rest of the batch."""
 _TIDIED = 50
 """One in so many spends, picked by its microseconds, also forgets replies. Each would take a third longer by that."""
 _HUGE = 2**54

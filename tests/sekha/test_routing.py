@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -118,7 +119,8 @@ def estimates(
 
 def route(ask: Ask, known: Registry, conditions: Conditions = ANYTIME, **given_: Any) -> Plan:
     costs = {name: given_.pop(name) for name in list(given_) if name in known.providers}
-    known = costing(known, costs)
+    # Where nothing costs anything else it is the same registry, with all that is remembered of it.
+    known = costing(known, costs) if costs else known
     return plan(estimates(ask, known.models, **given_), known, conditions)
 
 
@@ -588,6 +590,29 @@ def test_a_shut_equal_leaves_its_share_to_the_others() -> None:
     known = registry(model("a/m"), model("b/m"), model("c/m"))
 
     assert firsts(known, open_circuits=frozenset({"b/m"})) == {"a/m": 500, "c/m": 500}
+
+
+@pytest.mark.parametrize("equals", [2, 3, SHORTLIST + 4])
+def test_the_quicker_gets_more_whoever_was_quicker_before(equals: int) -> None:
+    names = [f"p{number}/m" for number in range(equals)]
+    dearer = [model(f"z{number}/m", price=price("2")) for number in range(SHORTLIST)]
+    known = registry(*map(model, names), *dearer)
+
+    for quickest in (*names, *names):
+        drawn = firsts(known, latency_seconds={name: 1.0 if name == quickest else 9.0 for name in names})
+        assert max(drawn, key=drawn.__getitem__) == quickest
+
+
+def test_however_many_were_equal_before_one_is_drawn_as_it_is_explained() -> None:
+    names = [f"p{number}/m" for number in range(SHORTLIST + 4)]
+    known = registry(*map(model, names))
+    latency = {name: 1.0 + number for number, name in enumerate(names[1:])}
+    shut = [frozenset(pair) for pair in combinations(names, 2)]
+
+    for open_circuits in (*shut, *shut):
+        conditions = Conditions(open_circuits=open_circuits, latency_seconds=latency, draw=0.6)
+        explained = explain(estimates(CHAT, known.models), known, conditions)
+        assert order(route(CHAT, known, conditions)) == [each.model.name for each in explained.kept]
 
 
 # --- money ---------------------------------------------------------------------------------
