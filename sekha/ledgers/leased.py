@@ -750,7 +750,7 @@ class LeasedLedger:
             raise
         if beat:
             await self._refresh()
-            self._keep_house(journal)
+            await self._keep_house(journal)
         if self._down is not None:
             log.warning("The ledger is back, and spending is recorded again")
             self._down = None
@@ -969,7 +969,7 @@ class LeasedLedger:
             for journal in found:
                 journal.close()
 
-    def _keep_house(self, journal: Journal) -> None:
+    async def _keep_house(self, journal: Journal) -> None:
         if self._syncing is not None:
             if not self._syncing.done():
                 return
@@ -981,9 +981,12 @@ class LeasedLedger:
                 for each in self._replaced:
                     each.safe = True
             self._syncing = None
+        gone: list[Path] = []
         while self._replaced and self._replaced[0].safe and self._replaced[0].upto <= self._recorded:
-            for path in self._replaced.pop(0).paths:
-                path.unlink(missing_ok=True)
+            gone += self._replaced.pop(0).paths
+        if gone:
+            # To free what a long file took takes milliseconds, in which nobody would be served.
+            await asyncio.to_thread(_delete, gone)
         if journal.size > self._segment_bytes:
             records = [*(pool.record() for pool in self._pools), *(under.record() for under in self._open.values())]
             written = self._unrecorded.written
@@ -1054,3 +1057,8 @@ async def _answer(question: Callable[[], Awaitable[Any]], answer: Future[Any]) -
     else:
         if not answer.done():
             answer.set_result(result)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
