@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -123,7 +123,7 @@ is cut by nothing but its model's own limit. A plain tuple, since one is made fo
 
 
 class _Shares:
-    """What `shares` says of a thousand at once, while the latencies are these."""
+    """How often each of a thousand goes first among equals while the latencies are these, as `places.drawn` has it."""
 
     def __init__(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> None:
         import numpy as np
@@ -135,10 +135,10 @@ class _Shares:
         self._some_unknown = bool(np.isnan(latency).any())
         self._each = self._weight / self._latency
         self._known: dict[bytes, tuple[Numbers, Numbers]] = {}
-        """Of those that were equal before: their positions, and their shares."""
+        """Of those that were equal before: their positions, and the sums of their shares from the first on."""
 
     def drawn(self, equal: Numbers, draw: float) -> int:
-        """What `drawn` draws of all positions at which this says so."""
+        """Which of the positions that are equal goes first."""
         which = equal.tobytes()
         known = self._known.get(which)
         if known is None:
@@ -161,18 +161,12 @@ class _Shares:
 
     def _of(self, positions: Numbers) -> Numbers:
         if not self._some_unknown:
-            return _sums(self._each[positions])
+            return self._np.cumsum(self._each[positions])
         latency = self._latency[positions]
         unknown = self._np.isnan(latency)
         known = latency[~unknown].tolist()
         latency[unknown] = math.fsum(known) / len(known) if known else 1.0
-        return _sums(self._weight[positions] / latency)
-
-
-def _sums(shares: Numbers) -> Numbers:
-    """From the first on."""
-    upto: Numbers = shares.cumsum()
-    return upto
+        return self._np.cumsum(self._weight[positions] / latency)
 
 
 class Field:
@@ -223,7 +217,7 @@ class Field:
         }
         self._ways = Once(self._ways_of)
         self._worked_out: tuple[Mapping[str, int], int | None, _Lengths] | None = None
-        self._shares = Once(self._shares_of)
+        self._shares: Once[Mapping[str, float], _Shares] = Once(partial(_Shares, entrants))
         self._shut: tuple[frozenset[str], tuple[tuple[str, ...], ...], Numbers] | None = None
 
     def best(
@@ -419,7 +413,7 @@ class Field:
         return [at for _, at in found]
 
     def _drawn(self, key: Numbers, first: int, second: int, lowest: int, conditions: Conditions) -> int:
-        """What `drawn` draws of those whose key is the lowest: its position. Of them, its key alone is used up."""
+        """Which of those whose key is the lowest goes first: its position. Of them, its key alone is used up."""
         shares = self._shares(conditions.latency_seconds)
         key[second] = _NEVER
         # A pair is found sooner without looking at all of the keys once more.
@@ -442,9 +436,6 @@ class Field:
             shut += (at for provider in conditions.throttled for at in self._at_provider.get(provider, ()))
             self._shut = open_circuits, limited, self._np.array(shut, dtype=int)
         return self._shut[2]
-
-    def _shares_of(self, seconds: Mapping[str, float]) -> _Shares:
-        return _Shares(self._entrants, seconds)
 
     def _ways_of(self, counters: Mapping[str, Counter]) -> tuple[tuple[tuple[str, bool], ...], Numbers]:
         """The different ways of counting, and which of them is whose."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 from sekha.asks import Conditions
@@ -25,26 +25,22 @@ def placed(why: str, place: int) -> str:
     return f"fallback {place}: {why}" if place else why
 
 
-def shares(models: Sequence[Model], latency_seconds: Mapping[str, float]) -> list[float]:
-    """How often each of several equals goes first, as sums from the first on: by its weight, and how quick it is.
+def drawn(models: Sequence[Model], conditions: Conditions) -> int:
+    """Which of several equals goes first: each as often as its weight, and the more often the quicker it is.
 
     One whose latency is unknown counts as the mean of the known, so that a new one gets its share.
     """
-    each: list[float] = [model.weight for model in models]
-    if latency_seconds:
-        latencies = [latency_seconds.get(model.name) for model in models]
+    shares: list[float] = [model.weight for model in models]
+    if conditions.latency_seconds:
+        latencies = [conditions.latency_seconds.get(model.name) for model in models]
         known = [max(seconds, SHORTEST_SECONDS) for seconds in latencies if seconds is not None]
         mean = math.fsum(known) / len(known) if known else 1.0
-        each = [
+        shares = [
             weight / (mean if seconds is None else max(seconds, SHORTEST_SECONDS))
-            for weight, seconds in zip(each, latencies, strict=True)
+            for weight, seconds in zip(shares, latencies, strict=True)
         ]
-    return [*accumulate(each)]
-
-
-def drawn(upto: Sequence[float], draw: float) -> int:
-    """Which of several equals with these `shares` goes first."""
-    return min(bisect_right(upto, draw * upto[-1]), len(upto) - 1)
+    upto = [*accumulate(shares)]
+    return min(bisect_right(upto, conditions.draw * upto[-1]), len(upto) - 1)
 
 
 def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, conditions: Conditions) -> list[int]:
@@ -76,8 +72,7 @@ def spread(models: Sequence[Model], ranks: Sequence[Hashable], count: int, condi
             able = [each for each in those if places.get(providers[each], 0) < most and each not in found]
             if len(able) > 1 and rank not in drawn_in:
                 drawn_in.add(rank)
-                upto = shares([models[each] for each in able], conditions.latency_seconds)
-                able.insert(0, able.pop(drawn(upto, conditions.draw)))
+                able.insert(0, able.pop(drawn([models[each] for each in able], conditions)))
             for each in able:
                 if len(found) < count and (taken := places.get(providers[each], 0)) < most:
                     places[providers[each]] = taken + 1
@@ -98,7 +93,7 @@ def _all_of(models: Sequence[Model], ranks: Sequence[Hashable], conditions: Cond
             order.append(at)
         else:
             those = [*range(at, stop)]
-            order.append(those.pop(drawn(shares(models[at:stop], conditions.latency_seconds), conditions.draw)))
+            order.append(those.pop(drawn(models[at:stop], conditions)))
             order += those
         at = stop
     return order
