@@ -34,7 +34,7 @@ from sekha.ledger import Budget, Scope, Spend
 from sekha.ledgers.encoding import picos, storable, to_dollars
 from sekha.pricing import Usage
 
-__all__ = ["Abandoned", "Journal", "abandoned", "scope_record", "spend_record"]
+__all__ = ["Abandoned", "Journal", "abandoned", "delete", "scope_record", "spend_record"]
 
 log = logging.getLogger("sekha.ledgers")
 
@@ -138,8 +138,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal, so that not even a power cut brings it back."""
-        for path in self._segments():
-            path.unlink(missing_ok=True)
+        delete(self._segments())
         self._lock_path.unlink(missing_ok=True)
         self.close()
         self._sync_folder()
@@ -260,6 +259,12 @@ def spend_record(  # noqa: PLR0917 - for each request, and names take half as lo
     )
 
 
+def delete(segments: Iterable[Path]) -> None:
+    """Blocks while what they took is freed: for another thread than serves, where they are long."""
+    for path in segments:
+        path.unlink(missing_ok=True)
+
+
 # --- what a dead process left behind -------------------------------------------------------
 
 
@@ -276,8 +281,7 @@ class Abandoned:
     _lock: int
 
     def remove(self) -> None:
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        delete(self._paths)
 
     def close(self) -> None:
         os.close(self._lock)

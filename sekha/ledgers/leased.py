@@ -37,7 +37,7 @@ from sekha.errors import LedgerError, LedgerUnavailable
 from sekha.ledger import Budget, GroupBy, Hold, Scope, Spend, Spent, period_end, period_start
 from sekha.ledgers.encoding import meaning, picos, to_dollars
 from sekha.ledgers.holds import exceeded
-from sekha.ledgers.journal import Journal, abandoned, scope_record, spend_record
+from sekha.ledgers.journal import Journal, abandoned, delete, scope_record, spend_record
 from sekha.ledgers.pools import FIRST, LAST, Pool
 from sekha.ledgers.slices import SHARE, Leased, Slice, Standing, Wanted
 from sekha.ledgers.sql import SqlLedger
@@ -985,8 +985,7 @@ class LeasedLedger:
         while self._replaced and self._replaced[0].safe and self._replaced[0].upto <= self._recorded:
             gone += self._replaced.pop(0).paths
         if gone:
-            # To free what a long file took takes milliseconds, in which nobody would be served.
-            await asyncio.to_thread(_delete, gone)
+            await asyncio.to_thread(delete, gone)
         if journal.size > self._segment_bytes:
             records = [*(pool.record() for pool in self._pools), *(under.record() for under in self._open.values())]
             written = self._unrecorded.written
@@ -1057,8 +1056,3 @@ async def _answer(question: Callable[[], Awaitable[Any]], answer: Future[Any]) -
     else:
         if not answer.done():
             answer.set_result(result)
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
