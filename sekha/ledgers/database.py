@@ -73,6 +73,10 @@ class Transaction(Protocol):
         """Run a statement and say how many rows it changed."""
         ...
 
+    def lock(self, sql: str, *values: Value) -> None:
+        """Lock the rows that a SELECT … FOR UPDATE finds, in its order, where others could change them meanwhile."""
+        ...
+
     def freeze_spends(self) -> None:
         """Let no other transaction record a spend until this one ends."""
         ...

@@ -56,12 +56,11 @@ BEHIND_SECONDS = 30.0
 _RENEW_SECONDS = 15.0
 _SKEW = timedelta(seconds=5)
 """A slice is left alone so long before it expires, since other machines' clocks may be ahead."""
-_BEAT_SECONDS = 0.25
-"""What is spent is recorded with each beat."""
-_IDLE_BEATS = 4
-_WATCHED_BEATS = 20
-_REFRESH_BEATS = 2
-_SYNC_BEATS = 4
+_BEAT_SECONDS = 0.5
+"""What is spent is recorded with each beat, and what others spent is looked up."""
+_IDLE_BEATS = 2
+_WATCHED_BEATS = 10
+_SYNC_BEATS = 2
 _LEAN_SECONDS = 2.0
 """So long after its slice was recalled a process leases exactly what its calls need."""
 _RECALL_SECONDS = 1.5
@@ -226,6 +225,7 @@ class LeasedLedger:
         self._questions: list[tuple[Callable[[], Awaitable[Any]], Future[Any]]] = []
         self._reports = asyncio.Semaphore(_REPORTS)
         # The worker's own.
+        self._beat_at = 0.0
         self._resting = False
         """Whether it looks again in more than a beat, unless it is woken."""
         self._beat = 0
@@ -734,6 +734,7 @@ class LeasedLedger:
         beat = now >= self._next_beat
         if beat:
             self._beat += 1
+            self._beat_at = now
             self._next_beat = now + _BEAT_SECONDS
             self._expire(self._clock())
             self._give_back()
@@ -768,6 +769,7 @@ class LeasedLedger:
     async def _record(self, *, beat: bool) -> None:
         """Write down what was spent until now, and the slices as they are."""
         renew = monotonic() >= self._next_renewal
+        watched = self._watched() if beat else []
         self._unrecorded.seal()
         behind = len(self._unrecorded.sealed)
         while True:
@@ -775,7 +777,7 @@ class LeasedLedger:
             slices = self._slices(sealed, all_of_them=renew)
             # Whether a slice is recalled is looked at with every beat while something is idle in it.
             if sealed or slices or (beat and any(pool.free for pool in self._pools)):
-                await self._keep(sealed, slices)
+                await self._keep(sealed, slices, watched if behind <= 1 else [])
             if renew:
                 self._next_renewal = monotonic() + _RENEW_SECONDS
             behind -= 1
@@ -795,12 +797,19 @@ class LeasedLedger:
                 slices[pool] = Slice(pool.match, pool.period, in_use, pool.free)
         return slices
 
-    async def _keep(self, sealed: Sealed | None, slices: Mapping[Pool, Slice]) -> None:
-        expires_at = self._clock() + timedelta(seconds=LEASE_SECONDS)
+    async def _keep(self, sealed: Sealed | None, slices: Mapping[Pool, Slice], watched: Sequence[Pool]) -> None:
+        at = self._clock()
+        expires_at = at + timedelta(seconds=LEASE_SECONDS)
         for pool in slices:
             pool.written = None
-        batch = sealed.batch if sealed else None
-        kept = await self._ledger.keep(self._owner, batch, list(slices.values()), expires_at=expires_at)
+        kept = await self._ledger.keep(
+            self._owner,
+            sealed.batch if sealed else None,
+            list(slices.values()),
+            expires_at=expires_at,
+            watched=[pool.budget for pool in watched],
+            at=at,
+        )
         if sealed is not None:
             self._unrecorded.sealed.popleft()
             self._recorded = sealed.batch.upto
@@ -812,6 +821,7 @@ class LeasedLedger:
                 pool.free -= min(had.idle, pool.free)
             pool.written = had.in_use, 0 if lost else had.idle
             pool.until = max(pool.until, expires_at - _SKEW)
+        self._know_all(watched, kept.standings, at)
         for key in kept.recalled:
             pool = self._by_meaning[key]
             pool.exact_until = monotonic() + _LEAN_SECONDS
@@ -922,6 +932,11 @@ class LeasedLedger:
         pool.refreshed = monotonic()
         pool.good_until = 0.0
 
+    def _know_all(self, pools: Sequence[Pool], standings: Sequence[Standing | None], at: datetime) -> None:
+        for pool, standing in zip(pools, standings, strict=True):
+            if standing is not None:
+                self._know(pool, standing, at)
+
     async def _look(self, pool: Pool, budget: Budget, at: datetime) -> tuple[Decimal, Decimal]:
         [standing] = await self._ledger.standings(self._owner, [budget], at=at)
         self._know(pool, standing, at)
@@ -934,22 +949,24 @@ class LeasedLedger:
         self._usual[provider, model] = tokens, monotonic()
         return tokens
 
+    def _watched(self) -> list[Pool]:
+        """What callers ask for and is not yet known as of this beat."""
+        return [
+            pool
+            for pool in self._pools
+            if self._beat - pool.asked < _WATCHED_BEATS and pool.refreshed < self._beat_at
+        ]
+
     async def _refresh(self) -> None:
         """Keep what callers ask for as fresh as is promised, and let go of what they no longer ask for."""
-        if self._beat % _REFRESH_BEATS:
-            return
-        watched: list[Pool] = []
         for pool in self._pools:
-            if self._beat - pool.asked < _WATCHED_BEATS:
-                watched.append(pool)
-            else:
+            if self._beat - pool.asked >= _WATCHED_BEATS:
                 pool.refreshed = -BEHIND_SECONDS
                 pool.good_until = 0.0
-        if watched:
+        if watched := self._watched():
             at = self._clock()
             standings = await self._ledger.standings(self._owner, [pool.budget for pool in watched], at=at)
-            for pool, standing in zip(watched, standings, strict=True):
-                self._know(pool, standing, at)
+            self._know_all(watched, standings, at)
         asked, self._usual_asked = self._usual_asked, set()
         for provider, model in asked:
             await self._look_up_usual(provider, model)

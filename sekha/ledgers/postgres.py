@@ -207,6 +207,9 @@ class _PostgresTransaction:
     def changed(self, sql: str, *values: Value) -> int:
         return self._execute(sql, values).rowcount
 
+    def lock(self, sql: str, *values: Value) -> None:
+        self._execute(sql, values)
+
     def freeze_spends(self) -> None:
         # Conflicts with the lock that every INSERT takes; two that only sum do not wait for each other.
         self._connection.execute("LOCK TABLE ledger_spends IN SHARE MODE")

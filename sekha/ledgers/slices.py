@@ -91,6 +91,8 @@ class Kept:
     """Slices that had expired, by match and period: what was idle in them is gone."""
     recalled: frozenset[tuple[str, str]]
     """Slices whose idle part somebody else needs."""
+    standings: Sequence[Standing | None]
+    """How the watched budgets stand with all this on record; None where nobody has asked for that before."""
 
 
 def lease(
@@ -100,7 +102,7 @@ def lease(
     spent = locked_totals(transaction, budgets, at)
     drop_expired(transaction, at, owner)
     held = _held_elsewhere(transaction, owner, budgets, at)
-    there = _lock_slices(transaction, owner, [want.slice for want in wanted])
+    there = _lock_slices(transaction, owner)
     leased: list[Leased] = []
     short: list[tuple[str, str]] = []
     for want in wanted:
@@ -127,16 +129,29 @@ def lease(
 
 
 def keep(
-    transaction: Transaction, *, owner: str, batch: Batch | None, slices: Sequence[Slice], expires_at: datetime
+    transaction: Transaction,
+    *,
+    owner: str,
+    batch: Batch | None,
+    slices: Sequence[Slice],
+    expires_at: datetime,
+    watched: Sequence[Budget],
+    at: datetime,
 ) -> Kept:
     tallied, new = record_batch(transaction, owner, batch)
-    there = _lock_slices(transaction, owner, slices)
-    lost = {(one.match, one.period) for one in slices if one.idle and (one.match, one.period) not in there}
+    there = _lock_slices(transaction, owner)
+    recalled = {line for line, is_recalled in there.items() if is_recalled}
+    lost: set[tuple[str, str]] = set()
     for one in sorted(slices):
-        gone = (one.match, one.period) in lost
-        _write_slice(transaction, owner, one._replace(idle=0) if gone else one, expires_at)
-    recalled = transaction.rows("SELECT match, period FROM ledger_holds WHERE id = ? AND recalled_at > 0", owner)
-    return Kept(tallied, new, frozenset(lost), frozenset((match, period) for match, period in recalled))
+        line = one.match, one.period
+        if one.idle and line not in there:
+            lost.add(line)
+            one = one._replace(idle=0)  # noqa: PLW2901 - what was idle in it is gone
+        if not one.idle:
+            recalled.discard(line)
+        _write_slice(transaction, owner, one, expires_at)
+    found = standings(transaction, owner=owner, budgets=watched, at=at) if watched else ()
+    return Kept(tallied, new, frozenset(lost), frozenset(recalled), found)
 
 
 def close_lease(
@@ -168,11 +183,12 @@ def standings(
 ) -> list[Standing | None]:
     spans = sorted({span_of(budget.period, at) for budget in budgets})
     matches = sorted({meaning(budget) for budget in budgets})
+    # First: what becomes spent between the two is better counted twice than not at all.
+    held = _held_elsewhere(transaction, owner, budgets, at)
     rows = transaction.rows(
         "SELECT match, span, spent FROM ledger_totals WHERE match IN ? AND span IN ?", matches, spans
     )
     spent = {(match, span): total for match, span, total in rows}
-    held = _held_elsewhere(transaction, owner, budgets, at)
     found: list[Standing | None] = []
     for budget in budgets:
         match = meaning(budget)
@@ -182,16 +198,12 @@ def standings(
     return found
 
 
-def _lock_slices(transaction: Transaction, owner: str, slices: Sequence[Slice]) -> set[tuple[str, str]]:
-    """Lock those of the slices that are there still."""
-    if not slices:
-        return set()
+def _lock_slices(transaction: Transaction, owner: str) -> dict[tuple[str, str], bool]:
+    """Lock the slices that are there still: by match and period, whether somebody else needs what is idle in it."""
     rows = transaction.rows(
-        "SELECT match, period FROM ledger_holds WHERE id = ? AND match IN ? ORDER BY match, period FOR UPDATE",
-        owner,
-        sorted({one.match for one in slices}),
+        "SELECT match, period, recalled_at FROM ledger_holds WHERE id = ? ORDER BY match, period FOR UPDATE", owner
     )
-    return {(match, period) for match, period in rows}
+    return {(match, period): recalled_at > 0 for match, period, recalled_at in rows}
 
 
 def _write_slice(transaction: Transaction, owner: str, one: Slice, expires_at: datetime) -> None:

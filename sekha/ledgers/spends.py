@@ -38,11 +38,13 @@ __all__ = [
 REPORT_SECONDS = 60.0
 LAST_REPLIES = 200
 """As many replies say how long a model's usually are."""
-REPLIES_AT_ONCE = 20
-"""So many of a model's are taken from one batch's tallies: a busy model's last 200 are from a fraction of a second, and
-to write them all down would take longer than the rest of the batch."""
+REPLIES_AT_ONCE = 10
+"""So many of a model's are taken from one batch's tallies: a busy model's last 200 would be from a fraction of a
+second, and to write them all down would take longer than the rest of the batch."""
 _TIDIED = 50
 """One in so many spends, picked by its microseconds, also forgets replies. Each would take a third longer by that."""
+_TIDIED_TALLIES = 8
+"""The same of tallies, of which each brings a few replies."""
 _HUGE = 2**54
 
 
@@ -155,7 +157,9 @@ def _record_tallies(transaction: Transaction, tallies: Sequence[Tally], upto: in
             if tally.scope.tags and calls == tally.calls:
                 tags += [(identity, storable(tag)) for tag in sorted(tally.scope.tags)]
     insert(transaction, "ledger_tags (spend, tag)", tags)
-    _note_replies(transaction, [reply for tally in tallies for reply in _replies_of(tally)], REPLIES_AT_ONCE)
+    replies = [reply for tally in tallies for reply in _replies_of(tally)]
+    tidy = any(micros_of(tally.at) % _TIDIED_TALLIES == 0 for tally in tallies)
+    _note_replies(transaction, replies, REPLIES_AT_ONCE, tidy=tidy)
     add_to_totals(transaction, [(micros_of(tally.at), tally.scope, tally.cost) for tally in tallies])
 
 
@@ -228,13 +232,17 @@ def _insert_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None
     insert(transaction, "ledger_replies (provider, model, at, output_tokens)", replies)
 
 
-def _note_replies(transaction: Transaction, replies: Sequence[_Reply], most: int = LAST_REPLIES) -> None:
+def _note_replies(
+    transaction: Transaction, replies: Sequence[_Reply], most: int = LAST_REPLIES, *, tidy: bool = True
+) -> None:
     """Write down how long the last replies of each model were, so many at the most, and forget those before."""
     by_model: dict[tuple[str, str], list[_Reply]] = {}
     for reply in replies:
         by_model.setdefault(reply[:2], []).append(reply)
     for (provider, model), found in sorted(by_model.items()):
         _insert_replies(transaction, sorted(found)[-most:])
+        if not tidy:
+            continue
         transaction.changed(
             "DELETE FROM ledger_replies WHERE (provider, model, at) IN (SELECT provider, model, at FROM ledger_replies "
             "WHERE provider = ? AND model = ? AND at < (SELECT min(at) FROM (SELECT at FROM ledger_replies "

@@ -108,9 +108,23 @@ class SqlLedger:
         work = partial(lease, owner=owner, wanted=wanted, at=at, expires_at=expires_at)
         return await _outcome(self._database.write(work, durable=False))
 
-    async def keep(self, owner: str, batch: Batch | None, slices: Sequence[Slice], *, expires_at: datetime) -> Kept:
-        """Record what was spent and write down the slices that it was taken from, all in one transaction."""
-        work = partial(keep, owner=owner, batch=batch, slices=slices, expires_at=expires_at)
+    async def keep(
+        self,
+        owner: str,
+        batch: Batch | None,
+        slices: Sequence[Slice],
+        *,
+        expires_at: datetime,
+        watched: Sequence[Budget],
+        at: datetime,
+    ) -> Kept:
+        """Record what was spent and write down the slices that it was taken from, all in one transaction.
+
+        Says also how the `watched` budgets stand then, in the period that holds `at`.
+        """
+        work = partial(
+            keep, owner=owner, batch=batch, slices=slices, expires_at=expires_at, watched=watched, at=at
+        )
         return await _outcome(self._database.write(work, durable=batch is not None))
 
     async def close_lease(self, owner: str, batch: Batch | None, holds: Sequence[tuple[Hold, Sequence[Slice]]]) -> None:

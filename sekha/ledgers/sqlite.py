@@ -51,6 +51,8 @@ class SqliteDatabase:
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._reader = ThreadPoolExecutor(1, "ledger-reader")
         self._writing: sqlite3.Connection | None = None
+        self._durable: bool | None = None
+        """Whether that connection's commits wait for the disk; None before the first."""
         self._reading: sqlite3.Connection | None = None
 
     def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:
@@ -87,11 +89,21 @@ class SqliteDatabase:
         # Spending must outlive a power cut, so its commits wait for the disk (FULL). Holds need not:
         # a power cut also ends every process on this machine that could spend them. Both outlive a
         # kill -9, and a FULL commit makes all earlier ones durable with it.
-        connection.execute(f"PRAGMA synchronous={'FULL' if any(write.durable for write in batch) else 'NORMAL'}")
+        durable = any(write.durable for write in batch)
+        if durable is not self._durable:
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
         transaction = _SqliteTransaction(connection)
         deliveries: list[Callable[[], None]] = []
         connection.execute("BEGIN IMMEDIATE")
         try:
+            if len(batch) == 1:
+                # An error ends the transaction, and is delivered like one that ends a batch.
+                with self._translated():
+                    result = batch[0].work(transaction)
+                deliveries.append(partial(batch[0].future.set_result, result))
+                connection.execute("COMMIT")
+                return deliveries
             for write in batch:
                 connection.execute("SAVEPOINT one")
                 try:
@@ -163,6 +175,9 @@ class _SqliteTransaction:
 
     def changed(self, sql: str, *values: Value) -> int:
         return self._connection.execute(*expand(_unlocked(sql), values)).rowcount
+
+    def lock(self, sql: str, *values: Value) -> None:
+        """Nothing to do, as below."""
 
     def freeze_spends(self) -> None:
         """Nothing to do: BEGIN IMMEDIATE shut every other writer out."""

@@ -92,7 +92,7 @@ def add_to_totals(transaction: Transaction, spent: Iterable[tuple[int, Scope, in
     added = _added(transaction, spent)
     if added:
         matches, spans = sorted({match for match, _ in added}), sorted({span for _, span in added})
-        transaction.rows(
+        transaction.lock(
             "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
         )
     for (match, span), cost in sorted(added.items()):
