@@ -42,6 +42,7 @@ from sekha.breaker import (
 )
 from sekha.circuits_shared import SharedCircuits, Step
 from sekha.errors import LedgerError, ProviderError
+from sekha.naps import nap
 
 __all__ = ["Circuits", "Tripped"]
 
@@ -239,10 +240,7 @@ class Circuits:
             await self._exchange(shared)
             self._begun.set()
             while not self._closing:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_EVERY_SECONDS):
-                        await self._news.wait()
-                self._news.clear()
+                await nap(self._news, _EVERY_SECONDS)
                 self._renew_probes()
                 await self._exchange(shared)
             if self._steps:

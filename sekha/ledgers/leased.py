@@ -43,6 +43,7 @@ from sekha.ledgers.slices import SHARE, Leased, Slice, Standing, Wanted
 from sekha.ledgers.sql import SqlLedger
 from sekha.ledgers.totals import Coverage
 from sekha.ledgers.unrecorded import KnownScope, Sealed, Unrecorded
+from sekha.naps import nap
 
 __all__ = ["ANSWER_SECONDS", "BEHIND_SECONDS", "LEASE_SECONDS", "LeasedLedger"]
 
@@ -61,6 +62,8 @@ _BEAT_SECONDS = 0.5
 _IDLE_BEATS = 2
 _WATCHED_BEATS = 10
 _SYNC_BEATS = 2
+_GOOD_SECONDS = 0.25
+"""What is known of a pool, and was found to hold, is not looked at again for so long."""
 _LEAN_SECONDS = 2.0
 """So long after its slice was recalled a process leases exactly what its calls need."""
 _RECALL_SECONDS = 1.5
@@ -426,7 +429,7 @@ class LeasedLedger:
         ):
             return False
         until = min(pool.until, pool.end, self._next_expiry)
-        pool.good_until = now + min((until - at).total_seconds(), _BEAT_SECONDS)
+        pool.good_until = now + min((until - at).total_seconds(), _GOOD_SECONDS)
         return True
 
     def held_now(self, name: str, *, at: datetime, ttl_seconds: float) -> Hold:
@@ -677,10 +680,7 @@ class LeasedLedger:
         """Do everything that takes a transaction, one after another."""
         try:
             while not self._closing:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._nap()):
-                        await self._wake.wait()
-                self._wake.clear()
+                await nap(self._wake, self._nap())
                 try:
                     await self._round(journal)
                 except LedgerError as error:
@@ -952,15 +952,13 @@ class LeasedLedger:
     def _watched(self) -> list[Pool]:
         """What callers ask for and is not yet known as of this beat."""
         return [
-            pool
-            for pool in self._pools
-            if self._beat - pool.asked < _WATCHED_BEATS and pool.refreshed < self._beat_at
+            pool for pool in self._pools if self._beat - pool.asked < _WATCHED_BEATS and pool.refreshed < self._beat_at
         ]
 
     async def _refresh(self) -> None:
         """Keep what callers ask for as fresh as is promised, and let go of what they no longer ask for."""
         for pool in self._pools:
-            if self._beat - pool.asked >= _WATCHED_BEATS:
+            if self._beat - pool.asked >= _WATCHED_BEATS and pool.refreshed < self._beat_at:
                 pool.refreshed = -BEHIND_SECONDS
                 pool.good_until = 0.0
         if watched := self._watched():

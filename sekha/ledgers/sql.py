@@ -122,9 +122,7 @@ class SqlLedger:
 
         Says also how the `watched` budgets stand then, in the period that holds `at`.
         """
-        work = partial(
-            keep, owner=owner, batch=batch, slices=slices, expires_at=expires_at, watched=watched, at=at
-        )
+        work = partial(keep, owner=owner, batch=batch, slices=slices, expires_at=expires_at, watched=watched, at=at)
         return await _outcome(self._database.write(work, durable=batch is not None))
 
     async def close_lease(self, owner: str, batch: Batch | None, holds: Sequence[tuple[Hold, Sequence[Slice]]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -20,6 +21,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from sekha.config import RecordingSection
+from sekha.naps import nap
 from sekha.recording.policy import Policy
 from sekha.recording.publisher import NOWHERE, Report, forget_sink, read_report
 from sekha.recording.run import Event, Outcome, Run, encode
@@ -32,12 +34,12 @@ log = logging.getLogger("sekha.recording")
 SPOOL_BYTES = 512 << 20
 # The rest is for what the policy always keeps.
 ORDINARY_SHARE = 0.75
-FLUSH_SECONDS = 0.02
 # What one turn of the event loop writes: a quarter of a millisecond.
 FLUSH_RUNS = 64
 PENDING_RUNS = 20_000
-LOOK_SECONDS = 0.5
 HAND_OVER_SECONDS = 0.5
+# Looking takes a thread, and the requests beside it wait for that.
+HANDED_OVER_PER_LOOK = 2
 MANY_SEGMENTS = 200
 # While nobody takes segments away, fewer and larger ones are easier on everybody.
 HAND_OVER_SECONDS_WHEN_MANY = 30.0
@@ -80,8 +82,8 @@ class Recorder:
     >>> if recorder.wants(outcome="answered", seconds=0.8):
     ...     recorder.record(run)
 
-    What was recorded is in the spool within 20 ms; until then `kill -9` of this process loses it, and
-    later nothing but a power cut does. Several processes may share a folder: one of them starts the
+    What was recorded is in the spool with the next turn of the event loop; until then `kill -9` of this process
+    loses it, and later nothing but a power cut does. Several processes may share a folder: one of them starts the
     publisher, and another does when it or its parent dies.
     """
 
@@ -115,9 +117,9 @@ class Recorder:
         self._writer = SegmentWriter(folder)
         self._pending: deque[Run | Event] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._flushing: asyncio.Handle | None = None
         self._looking: asyncio.Task[None] | None = None
-        self._ending = asyncio.Event()
+        self._wake = asyncio.Event()
         self._publisher: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self._start_at = time.monotonic() + publish_after_seconds
@@ -174,17 +176,17 @@ class Recorder:
         self._loop = asyncio.get_running_loop()
         self._looking = asyncio.create_task(self._keep_looking())
         if self._pending:
-            self._flush_soon(0)
+            self._flushing = self._loop.call_soon(self._flush)
 
     async def aclose(self) -> None:
         """Write what is pending, and let the publisher end. What it has not published waits for the next start."""
         self._closed = True
         # Not cancelled: its thread would go on, and might start a publisher that nobody ends.
-        self._ending.set()
+        self._wake.set()
         if self._looking is not None:
             await self._looking
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._flushing is not None:
+            self._flushing.cancel()
         while self._pending:
             self._write()
         self._writer.hand_over()
@@ -205,19 +207,17 @@ class Recorder:
             self._dropped += 1
             return False
         self._pending.append(what)
-        if self._timer is None and self._loop is not None:
-            self._flush_soon(FLUSH_SECONDS)
+        if self._flushing is None and self._loop is not None:
+            # Right behind the answer, where nobody waits yet. By a timer it would come in the middle of another
+            # request. Whatever ends in the same turn is written together.
+            self._flushing = self._loop.call_soon(self._flush)
         return True
 
-    def _flush_soon(self, seconds: float) -> None:
-        if self._loop is not None:
-            self._timer = self._loop.call_later(seconds, self._flush)
-
     def _flush(self) -> None:
-        self._timer = None
+        self._flushing = None
         self._write()
-        if self._pending:
-            self._flush_soon(0.001)
+        if self._pending and self._loop is not None:
+            self._flushing = self._loop.call_later(0.001, self._flush)
 
     def _write(self) -> None:
         some = [self._pending.popleft() for _ in range(min(FLUSH_RUNS, len(self._pending)))]
@@ -240,20 +240,23 @@ class Recorder:
             self._failing = True
 
     async def _keep_looking(self) -> None:
-        while not self._ending.is_set():
-            report, used, segments = await asyncio.to_thread(self._look)
-            self._report, self._used = report, used
-            bears = report.runs_per_second
-            self._policy.limit(None if bears is None else bears * API_SHARE / self._processes)
-            many = segments > MANY_SEGMENTS
-            self._tell_of_dropped()
+        for turn in itertools.count():
+            if turn % HANDED_OVER_PER_LOOK == 0:
+                report, used, segments = await asyncio.to_thread(self._look)
+                self._report, self._used = report, used
+                bears = report.runs_per_second
+                self._policy.limit(None if bears is None else bears * API_SHARE / self._processes)
+                many = segments > MANY_SEGMENTS
+                self._tell_of_dropped()
             self._writer.hand_over(older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else HAND_OVER_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), LOOK_SECONDS)
+            await nap(self._wake, HAND_OVER_SECONDS)
+            if self._closed:
+                return
 
     def _tell_of_dropped(self) -> None:
-        # While the spool is full there is no room for this either: it is told once there is.
-        if self._dropped > self._told_dropped and self._used < self._max_bytes:
+        # While the spool is full there is no room for this either: it is told once there is. Nor is there once it is
+        # closed, and this would be dropped too.
+        if self._dropped > self._told_dropped and self._used < self._max_bytes and not self._closed:
             lost, self._told_dropped = self._dropped - self._told_dropped, self._dropped
             self.event("sekha.recorder.dropped", "sekha.recorder", {"dropped": lost, "in_all": self._dropped})
 
