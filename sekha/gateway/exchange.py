@@ -26,7 +26,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 """What a caller may call a request: nothing that could end a header, or a line of a log."""
 _KEY = KEY_PREFIX.encode()
-_IDS_AT_ONCE = 256
+_IDS_AT_ONCE = 64
 _ids: list[bytes] = []
 os.register_at_fork(after_in_child=_ids.clear)
 

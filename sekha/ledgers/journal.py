@@ -42,8 +42,8 @@ _VERSION = 2
 _READABLE = (1, 2)
 _BEGUN_SECONDS = 60.0
 _MOST = 2**63 - 1
-_PIECE = 256 * 1024
-"""So much of the disk is taken at a time, for a thousand records or so."""
+_PIECE = 1024 * 1024
+"""So much of the disk is taken at a time, for four thousand records or so: it takes a fraction of a millisecond."""
 _UNABLE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 """What a filesystem says that cannot take room beforehand, or cannot be mapped."""
 
