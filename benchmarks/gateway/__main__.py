@@ -1,6 +1,6 @@
 """What a gateway costs: ours beside smg and LiteLLM's proxy, and beside the least that Python can do.
 
-    python benchmarks/gateway                     everything, about five minutes
+    python benchmarks/gateway                     everything, about ten minutes
     python benchmarks/gateway --quick             shorter runs: noisier, for a look
     python benchmarks/gateway --only ours,smg     some of ours, relay, smg, litellm
     python benchmarks/gateway --profile ours.svg  where our time goes, with py-spy from the PATH
@@ -8,7 +8,8 @@
 Each gateway runs on one core; the other has the provider, which answers at once, and the load. A request is
 asked directly and through the gateway in turns, and what a gateway adds is the difference. Gateways take
 turns as well, and a ratio is the median over the rounds, so that a neighbour slows both sides of it. A turn
-begins once ours has published what it recorded in its last one.
+begins once ours has published what it recorded in its last one. What one connection waits for depends most on the
+machine's mood, so those turns are short and many.
 
 - ours: `sekha serve` with a key, a budget, circuits, metrics, and one in ten requests recorded
 - relay: bare ASGI on uvicorn (uvloop, httptools) and aiohttp, request and reply parsed; no features
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,8 +129,8 @@ def imports(bench: Bench, gateway: Gateway) -> list[str]:
     return [name for name in HEAVY if name in modules]
 
 
-def measure(bench: Bench, running: Running, figures: Figures, direct: Figures, *, with_embeddings: bool) -> None:
-    """One round with one gateway."""
+def measure_one(bench: Bench, running: Running, figures: Figures) -> None:
+    """One turn with one connection."""
     target = running.target
     longer = replace(bench, seconds=bench.seconds * running.gateway.longer)
     straight, through = bench.chats(bench.upstream, 1), longer.chats(target, 1)
@@ -138,6 +139,11 @@ def measure(bench: Bench, running: Running, figures: Figures, direct: Figures, *
     straight, through = bench.streams(bench.upstream, 1), longer.streams(target, 1)
     figures.note(bounds.ADDED_FIRST, through.first_p50 - straight.first_p50)
 
+
+def measure_many(bench: Bench, running: Running, figures: Figures, direct: Figures, *, with_embeddings: bool) -> None:
+    """One turn with many connections."""
+    target = running.target
+    longer = replace(bench, seconds=bench.seconds * running.gateway.longer)
     before = processes.cpu_seconds(running.pids)
     chats = longer.chats(target, AT_ONCE)
     between = processes.cpu_seconds(running.pids)
@@ -168,7 +174,21 @@ def rest(ours: Running) -> None:
         time.sleep(0.1)
 
 
-def compare(bench: Bench, wanted: Sequence[Gateway], *, rounds: int, quick: bool) -> dict[str, Figures]:
+def in_turns(running: Mapping[str, Running], rounds: int, what: str, measure: Callable[[Running], None]) -> None:
+    for number in range(rounds):
+        for name, each in list(running.items())[:: -1 if number % 2 else 1]:
+            say(f"{what}, round {number + 1} of {rounds}: {name}")
+            try:
+                if "ours" in running:
+                    rest(running["ours"])
+                measure(each)
+            except Failed as error:
+                raise Failed(f"{name}: {error}\n{each.last_words}") from error
+
+
+def compare(
+    bench: Bench, wanted: Sequence[Gateway], *, rounds: int, rounds_of_one: int, quick: bool
+) -> dict[str, Figures]:
     figures = {name: Figures() for name in ("direct", *(gateway.name for gateway in wanted))}
     with ExitStack() as stack:
         running: dict[str, Running] = {}
@@ -182,21 +202,18 @@ def compare(bench: Bench, wanted: Sequence[Gateway], *, rounds: int, quick: bool
             except Unavailable as error:
                 figures[gateway.name].unavailable = str(error)
         with_embeddings = {name: embeds(each.target) for name, each in running.items()}
-        for number in range(rounds):
-            for name in list(running)[:: -1 if number % 2 else 1]:
-                say(f"round {number + 1} of {rounds}: {name}")
-                try:
-                    if "ours" in running:
-                        rest(running["ours"])
-                    measure(
-                        bench,
-                        running[name],
-                        figures[name],
-                        figures["direct"],
-                        with_embeddings=with_embeddings[name],
-                    )
-                except Failed as error:
-                    raise Failed(f"{name}: {error}\n{running[name].last_words}") from error
+
+        def measure(each: Running) -> None:
+            name = each.gateway.name
+            measure_many(bench, each, figures[name], figures["direct"], with_embeddings=with_embeddings[name])
+
+        in_turns(running, rounds, "many connections", measure)
+        # Nothing is promised of a slow one that it would take more rounds to see.
+        slow = {name: each for name, each in running.items() if each.gateway.longer > 1}
+        quick_ones = {name: each for name, each in running.items() if name not in slow}
+        shorter = replace(bench, seconds=bench.seconds * 2 / 3)
+        for some, times in ((quick_ones, rounds_of_one), (slow, rounds)):
+            in_turns(some, times, "one connection", lambda each: measure_one(shorter, each, figures[each.gateway.name]))
         if "ours" in running and not recorded(running["ours"].target):
             raise Failed("ours records nothing: it is not measured as it was meant to be")
         for name, each in running.items():
@@ -244,6 +261,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(GATEWAYS), help="the gateways to run, with commas between them")
     parser.add_argument("--seconds", type=float, help="how long each run takes: 1.5, or 0.5 with --quick")
     parser.add_argument("--rounds", type=int, help="how often each gateway has its turn: 5, or 2 with --quick")
+    parser.add_argument("--rounds-of-one", type=int, help="the same with one connection: 20, or 4 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer starts, and fewer and shorter runs")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="instead, a flame graph of ours")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -265,7 +283,13 @@ def main() -> int:
             return profile(bench, options.profile.resolve())
         wanted = [GATEWAYS[name] for name in options.only.split(",")]
         try:
-            figures = compare(bench, wanted, rounds=options.rounds or (2 if options.quick else 5), quick=options.quick)
+            figures = compare(
+                bench,
+                wanted,
+                rounds=options.rounds or (2 if options.quick else 5),
+                rounds_of_one=options.rounds_of_one or (4 if options.quick else 20),
+                quick=options.quick,
+            )
         except Failed as error:
             print(f"not measured: {error}", file=sys.stderr)
             return 1
