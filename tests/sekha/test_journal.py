@@ -174,20 +174,20 @@ def test_a_segment_grows_as_it_is_written_and_ends_with_its_last_line(tmp_path: 
     journal = Journal(tmp_path, "abc")
     path = segment(tmp_path)
     taken = set()
-    for cost in range(1, 8_001):
+    for cost in range(1, 16_001):
         journal.write(record(cost))
         taken.add(path.stat().st_size)
-        assert journal.size <= max(taken) < journal.size + 300_000
+        assert journal.size <= max(taken) < journal.size + 1_200_000
     size = journal.size
     journal.close()
 
-    assert len(taken) > 4
+    assert len(taken) > 2
     assert path.stat().st_size == size
     assert b"\0" not in path.read_bytes()
-    assert recovered(tmp_path) == list(range(1, 8_001))
+    assert recovered(tmp_path) == list(range(1, 16_001))
 
 
-@pytest.mark.parametrize("length", [262_144 - 4_096, 262_144, 1_000_000])
+@pytest.mark.parametrize("length", [1_048_576 - 4_096, 1_048_576, 4_000_000])
 def test_a_record_may_be_larger_than_what_is_taken_of_the_disk_at_a_time(tmp_path: Path, length: int) -> None:
     journal = Journal(tmp_path, "abc")
     for cost in (1, 3, 5):
@@ -221,17 +221,17 @@ def test_without_room_a_record_is_refused_and_with_room_again_it_is_not(tmp_path
         with pytest.raises(LedgerUnavailable, match="File too large"):
             journal.write(record(refused))
         assert journal.size == size
-    for cost in range(refused, 5_000):
+    for cost in range(refused, 20_000):
         journal.write(record(cost))
     journal.close()
 
-    assert 500 < refused < 2_500
-    assert recovered(tmp_path) == list(range(1, 5_000))
+    assert 2_000 < refused < 10_000
+    assert recovered(tmp_path) == list(range(1, 20_000))
 
 
 def until_refused(journal: Journal) -> int:
     """Write spends until one is refused; which."""
-    for cost in range(1, 5_000):
+    for cost in range(1, 20_000):
         try:
             journal.write(record(cost))
         except LedgerUnavailable:
