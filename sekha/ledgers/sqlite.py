@@ -97,13 +97,6 @@ class SqliteDatabase:
         deliveries: list[Callable[[], None]] = []
         connection.execute("BEGIN IMMEDIATE")
         try:
-            if len(batch) == 1:
-                # An error ends the transaction, and is delivered like one that ends a batch.
-                with self._translated():
-                    result = batch[0].work(transaction)
-                deliveries.append(partial(batch[0].future.set_result, result))
-                connection.execute("COMMIT")
-                return deliveries
             for write in batch:
                 connection.execute("SAVEPOINT one")
                 try:
