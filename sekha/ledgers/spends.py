@@ -87,11 +87,7 @@ def record(transaction: Transaction, spend: Spend) -> bool:
         return False
     for tag in sorted(spend.scope.tags):
         transaction.changed("INSERT INTO ledger_tags (spend, tag) VALUES (?, ?)", spend.id, storable(tag))
-    replies = _replies_of(spend)
-    if micros_of(spend.at) % _TIDIED:
-        _insert_replies(transaction, replies)
-    else:
-        _note_replies(transaction, replies)
+    _note_replies(transaction, _replies_of(spend), tidy=micros_of(spend.at) % _TIDIED == 0)
     matches, spans = matches_of(spend.scope), spans_of(micros_of(spend.at) // HOUR)
     totals = transaction.rows(
         "SELECT 1 FROM ledger_totals WHERE match IN ? AND span IN ? ORDER BY match, span FOR UPDATE", matches, spans
@@ -228,19 +224,15 @@ def reply_length(spend: Spend) -> int:
     return tokens if replies == 1 else -(-tokens // replies) if replies else 0
 
 
-def _insert_replies(transaction: Transaction, replies: Sequence[_Reply]) -> None:
-    insert(transaction, "ledger_replies (provider, model, at, output_tokens)", replies)
-
-
 def _note_replies(
     transaction: Transaction, replies: Sequence[_Reply], most: int = LAST_REPLIES, *, tidy: bool = True
 ) -> None:
-    """Write down how long the last replies of each model were, so many at the most, and forget those before."""
+    """Write down how long the last replies of each model were, so many at the most; to `tidy`, forget those before."""
     by_model: dict[tuple[str, str], list[_Reply]] = {}
     for reply in replies:
         by_model.setdefault(reply[:2], []).append(reply)
     for (provider, model), found in sorted(by_model.items()):
-        _insert_replies(transaction, sorted(found)[-most:])
+        insert(transaction, "ledger_replies (provider, model, at, output_tokens)", sorted(found)[-most:])
         if not tidy:
             continue
         transaction.changed(
