@@ -53,7 +53,7 @@ class SharedCircuits:
     def _make_and(self, work: Callable[[Transaction], Exchanged], transaction: Transaction) -> Exchanged:
         if not self._made:
             # PostgreSQL fails when two make a table at the same moment, so they queue for a row that is there.
-            transaction.rows("SELECT version FROM ledger_version FOR UPDATE")
+            transaction.lock("SELECT version FROM ledger_version FOR UPDATE")
             for statement in _TABLES:
                 transaction.changed(statement)
         done = work(transaction)
