@@ -228,11 +228,11 @@ class LeasedLedger:
         self._questions: list[tuple[Callable[[], Awaitable[Any]], Future[Any]]] = []
         self._reports = asyncio.Semaphore(_REPORTS)
         # The worker's own.
-        self._beat_at = 0.0
         self._resting = False
         """Whether it looks again in more than a beat, unless it is woken."""
         self._beat = 0
-        self._next_beat = 0.0
+        self._beat_at = -_BEAT_SECONDS
+        """When the last beat began."""
         self._next_renewal = 0.0
         self._next_recovery = 0.0
         self._recovered = False
@@ -703,7 +703,7 @@ class LeasedLedger:
         elif self._behind_since < _NEVER or any(
             pool.leased or self._beat - pool.asked < _WATCHED_BEATS for pool in self._pools
         ):
-            due = self._next_beat
+            due = self._beat_at + _BEAT_SECONDS
         else:
             due = self._next_recovery
             self._resting = True
@@ -731,11 +731,10 @@ class LeasedLedger:
         if now >= self._next_recovery:
             await self._recover()
             self._next_recovery = monotonic() + _RECOVER_SECONDS
-        beat = now >= self._next_beat
+        beat = now >= self._beat_at + _BEAT_SECONDS
         if beat:
             self._beat += 1
             self._beat_at = now
-            self._next_beat = now + _BEAT_SECONDS
             self._expire(self._clock())
             self._give_back()
         # Whoever waits now is answered with all on record that was spent before.
