@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from weakref import WeakKeyDictionary, ref
 
 __all__ = ["MOST_BYTES", "Turn", "turn_of"]
 
@@ -22,16 +23,19 @@ class Turn:
     first one on.
     """
 
-    __slots__ = ("_waiting",)
+    __slots__ = ("_behind", "_loop", "_waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A loop is not kept by its turn. Nor is it asked for each time: Python then asks the system for the process.
+        self._loop = ref(loop)
         self._waiting: dict[asyncio.Transport, bytes] = {}
+        self._behind: list[Callable[[], None]] = []
 
     def write(self, transport: asyncio.Transport, data: bytes) -> None:
         """Write before the loop waits again, after what was given here before."""
         waiting = self._waiting
         if not waiting:
-            asyncio.get_running_loop().call_soon(self._end)
+            self._end_soon()
         before = waiting.get(transport, b"")
         if len(before) + len(data) <= MOST_BYTES:
             waiting[transport] = before + data
@@ -39,6 +43,12 @@ class Turn:
             waiting[transport] = b""
             _write(transport, before)
             _write(transport, data)
+
+    def behind(self, callback: Callable[[], None]) -> None:
+        """Call back once what was given here has been written, so that its readers do not wait for that as well."""
+        if not self._waiting:
+            self._end_soon()
+        self._behind.append(callback)
 
     def close(self, transport: asyncio.Transport) -> None:
         """Close it once it has sent what was written."""
@@ -51,10 +61,21 @@ class Turn:
         if not transport.is_closing():
             transport.write_eof()
 
+    def _end_soon(self) -> None:
+        if (loop := self._loop()) is not None:
+            loop.call_soon(self._end)
+
     def _end(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for transport, data in waiting.items():
             _write(transport, data)
+        if self._behind:
+            behind, self._behind = self._behind, []
+            for callback in behind:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("what was left to be done behind an answer failed")
 
 
 def _write(transport: asyncio.Transport, data: bytes) -> None:
@@ -73,5 +94,5 @@ _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()
 def turn_of(loop: asyncio.AbstractEventLoop) -> Turn:
     """The one that everybody shares who writes under this loop."""
     if (turn := _turns.get(loop)) is None:
-        turn = _turns[loop] = Turn()
+        turn = _turns[loop] = Turn(loop)
     return turn

@@ -60,6 +60,48 @@ async def test_each_turn_writes_what_was_given_in_it() -> None:
     assert socket.pieces == [b"a", b"b"]
 
 
+async def test_what_is_left_for_behind_is_called_once_everything_is_written() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+    seen: list[list[bytes]] = []
+
+    turn.write(socket.transport, b"an ")
+    turn.behind(lambda: seen.append(socket.pieces.copy()))
+    turn.write(socket.transport, b"answer")
+    await asyncio.sleep(0)
+
+    assert seen == [[b"an answer"]]
+
+
+async def test_what_is_left_for_behind_is_called_where_nothing_is_written() -> None:
+    turn = turn_of(asyncio.get_running_loop())
+    called: list[str] = []
+
+    turn.behind(lambda: called.append("one"))
+    turn.behind(lambda: called.append("two"))
+    before = called.copy()
+    await asyncio.sleep(0)
+
+    assert (before, called) == ([], ["one", "two"])
+
+
+async def test_what_fails_behind_an_answer_keeps_nothing_else_from_being_done(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+    called: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("the disk is full")
+
+    turn.behind(fail)
+    turn.behind(lambda: called.append("counted"))
+    turn.write(socket.transport, b"answer")
+    await asyncio.sleep(0)
+
+    assert (socket.pieces, called) == ([b"answer"], ["counted"])
+    assert "the disk is full" in caplog.text
+
+
 async def test_a_socket_is_closed_behind_what_was_written_to_it() -> None:
     turn, socket = turn_of(asyncio.get_running_loop()), Written()
 
