@@ -310,8 +310,10 @@ def thinking_of(given: Mapping[str, Any]) -> int:
     return tokens
 
 
-def with_reply_limit(given: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+def with_reply_limit(given: Mapping[str, Any], limit: int | None) -> Mapping[str, Any]:
     """The options with one limit of a reply's tokens, by the caller's own name for it where there is one."""
+    if limit and given.get("max_tokens") == limit and "max_completion_tokens" not in given:
+        return given  # as callers say it, and a copy of all that they say is saved
     options = {name: value for name, value in given.items() if name not in REPLY_LIMITS}
     if limit:
         named = given.get("max_completion_tokens") is not None

@@ -301,15 +301,14 @@ def cost(usage: Usage, price: Price) -> Decimal:
 
 def cost_units(usage: Usage, each: Tariff) -> int:
     """What `cost` says, in whole numbers of the tariff's unit."""
-    cached = min(usage.cached_tokens, usage.input_tokens)
-    written = min(usage.cache_write_tokens, usage.input_tokens - cached)
-    return (
-        (usage.input_tokens - cached - written) * each.input
-        + cached * each.cached
-        + written * each.written
-        + usage.output_tokens * each.output
-        + usage.images * each.image
-    )
+    plain = usage.input_tokens
+    units = usage.output_tokens * each.output + usage.images * each.image
+    if usage.cached_tokens or usage.cache_write_tokens:
+        cached = min(usage.cached_tokens, plain)
+        written = min(usage.cache_write_tokens, plain - cached)
+        plain -= cached + written
+        units += cached * each.cached + written * each.written
+    return units + plain * each.input
 
 
 def price_of(configured: Price | None, mapped: Price | None, *, unknown_is_free: bool) -> Price | None:

@@ -257,10 +257,12 @@ def count_plain(messages: object, tokenizer: TokenizerName, *, most: int) -> int
     count = _counter(tokenizer)
     total = _PER_REPLY
     for message in messages:
-        if type(message) is not dict or not _PLAIN.issuperset(message):
+        if type(message) is not dict:
             return None
         role, content = message.get("role"), message.get("content")
         if type(role) is not str or type(content) is not str:
+            return None
+        if len(message) > 2 and not _PLAIN.issuperset(message):
             return None
         most -= len(content)
         if most < 0:

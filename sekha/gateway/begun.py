@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from abc import ABC, abstractmethod
 from time import perf_counter, time
@@ -18,7 +17,6 @@ from sekha.gateway.chats import (
     end_of,
     end_with_usage,
     headers_of,
-    stream_headers,
     without_usage_at_its_end,
 )
 from sekha.gateway.finished import UnderWay
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["BegunAnswer", "BegunStream", "Shortened"]
 
 log = logging.getLogger("sekha.gateway")
-
-_NOT_OPTIONS = ("model", "messages", "stream")
 
 
 class Shortened(ABC):
@@ -130,8 +126,6 @@ class Shortened(ABC):
             return False
         given = self._given
         options = with_reply_limit(given, requested or units.reply_limit)
-        for name in _NOT_OPTIONS:
-            options.pop(name, None)
         seconds, streams = lane.timeout_seconds, self.streams
         return self._call(
             lane.provider.begin(
@@ -235,11 +229,11 @@ class Shortened(ABC):
         }
 
     def _ended(self) -> None:
-        """Count it behind the answer: what is written in a turn of the event loop goes out at the turn's end."""
+        """Count it behind the answer, which nobody is to wait longer for."""
         self._x.begun = None
         self.stop()
         self._ended_at = perf_counter()
-        asyncio.get_running_loop().call_soon(self._over)
+        self._x.behind(self._over)
 
     def _over(self) -> None:
         self._count()
@@ -525,9 +519,12 @@ class BegunStream(Shortened):
             x.hand_over()
             return False
         self._opened_at = perf_counter()
-        x.begin_now(stream_headers(lane.model, self._units.expected * lane.tariff.unit))
-        self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
+        x.begin_now(b"%b%b\r\n" % (lane.stream_lines, money(self._units.expected * lane.tariff.unit)))
+        x.behind(self._note_first)
         return True
+
+    def _note_first(self) -> None:
+        self.serving.metrics.first(self.provider_id, self.model_id, self._opened_at - self.began)
 
     def _last(self) -> bytes:
         if not self._wants_usage:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from decimal import Decimal
 
 import orjson
 
@@ -22,6 +21,7 @@ from sekha.providers.events import bodies
 from sekha.registry import Model
 
 __all__ = [
+    "ESTIMATED_COST",
     "Pipe",
     "complete",
     "end_of",
@@ -31,6 +31,7 @@ __all__ = [
     "without_usage_at_its_end",
 ]
 
+ESTIMATED_COST = b"x-sekha-estimated-cost"
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 
 
@@ -69,7 +70,8 @@ def headers_of(reply: Reply) -> Headers:
     return answer_headers(reply.provider_id, reply.model_id, reply.total_cost)
 
 
-def stream_headers(model: Model, expected: Decimal) -> Headers:
+def stream_headers(model: Model) -> Headers:
+    """Of a streamed answer's head, all but what it is estimated to cost."""
     return [
         _EVENTS,
         (b"cache-control", b"no-cache"),
@@ -77,8 +79,6 @@ def stream_headers(model: Model, expected: Decimal) -> Headers:
         (b"x-accel-buffering", b"no"),
         (b"x-sekha-provider", model.provider_id.encode()),
         (b"x-sekha-model", model.id.encode()),
-        # What it did cost is known at its end, and written there.
-        (b"x-sekha-estimated-cost", money(expected)),
     ]
 
 
@@ -103,7 +103,8 @@ class Pipe:
             return  # it has begun before it had a task
         model = opened.candidate.model
         self._serving.metrics.first(model.provider_id, model.id, self._under_way.seconds)
-        await self._x.begin(stream_headers(model, opened.candidate.estimate.expected))
+        # What it did cost is known at its end, and written there.
+        await self._x.begin([*stream_headers(model), (ESTIMATED_COST, money(opened.candidate.estimate.expected))])
 
     async def write(self, piece: bytes) -> None:
         if self._asked.wants_usage:

@@ -48,7 +48,7 @@ _SWEEP_SECONDS = 1.0
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _CLOSE = (b"connection", b"close")
-_CHUNKED = (b"transfer-encoding", b"chunked")
+_CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 def lines_of(headers: Headers) -> bytes:
@@ -226,12 +226,18 @@ class HttpExchange(Exchange):
         elif self.waiter is None and self._size > _UNREAD_BYTES:
             self._connection.pause_reading()
 
+    def received_whole(self, body: bytes) -> None:
+        """Take all of the body, before anybody asks for it."""
+        self._size = len(body)
+        self.parts.append(body)
+        self.whole = True
+
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
     async def answer(self, status: int, body: bytes, headers: Headers) -> None:
-        head = self._head(status, headers, (b"content-length", b"%d" % len(body)))
+        head = self._head(status, headers, len(body))
         self.status = status
         connection = self._connection
         if self.method == "HEAD":
@@ -245,7 +251,7 @@ class HttpExchange(Exchange):
     def refuse(self, status: int, error: InvalidRequest) -> None:
         """Answer what nobody is asked about."""
         _, body, headers = answer_to(error)
-        head = self._head(status, headers, (b"content-length", b"%d" % len(body)))
+        head = self._head(status, headers, len(body))
         self.status = status
         self._connection.write(head if self.method == "HEAD" else head + body)
         self._end()
@@ -273,7 +279,7 @@ class HttpExchange(Exchange):
         return self._connection.serve(self)
 
     async def begin(self, headers: Headers) -> None:
-        self.begin_now(headers)
+        self.begin_now(lines_of(headers))
 
     async def go_on(self, piece: bytes) -> None:
         if self._connection.writing_paused:
@@ -290,12 +296,22 @@ class HttpExchange(Exchange):
         """Whether the caller takes in less than is written to him."""
         return self._connection.writing_paused
 
-    def begin_now(self, headers: Headers) -> None:
-        # Before chunks were known, a reply ended with its connection.
-        self.keeps = self.keeps and self.chunked
-        head = self._head(200, headers, _CHUNKED if self.chunked else None)
+    def begin_now(self, lines: bytes) -> None:
+        """Begin a reply of 200 that comes in pieces, with these lines of a head, each with its end."""
         self.status = 200
-        self._connection.write(head)
+        connection = self._connection
+        # Before chunks were known, a reply ended with its connection.
+        if self.waits_to_send or connection.all.ending or not self.keeps or not self.chunked:
+            self.keeps = False
+            lines += lines_of([_CLOSE])
+        connection.write(
+            b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n%b\r\n"
+            % (connection.all.date, lines, self.request_id, _CHUNKED if self.chunked else b"")
+        )
+
+    def behind(self, callback: Callable[[], None]) -> None:
+        """Call back once what was written has gone out."""
+        self._connection.all.turn.behind(callback)
 
     def go_on_now(self, piece: bytes) -> None:
         if piece:
@@ -309,13 +325,11 @@ class HttpExchange(Exchange):
             self._connection.write(piece)
         self._end()
 
-    def _head(self, status: int, headers: Headers, length: tuple[bytes, bytes] | None) -> bytes:
+    def _head(self, status: int, headers: Headers, length: int) -> bytes:
         if self.waits_to_send or self._connection.all.ending:
             # A body that was never sent for may or may not come: only a new connection leaves no doubt.
             self.keeps = False
-        lines = [(b"x-request-id", self.request_id)]
-        if length:
-            lines.append(length)
+        lines = [(b"x-request-id", self.request_id), (b"content-length", b"%d" % length)]
         if not self.keeps:
             lines.append(_CLOSE)
         return b"".join((_STATUS_LINES[status], self._connection.all.date, lines_of([*headers, *lines]), b"\r\n"))
@@ -417,14 +431,14 @@ class HttpConnection(asyncio.Protocol):
         x.identify(None)
         x.headed = True
         self._serve(x, length)
-        if body:
-            x.received(body)
         if missing:
+            if body:
+                x.received(body)
             x.announced = length
             self._arriving = x
             self._missing = missing
         else:
-            x.whole = True
+            x.received_whole(body)
             self._begin(x)
         return True
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 from sekha.asks import Ask, Count, Size
 from sekha.errors import RequestRefused
 from sekha.field import Entrant
+from sekha.gateway.chats import ESTIMATED_COST, stream_headers
 from sekha.gateway.http_server import lines_of
 from sekha.gateway.serving import Serving
 from sekha.keys import Pass
@@ -67,6 +68,8 @@ class Lane:
         named = [(b"x-sekha-provider", model.provider_id.encode()), (b"x-sekha-model", model.id.encode())]
         self.lines = lines_of([(b"content-type", b"application/json"), *named]) + b"x-sekha-cost: "
         """Of a whole answer's head, up to its cost."""
+        self.stream_lines = lines_of(stream_headers(model)) + ESTIMATED_COST + b": "
+        """The same of a stream's, up to what it is estimated to cost."""
         self.tags = (f"provider:{model.provider_id}", f"model:{model.id}", f"task:{self.scope.task}")
 
 

@@ -321,7 +321,9 @@ class RelayProvider:
         if stream:
             asked = options.get("stream_options")
             body["stream"] = True
-            body["stream_options"] = {**(asked if isinstance(asked, Mapping) else {}), "include_usage": True}
+            # Not asked whether it is a mapping where it is nothing, which takes as long as everything else here.
+            more = asked if asked is not None and isinstance(asked, Mapping) else {}
+            body["stream_options"] = {**more, "include_usage": True}
         return orjson.dumps(body, default=_plain)
 
     def _json(self, body: Mapping[str, Any], failed: _Failing) -> bytes:
@@ -384,6 +386,22 @@ class RelayProvider:
 class RelayStream:
     """A streamed answer in blocks of whole events, `[DONE]` left out: a `RawStream`."""
 
+    # Defaults of the class, since one is made for each request, and most of them stay as they are.
+    _reported: Usage | None = None
+    _half: Usage | None = None
+    """What reports named that were no whole ones."""
+    _first = b""
+    _looked_at = 0
+    _refusal: bytes | None = None
+    """The event that says why it broke off."""
+    _done = False
+    _failure: ProviderError | None = None
+    _kept_bytes = 0
+    _covered = 0
+    """So many of what is kept came before what was reported, or with it."""
+    _outdated = False
+    """Whether something was said after what was reported, in what is not kept any more."""
+
     def __init__(
         self,
         response: Response,
@@ -393,27 +411,13 @@ class RelayStream:
         hands_on_usage: bool,
         choices: int = 1,
     ) -> None:
-        self._reported: Usage | None = None
-        self._half: Usage | None = None
-        """What reports named that were no whole ones."""
         self._response = response
         self._failed = failed
         self._timeout_seconds = timeout_seconds
         self._hands_on_usage = hands_on_usage
         self._choices = choices
         self._events = EventSplitter()
-        self._first = b""
-        self._looked_at = 0
-        self._refusal: bytes | None = None
-        """The event that says why it broke off."""
-        self._done = False
-        self._failure: ProviderError | None = None
         self._kept: list[bytes] = []
-        self._kept_bytes = 0
-        self._covered = 0
-        """So many of what is kept came before what was reported, or with it."""
-        self._outdated = False
-        """Whether something was said after what was reported, in what is not kept any more."""
         self._texts: list[str] = []
         self._endings: dict[str, bool] = {}
         """Of the choices in what is not kept any more."""
