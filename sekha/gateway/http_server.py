@@ -430,14 +430,15 @@ class HttpConnection(asyncio.Protocol):
         x.authorization = head.authorization
         x.identify(None)
         x.headed = True
-        self._serve(x, length)
         if missing:
+            self._serve(x, length)
             if body:
                 x.received(body)
             x.announced = length
             self._arriving = x
             self._missing = missing
         else:
+            self._serving = x
             x.received_whole(body)
             self._begin(x)
         return True
