@@ -1,6 +1,6 @@
 """What a gateway costs: ours beside smg and LiteLLM's proxy, and beside the least that Python can do.
 
-    python benchmarks/gateway                     everything, about ten minutes
+    python benchmarks/gateway                     everything, about a quarter of an hour
     python benchmarks/gateway --quick             shorter runs: noisier, for a look
     python benchmarks/gateway --only ours,smg     some of ours, relay, smg, litellm
     python benchmarks/gateway --profile ours.svg  where our time goes, with py-spy from the PATH
@@ -9,7 +9,7 @@ Each gateway runs on one core; the other has the provider, which answers at once
 asked directly and through the gateway in turns, and what a gateway adds is the difference. Gateways take
 turns as well, and a ratio is the median over the rounds, so that a neighbour slows both sides of it. A turn
 begins once ours has published what it recorded in its last one. What one connection waits for depends most on the
-machine's mood, so those turns are short and many.
+machine's mood, so those turns are short and many, and where they cannot tell two gateways apart it says so.
 
 - ours: `sekha serve` with a key, a budget, circuits, metrics, and one in ten requests recorded
 - relay: bare ASGI on uvicorn (uvloop, httptools) and aiohttp, request and reply parsed; no features
@@ -211,7 +211,7 @@ def compare(
         # Nothing is promised of a slow one that it would take more rounds to see.
         slow = {name: each for name, each in running.items() if each.gateway.longer > 1}
         quick_ones = {name: each for name, each in running.items() if name not in slow}
-        shorter = replace(bench, seconds=bench.seconds * 2 / 3)
+        shorter = replace(bench, seconds=bench.seconds / 3)
         for some, times in ((quick_ones, rounds_of_one), (slow, rounds)):
             in_turns(some, times, "one connection", lambda each: measure_one(shorter, each, figures[each.gateway.name]))
         if "ours" in running and not recorded(running["ours"].target):
@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(GATEWAYS), help="the gateways to run, with commas between them")
     parser.add_argument("--seconds", type=float, help="how long each run takes: 1.5, or 0.5 with --quick")
     parser.add_argument("--rounds", type=int, help="how often each gateway has its turn: 5, or 2 with --quick")
-    parser.add_argument("--rounds-of-one", type=int, help="the same with one connection: 20, or 4 with --quick")
+    parser.add_argument("--rounds-of-one", type=int, help="the same with one connection: 40, or 8 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer starts, and fewer and shorter runs")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="instead, a flame graph of ours")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -287,7 +287,7 @@ def main() -> int:
                 bench,
                 wanted,
                 rounds=options.rounds or (2 if options.quick else 5),
-                rounds_of_one=options.rounds_of_one or (4 if options.quick else 20),
+                rounds_of_one=options.rounds_of_one or (8 if options.quick else 40),
                 quick=options.quick,
             )
         except Failed as error:

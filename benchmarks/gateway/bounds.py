@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import comb
 from statistics import median
 from typing import Literal
 
-Verdict = Literal["holds", "MISSED", "not measured"]
+Verdict = Literal["holds", "even", "MISSED", "not measured"]
+"""Two are even where the one that must not be more is, but by less than these turns can tell apart."""
+DOUBT = 0.05
+"""How often the middle of all turns there could be would lie beside what is said of these."""
 
 
 @dataclass
@@ -53,7 +57,7 @@ class TimesPeer:
 
 @dataclass(frozen=True, slots=True)
 class NoMoreThanPeer:
-    """Ours is at most a peer's."""
+    """Ours is at most a peer's, round by round as well."""
 
     figure: str
     peer: str
@@ -114,11 +118,29 @@ def _judge(bound: Bound, ours: Figures, peers: Mapping[str, Figures]) -> Judged:
     if there is None:
         shown = f"{here:,.2f}; {bound.peer} not measured, {bound.reference:,g} elsewhere"
         return Judged(bound.promise, shown, "not measured")
-    if isinstance(bound, NoMoreThanPeer):
-        return Judged(bound.promise, f"{here:.3f} : {there:.3f}", _verdict(here <= there))
     pairs = zip(ours.rounds[bound.figure], peer.rounds[bound.figure], strict=True)
-    times = median(mine / its for mine, its in pairs)
+    ratios = [mine / its for mine, its in pairs]
+    times = median(ratios)
+    if isinstance(bound, NoMoreThanPeer):
+        least, most = middle(ratios)
+        verdict: Verdict = "holds" if times <= 1 else "even" if least <= 1 else "MISSED"
+        return Judged(bound.promise, f"{here:.3f} : {there:.3f} = {times:.2f} ({least:.2f} to {most:.2f})", verdict)
     return Judged(bound.promise, f"{here:,.0f} : {there:,.0f} = {times:.2f}", _verdict(times >= bound.least))
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """Between what the median of all such values lies, but for `DOUBT`, however they are distributed.
+
+    Each is as likely above it as below, so that how many are is a binomial: the interval's ends are the values
+    that too few lie beyond.
+    """
+    ordered, beyond, seen = sorted(values), 0, 0.0
+    for number in range(len(ordered) // 2):
+        seen += comb(len(ordered), number) / 2 ** len(ordered)
+        if 2 * seen > DOUBT:
+            break
+        beyond = number
+    return ordered[beyond], ordered[-1 - beyond]
 
 
 def _imports(ours: Figures) -> Judged:

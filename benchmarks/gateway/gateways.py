@@ -172,8 +172,8 @@ GATEWAYS = {
     each.name: each
     for each in (
         Gateway("ours", ours),
-        Gateway("relay", relay),
         Gateway("smg", smg),
+        Gateway("relay", relay),
         Gateway("litellm", litellm, starts=1, longer=4),
     )
 }
