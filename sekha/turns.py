@@ -75,7 +75,9 @@ class Turn:
                 try:
                     callback()
                 except Exception:
-                    log.exception("what was left to be done behind an answer failed")
+                    # The traceback may quote what was asked: it goes to whoever runs this at `debug`.
+                    log.error("what was left to be done behind an answer failed")  # noqa: TRY400
+                    log.debug("what was left to be done behind an answer", exc_info=True)
 
 
 def _write(transport: asyncio.Transport, data: bytes) -> None:
