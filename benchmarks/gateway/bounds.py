@@ -8,8 +8,7 @@ from math import comb
 from statistics import median
 from typing import Literal
 
-Verdict = Literal["holds", "even", "MISSED", "not measured"]
-"""Two are even where the one that must not be more is, but by less than these turns can tell apart."""
+Verdict = Literal["holds", "MISSED", "not measured"]
 DOUBT = 0.05
 """How often the middle of all turns there could be would lie beside what is said of these."""
 
@@ -57,7 +56,7 @@ class TimesPeer:
 
 @dataclass(frozen=True, slots=True)
 class NoMoreThanPeer:
-    """Ours is at most a peer's, round by round as well."""
+    """Ours is at most a peer's, in the middle of all rounds and round by round."""
 
     figure: str
     peer: str
@@ -123,8 +122,8 @@ def _judge(bound: Bound, ours: Figures, peers: Mapping[str, Figures]) -> Judged:
     times = median(ratios)
     if isinstance(bound, NoMoreThanPeer):
         least, most = middle(ratios)
-        verdict: Verdict = "holds" if times <= 1 else "even" if least <= 1 else "MISSED"
-        return Judged(bound.promise, f"{here:.3f} : {there:.3f} = {times:.2f} ({least:.2f} to {most:.2f})", verdict)
+        shown = f"{here:.3f} : {there:.3f} = {times:.2f} ({least:.2f} to {most:.2f})"
+        return Judged(bound.promise, shown, _verdict(here <= there and times <= 1))
     return Judged(bound.promise, f"{here:,.0f} : {there:,.0f} = {times:.2f}", _verdict(times >= bound.least))
 
 
