@@ -47,7 +47,7 @@ _CR, _LF = b"\r\n"
 _SWEEP_SECONDS = 1.0
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_CLOSE = (b"connection", b"close")
+_CLOSE = b"connection: close\r\n"
 _CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
@@ -263,12 +263,9 @@ class HttpExchange(Exchange):
         """
         self.status = 200
         connection = self._connection
-        if self.waits_to_send or connection.all.ending or not self.keeps:
-            self.keeps = False
-            lines += lines_of([_CLOSE])
         connection.write(
-            b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
-            % (connection.all.date, lines, self.request_id, len(body), body)
+            b"HTTP/1.1 200 OK\r\n%b%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
+            % (connection.all.date, lines, self._closing(), self.request_id, len(body), body)
         )
         self._end()
 
@@ -301,12 +298,10 @@ class HttpExchange(Exchange):
         self.status = 200
         connection = self._connection
         # Before chunks were known, a reply ended with its connection.
-        if self.waits_to_send or connection.all.ending or not self.keeps or not self.chunked:
-            self.keeps = False
-            lines += lines_of([_CLOSE])
+        self.keeps = self.keeps and self.chunked
         connection.write(
-            b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n%b\r\n"
-            % (connection.all.date, lines, self.request_id, _CHUNKED if self.chunked else b"")
+            b"HTTP/1.1 200 OK\r\n%b%b%bx-request-id: %b\r\n%b\r\n"
+            % (connection.all.date, lines, self._closing(), self.request_id, _CHUNKED if self.chunked else b"")
         )
 
     def behind(self, callback: Callable[[], None]) -> None:
@@ -326,13 +321,15 @@ class HttpExchange(Exchange):
         self._end()
 
     def _head(self, status: int, headers: Headers, length: int) -> bytes:
+        lines = lines_of([*headers, (b"x-request-id", self.request_id), (b"content-length", b"%d" % length)])
+        return b"".join((_STATUS_LINES[status], self._connection.all.date, lines, self._closing(), b"\r\n"))
+
+    def _closing(self) -> bytes:
+        """The line of a head that says that the connection ends with this reply, where it does."""
         if self.waits_to_send or self._connection.all.ending:
             # A body that was never sent for may or may not come: only a new connection leaves no doubt.
             self.keeps = False
-        lines = [(b"x-request-id", self.request_id), (b"content-length", b"%d" % length)]
-        if not self.keeps:
-            lines.append(_CLOSE)
-        return b"".join((_STATUS_LINES[status], self._connection.all.date, lines_of([*headers, *lines]), b"\r\n"))
+        return b"" if self.keeps else _CLOSE
 
     def _end(self) -> None:
         self.ended = True
