@@ -46,7 +46,7 @@ class Turn:
 
     def behind(self, callback: Callable[[], None]) -> None:
         """Call back once what was given here has been written, so that its readers do not wait for that as well."""
-        if not self._waiting:
+        if not self._waiting and not self._behind:
             self._end_soon()
         self._behind.append(callback)
 

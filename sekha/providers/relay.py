@@ -321,9 +321,7 @@ class RelayProvider:
         if stream:
             asked = options.get("stream_options")
             body["stream"] = True
-            # Not asked whether it is a mapping where it is nothing, which takes as long as everything else here.
-            more = asked if asked is not None and isinstance(asked, Mapping) else {}
-            body["stream_options"] = {**more, "include_usage": True}
+            body["stream_options"] = {**(asked if isinstance(asked, Mapping) else {}), "include_usage": True}
         return orjson.dumps(body, default=_plain)
 
     def _json(self, body: Mapping[str, Any], failed: _Failing) -> bytes:
