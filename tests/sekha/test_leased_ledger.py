@@ -20,10 +20,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import psycopg
 import pytest
+import uvloop
 
 from sekha.errors import BudgetExceeded, LedgerUnavailable
 from sekha.ledger import Budget, Hold, Ledger, Scope, Spend
@@ -179,6 +181,44 @@ async def test_what_was_spent_reaches_the_shared_ledger_by_itself(opened: Open, 
         at_once(ledger.charge(hold, spend("0.0001")))
 
     await until(shared, "0.12", "0.38")
+
+
+class Counted:
+    """A database that counts the commits that wait for the disk."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.durable = 0
+
+    def write(self, work: Callable[[Transaction], T], *, durable: bool) -> Future[T]:
+        self.durable += durable
+        return self._database.write(work, durable=durable)
+
+    def read(self, work: Callable[[Transaction], T]) -> Future[T]:
+        return self._database.read(work)
+
+    def close(self) -> None:
+        self._database.close()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_a_beat_commits_what_was_spent_once(
+    run: Callable[[Coroutine[object, None, float]], float], url: str, journals: Path
+) -> None:
+    # A loop that counts milliseconds wakes its timers up to one too early, most of all when it is busy.
+    async def commits_a_beat() -> float:
+        database = Counted(open_database(url))
+        ledger = leased(database, journals)
+        hold = await reserve(ledger, "0.50")
+        began = monotonic()
+        while monotonic() < began + 4.2:
+            await ledger.charge(hold, spend("0.000001"))
+            await asyncio.sleep(0.0005)
+        counted = database.durable * 0.5 / (monotonic() - began)
+        await ledger.aclose()
+        return counted
+
+    assert 0 < run(commits_a_beat()) < 1.2
 
 
 async def test_the_usual_reply_is_remembered(opened: Open) -> None:
