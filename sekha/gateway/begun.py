@@ -486,6 +486,7 @@ class BegunStream(Shortened):
             x.hand_over()
         else:
             stream.listen()
+            x.flush()
 
     def _end(self, stream: RelayStream) -> None:
         self._called_at = perf_counter()

@@ -304,6 +304,10 @@ class HttpExchange(Exchange):
             % (connection.all.date, lines, self._closing(), self.request_id, _CHUNKED if self.chunked else b"")
         )
 
+    def flush(self) -> None:
+        """Let what was written go out, if nothing more is to be written now."""
+        self._connection.flush()
+
     def behind(self, callback: Callable[[], None]) -> None:
         """Call back once what was written has gone out."""
         self._connection.all.turn.behind(callback)
@@ -333,6 +337,7 @@ class HttpExchange(Exchange):
 
     def _end(self) -> None:
         self.ended = True
+        self._connection.flush()
         self._connection.answered(self)
 
 
@@ -436,6 +441,7 @@ class HttpConnection(asyncio.Protocol):
             self._missing = missing
         else:
             self._serving = x
+            self.all.turn.busy.add(self)
             x.received_whole(body)
             self._begin(x)
         return True
@@ -493,6 +499,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - nobody is there to be told why
         self._unusable = True
         self._queue.clear()
+        self.all.turn.busy.discard(self)
         x = self._serving
         if x is not None and not x.ended:
             self._leave(x)
@@ -579,6 +586,9 @@ class HttpConnection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self.all.turn.write(self._transport, data)
 
+    def flush(self) -> None:
+        self.all.turn.flush(self._transport)
+
     async def drain(self) -> None:
         """Wait until the caller has taken in most of what was written."""
         if self.writing_paused and not self._transport.is_closing():
@@ -598,6 +608,7 @@ class HttpConnection(asyncio.Protocol):
     def answered(self, x: HttpExchange) -> None:
         """Go on with the next request, when this one's reply has been written."""
         self._serving = None
+        self.all.turn.busy.discard(self)
         if not x.keeps or self.all.ending:
             self._unusable = True
             if x.whole or self.all.ending:
@@ -667,6 +678,7 @@ class HttpConnection(asyncio.Protocol):
     def _serve(self, x: HttpExchange, length: int | None = None) -> None:
         """Serve it: a short body of known length is waited for, since it is here as a rule, or in a moment."""
         self._serving = x
+        self.all.turn.busy.add(self)
         if length is None or length > _SHORT_BYTES:
             self._deadline = inf
             self.serve(x)
@@ -697,6 +709,7 @@ class HttpConnection(asyncio.Protocol):
                 # Cut, so that what is there is not taken for the whole.
                 x.ended = True
                 self._serving = None
+                self.all.turn.busy.discard(self)
                 self.all.turn.close(self._transport)
             if task is not None:
                 self.all.finished(task)

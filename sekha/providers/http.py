@@ -430,6 +430,7 @@ class _Connection(asyncio.Protocol):
             write(self._transport, body)
         else:
             write(self._transport, b"%b%d\r\n\r\n%b" % (head, len(body), body))
+        self._pool.turn.flush(self._transport)
 
     def abort(self) -> None:
         self._end(ConnectionAbortedError("closed by us"))

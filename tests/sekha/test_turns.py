@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from sekha.turns import MOST_BYTES, turn_of
+from sekha.turns import ALONE_WRITES, MOST_BYTES, Turn, turn_of
 
 
 class Written:
@@ -49,6 +49,63 @@ async def test_what_is_written_in_one_turn_goes_out_together_and_in_order() -> N
     await asyncio.sleep(0)
 
     assert (before, one.pieces, other.pieces) == ([], [b"abc"], [b"ABC"])
+
+
+async def left_alone(turn: Turn, connection: object) -> None:
+    """Have one request at a time for some time."""
+    turn.busy.add(connection)
+    for _ in range(ALONE_WRITES):
+        socket = Written()
+        turn.write(socket.transport, b"a")
+        turn.flush(socket.transport)
+        assert socket.pieces == []
+        await asyncio.sleep(0)
+        assert socket.pieces == [b"a"]
+
+
+async def test_who_has_been_alone_for_some_time_does_not_wait_for_the_end_of_the_turn() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+    await left_alone(turn, "one")
+    called: list[list[bytes]] = []
+
+    turn.write(socket.transport, b"head")
+    turn.write(socket.transport, b" body")
+    turn.flush(socket.transport)
+    at_once = socket.pieces.copy()
+    turn.behind(lambda: called.append(socket.pieces.copy()))
+    turn.write(socket.transport, b"more")
+    await asyncio.sleep(0)
+
+    assert at_once == [b"head body"]
+    assert socket.pieces == [b"head body", b"more"]
+    assert called == [[b"head body", b"more"]]
+
+
+async def test_who_has_company_waits_for_it_and_is_not_alone_at_once_when_it_leaves() -> None:
+    turn, socket = turn_of(asyncio.get_running_loop()), Written()
+    await left_alone(turn, "one")
+
+    turn.busy.add("other")
+    turn.write(socket.transport, b"a")
+    turn.flush(socket.transport)
+    turn.busy.discard("other")
+    turn.write(socket.transport, b"b")
+    turn.flush(socket.transport)
+    before = socket.pieces.copy()
+    await asyncio.sleep(0)
+
+    assert (before, socket.pieces) == ([], [b"ab"])
+
+
+async def test_nobody_is_taken_to_be_alone_where_nobody_says_who_is_served() -> None:
+    turn = turn_of(asyncio.get_running_loop())
+
+    for _ in range(ALONE_WRITES + 1):
+        socket = Written()
+        turn.write(socket.transport, b"a")
+        turn.flush(socket.transport)
+        assert socket.pieces == []
+        await asyncio.sleep(0)
 
 
 async def test_each_turn_writes_what_was_given_in_it() -> None:

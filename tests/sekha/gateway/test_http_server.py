@@ -103,6 +103,7 @@ async def serving(
         server.close()
         await connections.end()
         connections.close()
+    assert not connections.turn.busy
 
 
 async def until_the_end(*sent: bytes, answers: Answers = echo) -> bytes:
