@@ -440,8 +440,7 @@ class HttpConnection(asyncio.Protocol):
             self._arriving = x
             self._missing = missing
         else:
-            self._serving = x
-            self.all.turn.busy.add(self)
+            self._take_up(x)
             x.received_whole(body)
             self._begin(x)
         return True
@@ -607,8 +606,7 @@ class HttpConnection(asyncio.Protocol):
 
     def answered(self, x: HttpExchange) -> None:
         """Go on with the next request, when this one's reply has been written."""
-        self._serving = None
-        self.all.turn.busy.discard(self)
+        self._let_go()
         if not x.keeps or self.all.ending:
             self._unusable = True
             if x.whole or self.all.ending:
@@ -675,10 +673,17 @@ class HttpConnection(asyncio.Protocol):
             # Once it runs, since it may be as new as this turn: a task that is cancelled before does nothing at all.
             self.all.loop.call_soon(task.cancel)
 
-    def _serve(self, x: HttpExchange, length: int | None = None) -> None:
-        """Serve it: a short body of known length is waited for, since it is here as a rule, or in a moment."""
+    def _take_up(self, x: HttpExchange) -> None:
         self._serving = x
         self.all.turn.busy.add(self)
+
+    def _let_go(self) -> None:
+        self._serving = None
+        self.all.turn.busy.discard(self)
+
+    def _serve(self, x: HttpExchange, length: int | None = None) -> None:
+        """Serve it: a short body of known length is waited for, since it is here as a rule, or in a moment."""
+        self._take_up(x)
         if length is None or length > _SHORT_BYTES:
             self._deadline = inf
             self.serve(x)
@@ -708,8 +713,7 @@ class HttpConnection(asyncio.Protocol):
             if not x.ended:
                 # Cut, so that what is there is not taken for the whole.
                 x.ended = True
-                self._serving = None
-                self.all.turn.busy.discard(self)
+                self._let_go()
                 self.all.turn.close(self._transport)
             if task is not None:
                 self.all.finished(task)

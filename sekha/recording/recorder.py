@@ -37,12 +37,12 @@ ORDINARY_SHARE = 0.75
 # What one turn of the event loop writes: a quarter of a millisecond.
 FLUSH_RUNS = 64
 PENDING_RUNS = 20_000
-LOOK_SECONDS = 0.5
+ROUND_SECONDS = 0.5
 # Publishing takes a core, or a turn of the one that callers and providers share with us, so it waits for a moment
 # without requests, and in larger batches takes less. It does not wait for long: people look at what they just asked.
 HAND_OVER_SECONDS_WHEN_BUSY = 2.0
 # Looking takes a thread, and the requests beside it wait for that.
-HANDED_OVER_PER_LOOK = 2
+ROUNDS_PER_LOOK = 2
 MANY_SEGMENTS = 200
 # While nobody takes segments away, fewer and larger ones are easier on everybody.
 HAND_OVER_SECONDS_WHEN_MANY = 30.0
@@ -249,8 +249,8 @@ class Recorder:
             self._failing = True
 
     async def _keep_looking(self) -> None:
-        for turn in itertools.count():
-            if turn % HANDED_OVER_PER_LOOK == 0:
+        for number in itertools.count():
+            if number % ROUNDS_PER_LOOK == 0:
                 report, used, segments = await asyncio.to_thread(self._look)
                 self._report, self._used = report, used
                 bears = report.runs_per_second
@@ -258,7 +258,7 @@ class Recorder:
                 many = segments > MANY_SEGMENTS
                 self._tell_of_dropped()
             self._writer.hand_over(older_than_seconds=HAND_OVER_SECONDS_WHEN_MANY if many else self._patience())
-            await nap(self._wake, LOOK_SECONDS)
+            await nap(self._wake, ROUND_SECONDS)
             if self._closed:
                 return
 
