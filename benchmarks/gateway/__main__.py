@@ -8,8 +8,9 @@
 Each gateway runs on one core; the other has the provider, which answers at once, and the load. A request is
 asked directly and through the gateway in turns, and what a gateway adds is the difference. Gateways take
 turns as well, and a ratio is the median over the rounds, so that a neighbour slows both sides of it. A turn
-begins once ours has published what it recorded in its last one. What one connection waits for depends most on the
-machine's mood, so those turns are short and many, and it is said between what the median of all such turns lies.
+begins once ours has published what it recorded in its last one; with one connection, what is asked directly
+does too. What one connection waits for depends most on the machine's mood, so those turns are short and many,
+and it is said between what the median of all such turns lies.
 
 - ours: `sekha serve` with a key, a budget, circuits, metrics, and one in ten requests recorded
 - relay: bare ASGI on uvicorn (uvloop, httptools) and aiohttp, request and reply parsed; no features
